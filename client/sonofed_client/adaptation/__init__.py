@@ -1,0 +1,1 @@
+"""The adaptation methods, as plain torch: one method a file."""

@@ -1,0 +1,1 @@
+"""The process that owns the images: job runner and store."""

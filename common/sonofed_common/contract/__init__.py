@@ -1,0 +1,1 @@
+"""The contract: actions, records, study file, bundle manifest, results and errors."""

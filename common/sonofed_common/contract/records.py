@@ -1,0 +1,99 @@
+"""Records: what crosses between site and coordinator, and its codec (safetensors + JSON)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from sonofed_common.contract.errors import ParameterError
+
+Json = Any
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Records:
+    """Arrays, configuration and metrics of one message.
+
+    Attributes
+    ----------
+    arrays : dict of str to ndarray
+        Named arrays of any shape; weights are stored as ``"<group>/<parameter>"``.
+    config : dict of str to JSON value
+        Parameters of an action, or facts about a reply.
+    metrics : dict of str to int or float
+        Numbers that a reply discloses.
+    """
+
+    arrays: dict[str, Array] = field(default_factory=dict)
+    config: dict[str, Json] = field(default_factory=dict)
+    metrics: dict[str, int | float] = field(default_factory=dict)
+
+    def group(self, name: str) -> dict[str, Array]:
+        """Return the arrays under ``name/``, without that prefix."""
+        prefix = f"{name}/"
+        return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays in bytes."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+    def digest(self) -> str:
+        """SHA-256 of the arrays, by name, dtype, shape and content."""
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            array = np.ascontiguousarray(self.arrays[name])
+            digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def grouped(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Prefix array names with ``name/``: the inverse of `Records.group`."""
+    return {f"{name}/{k}": v for k, v in arrays.items()}
+
+
+def to_bytes(records: Records) -> bytes:
+    """Encode records as one safetensors file whose metadata holds the JSON parts.
+
+    Parameters
+    ----------
+    records : Records
+        Non-finite metrics are allowed; arrays are copied to C order.
+    """
+    arrays = {k: np.ascontiguousarray(v) for k, v in records.arrays.items()}
+    metadata = {"config": json.dumps(records.config), "metrics": json.dumps(records.metrics)}
+    return save(arrays, metadata)
+
+
+def from_bytes(data: bytes) -> Records:
+    """Decode what `to_bytes` wrote.
+
+    Parameters
+    ----------
+    data : bytes
+        A safetensors file.
+
+    Raises
+    ------
+    ParameterError
+        The bytes are not such a file.
+    """
+    try:
+        arrays = load(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        config = json.loads(metadata["config"])
+        metrics = json.loads(metadata["metrics"])
+    except (SafetensorError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise ParameterError("the records cannot be decoded; send safetensors as encoded by SonoFed") from error
+    return Records(arrays, config, metrics)

@@ -1,0 +1,237 @@
+"""The study: one TOML file that says which sites do what, in which order, with which settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from sonofed_common.contract.configuration import Model, read_toml, validate
+
+Phase = Literal[
+    "enrol",
+    "ship",
+    "reconstruct",
+    "embed",
+    "cluster",
+    "select",
+    "annotate",
+    "classifier",
+    "publish",
+]
+
+NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
+    "enrol": (frozenset(), frozenset({"cohort"})),
+    "ship": (frozenset({"cohort"}), frozenset({"source weights"})),
+    "reconstruct": (frozenset({"source weights"}), frozenset({"reconstructions"})),
+    "embed": (frozenset({"source weights"}), frozenset({"embeddings"})),
+    "cluster": (frozenset({"embeddings"}), frozenset({"centroids"})),
+    "select": (frozenset({"source weights"}), frozenset({"selection"})),
+    "annotate": (frozenset({"selection"}), frozenset({"labels"})),
+    "classifier": (frozenset({"labels"}), frozenset({"classifiers"})),
+    "publish": (frozenset({"classifiers"}), frozenset()),
+}
+"""What each phase needs from the phases before it, and what it gives."""
+
+
+class Cohort(Model):
+    """Who takes part, and how long anything may take."""
+
+    sites: tuple[str, ...] = Field(min_length=1, description="hospital names")
+    quorum: int | None = Field(default=None, ge=1, description="fewest sites to go on with; default all")
+    deadline_seconds: float = Field(default=3600, gt=0, description="longest wait for one exchange")
+
+    @field_validator("sites")
+    @classmethod
+    def _distinct(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(sites)) != len(sites):
+            raise ValueError("name each site once")
+        return sites
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.quorum is not None and self.quorum > len(self.sites):
+            raise ValueError(f"quorum {self.quorum} exceeds the {len(self.sites)} sites")
+        return self
+
+    @property
+    def smallest(self) -> int:
+        """The quorum as a number of sites."""
+        return len(self.sites) if self.quorum is None else self.quorum
+
+
+class Reconstruction(Model):
+    """Stage II of ADAptation: target images redrawn in the source's style."""
+
+    init: Literal["noise", "sdedit", "ddim_inversion"] = "sdedit"
+    strength: float = Field(default=0.5, gt=0, le=1, description="share of the noise schedule (sdedit)")
+    sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    steps: int = Field(default=10, ge=1, le=1000)
+    guidance: float = Field(default=1.0, ge=0, description="classifier-free guidance; 1 switches it off")
+    batch_size: int = Field(default=16, ge=1)
+
+
+class Embedding(Model):
+    """Stage III of ADAptation: hypersphere contrastive learning."""
+
+    pairs: Literal["reconstruction", "augmentation"] | None = Field(
+        default=None, description="default: reconstruction where the study has that phase"
+    )
+    rounds: int = Field(default=2, ge=0)
+    local_epochs: int = Field(default=1, ge=1)
+    dimension: int = Field(default=256, ge=2)
+    margin: float = Field(default=4.0, gt=0, description="m of the loss; only scales it")
+    learning_rate: float = Field(default=3e-4, gt=0)
+    batch_size: int = Field(default=16, ge=2)
+    teacher_momentum: float = Field(default=0.99, ge=0, le=1, description="start of the cosine to 1")
+    loss: Literal["matched", "all_pairs"] = "matched"
+    merge: Literal["fedavg", "fedema"] = "fedavg"
+
+
+class Clustering(Model):
+    """Federated spherical k-means."""
+
+    clusters: int = Field(default=4, ge=2)
+    iterations: int = Field(default=50, ge=1)
+    tolerance: float = Field(default=1e-4, ge=0, description="largest centroid move, radians")
+
+
+class Selection(Model):
+    """Dual scoring and the labelling budget."""
+
+    strategy: Literal["dual_score", "random"] = "dual_score"
+    uncertainty: Literal["range", "margin", "min_pair"] = "margin"
+    distance_order: Literal["near", "far", "both"] = "near"
+    combine: Literal["rank", "radians"] = "rank"
+    omega: float = Field(default=1.0, ge=0)
+    budgets: tuple[float, ...] = Field(
+        default=(0.2,), min_length=1, description="ascending shares of the pool; the last is the study's"
+    )
+    scope: Literal["global", "per_site", "global_with_site_floor"] = "global"
+    site_floor: float = Field(default=0.5, ge=0, le=1, description="share of a site's proportional budget")
+    draw: int = Field(default=0, ge=0, description="number of the random draw")
+
+    @field_validator("budgets")
+    @classmethod
+    def _ascending(cls, budgets: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < b <= 1 for b in budgets) or list(budgets) != sorted(set(budgets)):
+            raise ValueError("give ascending shares in (0, 1], for example [0.1, 0.2]")
+        return budgets
+
+
+class Finetuning(Model):
+    """Fine-tuning of the classifiers on the labelled selection."""
+
+    rounds: int = Field(default=4, ge=1)
+    local_epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=8, ge=2)
+    batch_norm: Literal["site", "global"] = Field(
+        default="site", description="site: statistics re-estimated on each site's own images"
+    )
+    balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
+
+
+class Aggregation(Model):
+    """How updates become one model."""
+
+    strategy: Literal["fedavg"] = "fedavg"
+    weighting: Literal["examples", "uniform"] = "examples"
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {
+        "reconstruction": {"init": "noise", "sampler": "ddim", "steps": 50, "guidance": 9.0},
+        "embedding": {"loss": "matched", "margin": 4.0, "teacher_momentum": 0.99},
+        "clustering": {"clusters": 4},
+        "selection": {"uncertainty": "range", "distance_order": "near", "combine": "radians"},
+        "finetuning": {"rounds": 14, "local_epochs": 10, "batch_norm": "global", "balanced": False},
+    },
+}
+"""Settings that a preset changes; what the study file says itself wins."""
+
+
+class Study(Model):
+    """A federated study.
+
+    Notes
+    -----
+    Read one with `read_study`. ``phases`` may hold any sub-list of the phases, in an order in which
+    each finds what it needs.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    seed: int = Field(default=0, ge=0)
+    preset: Literal["default", "paper"] = "default"
+    image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
+    classifiers: tuple[str, ...] = Field(default=("efficientnet_lite0",), min_length=1)
+    phases: tuple[Phase, ...] = tuple(NEEDS_GIVES)
+    cohort: Cohort
+    reconstruction: Reconstruction = Reconstruction()
+    embedding: Embedding = Embedding()
+    clustering: Clustering = Clustering()
+    selection: Selection = Selection()
+    finetuning: Finetuning = Finetuning()
+    aggregation: Aggregation = Aggregation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        merged = dict(values)
+        for section, settings in PRESETS.get(str(values.get("preset", "default")), {}).items():
+            given = values.get(section, {})
+            if isinstance(given, dict):
+                merged[section] = {**settings, **given}
+        return merged
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        given: set[str] = set()
+        for phase in self.phases:
+            needs, gives = NEEDS_GIVES[phase]
+            if missing := sorted(self._needs(phase, needs) - given):
+                raise ValueError(f"phase '{phase}' needs {', '.join(missing)} from a phase before it")
+            given |= gives
+        if len(set(self.phases)) != len(self.phases):
+            raise ValueError("name each phase once")
+        return self
+
+    def _needs(self, phase: Phase, needs: frozenset[str]) -> frozenset[str]:
+        if phase == "embed" and self.embedding.pairs == "reconstruction":
+            return needs | {"reconstructions"}
+        if phase == "select" and self.selection.strategy == "dual_score":
+            return needs | {"embeddings", "centroids"}
+        return needs
+
+    @property
+    def pairs(self) -> Literal["reconstruction", "augmentation"]:
+        """What the contrastive stage pairs an image with."""
+        if self.embedding.pairs is not None:
+            return self.embedding.pairs
+        return "reconstruction" if "reconstruct" in self.phases else "augmentation"
+
+    def digest(self) -> str:
+        """SHA-256 of the validated study: what a hospital approves."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def read_study(path: Path) -> Study:
+    """Read and validate a study file.
+
+    Parameters
+    ----------
+    path : Path
+        TOML file.
+
+    Raises
+    ------
+    ConfigurationError
+        Unreadable file, unknown key (the nearest known key is named), or a value out of range.
+    """
+    return validate(Study, read_toml(path), path.name)

@@ -1,0 +1,1 @@
+"""Ultrasound images: readers, duplicate groups, patient-level splits and transforms."""

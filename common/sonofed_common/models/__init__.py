@@ -1,0 +1,1 @@
+"""Networks: classifiers, encoder with projector, and the diffusion stack."""

@@ -1,0 +1,119 @@
+"""Device, seeds, progress events and safe file writes: decided here, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+def derive_seed(*parts: object) -> int:
+    """Derive a 63-bit seed from named parts, for example ``(study_seed, site, phase, round)``."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def device() -> torch.device:
+    """Return ``cuda`` where there is one, else ``cpu``."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_threads(threads: int | None) -> None:
+    """Fix the number of CPU threads: float sums on CPU depend on it.
+
+    Parameters
+    ----------
+    threads : int or None
+        None keeps what torch chose.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or absent: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Events:
+    """Progress events, one JSON object each, to a file and to listeners.
+
+    Parameters
+    ----------
+    path : Path or None
+        JSON-lines file to append to.
+    listeners : list of callables
+        Called with each event, for example by a progress bar.
+
+    Notes
+    -----
+    Events hold phase names, hospital names, counts and sizes; never an image, a file name or a score.
+    """
+
+    path: Path | None = None
+    listeners: list[Listener] = field(default_factory=list)
+
+    def emit(self, event: str, **facts: Any) -> None:
+        """Record one event with the current time (seconds since the epoch)."""
+        entry: Event = {"time": round(time.time(), 3), "event": event, **facts}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        for listener in self.listeners:
+            listener(entry)
+
+    def progress(self, task: str, done: float, total: float, **facts: Any) -> None:
+        """Record that ``done`` of ``total`` units of a task are finished."""
+        self.emit("progress", task=task, done=done, total=total, **facts)
+
+    def track(self, items: Iterable[T], task: str, total: int) -> Iterator[T]:
+        """Yield items and record progress after each, also when there is none."""
+        self.progress(task, 0, total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.progress(task, done, total)
+
+
+SILENT = Events()
+"""Events that go nowhere."""

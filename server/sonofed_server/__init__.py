@@ -1,0 +1,1 @@
+"""The coordinator's side: source training, the study engine and aggregation."""

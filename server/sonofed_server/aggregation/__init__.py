@@ -1,0 +1,1 @@
+"""How the sites' updates become one model."""

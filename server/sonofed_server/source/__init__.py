@@ -1,0 +1,1 @@
+"""Training on labelled source data; writes the signed bundle."""

@@ -1,0 +1,1 @@
+"""The researcher's lab: phantoms, scenarios and whole studies on one machine."""

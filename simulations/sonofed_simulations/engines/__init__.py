@@ -1,0 +1,1 @@
+"""Where a simulated study runs: inline, or on Flower's simulation."""

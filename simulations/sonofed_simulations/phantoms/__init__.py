@@ -1,0 +1,1 @@
+"""Ultrasound phantoms: simulated hospitals with their own scanners."""

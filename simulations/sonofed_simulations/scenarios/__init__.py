@@ -1,0 +1,1 @@
+"""Scenarios: which sites, which data, which study."""
