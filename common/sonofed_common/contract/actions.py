@@ -2,111 +2,174 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 from pydantic import Field
 
-from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, UnknownActionError
 from sonofed_common.contract.records import Records
-from sonofed_common.contract.study import Clustering, Embedding, Finetuning, Reconstruction, Selection
-from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.selection import MAX_PARTS, Column
+from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
 
-Column = Literal["uncertainty", "representativeness", "informativeness", "identity"]
+ParametersT = TypeVar("ParametersT", bound="Parameters")
 
 
 class Parameters(Model):
     """What every action carries."""
 
-    study: str = Field(description="study name")
+    study: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     seed: int = Field(ge=0, description="study seed")
-    image_size: int = Field(default=128, ge=16, le=1024)
 
 
 class Describe(Parameters):
-    """Versions, device and rounded counts of a site."""
+    """Name, versions, device and rounded counts of a site."""
 
     study_digest: str
 
 
 class Missing(Parameters):
-    """Which blobs of a bundle a site lacks. The manifest travels as the array ``manifest``."""
+    """Which blobs of a bundle a site lacks. Arrays: ``manifest``, ``signature`` (uint8)."""
 
 
 class Install(Parameters):
-    """Install a signed bundle. Arrays: ``manifest``, ``signature`` and ``blobs/<sha256>`` (uint8)."""
+    """Install a signed bundle. Arrays: ``manifest``, ``signature``, ``blobs/<sha256>`` (uint8)."""
 
 
-class Reconstruct(Parameters):
-    """Advance the site's reconstruction for a slice of time; poll until ``state`` is ``done``."""
+class Pooled(Parameters):
+    """Actions that work on the site's pool with the models of an installed bundle."""
 
-    bundle: str
+    bundle: str = Field(pattern=r"^[0-9a-f]{64}$")
+    image_size: int = Field(ge=16, le=1024)
+
+
+class Reconstruct(Pooled):
+    """Go on with the reconstruction for a slice of time; ask again until ``state`` is ``done``."""
+
     settings: Reconstruction
-    slice_seconds: float = Field(default=10.0, gt=0)
+    slice_seconds: float = Field(default=10.0, gt=0, le=3600)
 
 
-class Embed(Parameters):
-    """One round of hypersphere contrastive learning. Arrays: ``student/...``, absent at round 0."""
+class Encode(Pooled):
+    """Actions on the embedding: which classifier is its backbone, and what an image pairs with."""
 
-    bundle: str
     classifier: str
-    round: int = Field(ge=0)
     pairs: Literal["reconstruction", "augmentation"]
     settings: Embedding
     reconstruction: Reconstruction
 
 
-class Cluster(Parameters):
-    """Per-cluster sums and counts. Arrays: ``student/...`` in the first call, ``centroids`` (k, d)."""
+class Embed(Encode):
+    """One round of hypersphere contrastive learning.
 
-    bundle: str
-    classifier: str
-    pairs: Literal["reconstruction", "augmentation"]
-    settings: Clustering
-    dimension: int
-    reconstruction: Reconstruction
+    Arrays: ``student/...`` and ``predictor/...``; absent at round 0, where each site makes the same
+    start from the bundle's classifier and the study seed.
+    """
+
+    round: int = Field(ge=0)
 
 
-class Score(Parameters):
-    """Score the pool against final centroids and remember it under the study. Arrays: ``centroids``."""
+class Cluster(Encode):
+    """Moments of the embedding (with ``student/...``), or per-cluster sums (with ``centroids``)."""
 
-    settings: Selection
+
+class Score(Encode):
+    """Score the pool against the final centroids. Arrays: ``centroids``; none for ``random``."""
+
+    selection: Selection
 
 
 class Histogram(Parameters):
-    """Count the pool's scores in bins. Arrays: ``edges`` (m, 2) uint64 intervals [low, high)."""
+    """Count scores of the pool in the equal parts of intervals.
+
+    Arrays: ``edges`` (m, 2) and ``cuts`` (c, 2), uint64.
+    """
 
     column: Column
-    split: int = Field(ge=1, le=65536, description="equal parts per interval")
+    split: int = Field(ge=1, le=MAX_PARTS)
+    tied: int | None = Field(default=None, ge=0, lt=2**64)
 
 
 class Select(Parameters):
-    """Map scores to global ranks or mark the selection."""
+    """Take pooled ranks, or mark what the final cuts select.
 
-    settings: Selection
+    Arrays: ``ranks/<column>/starts`` and ``ranks/<column>/cumulative``, or ``cuts`` (c, 2).
+    """
+
+    stage: Literal["rank", "mark"]
 
 
 class Annotations(Parameters):
     """How many of the selected images are labelled."""
 
 
-class TrainClassifier(Parameters):
-    """One round of fine-tuning. Arrays: ``weights/...``."""
+class TrainClassifier(Pooled):
+    """One round of fine-tuning. Arrays: ``weights/...``; absent for the source's weights."""
 
-    bundle: str
     classifier: str
     round: int = Field(ge=0)
     budget: int = Field(ge=0, description="index into the study's budgets")
     settings: Finetuning
 
 
-class EvaluateClassifier(Parameters):
-    """Test a classifier on the site's own test images. Arrays: ``weights/...``, absent for the source's."""
+class EvaluateClassifier(Pooled):
+    """Test a classifier on the site's own test images. Arrays: ``weights/...`` or none (source)."""
 
-    bundle: str
     classifier: str
     batch_norm: Literal["site", "global"]
-    replicates: int = Field(default=2000, ge=0, description="bootstrap replicates of the intervals")
+    replicates: int = Field(default=2000, ge=0, le=20000)
 
 
+ACTIONS: dict[str, type[Parameters]] = {
+    "query.describe": Describe,
+    "query.missing": Missing,
+    "train.install": Install,
+    "train.reconstruct": Reconstruct,
+    "train.embed": Embed,
+    "query.cluster": Cluster,
+    "train.score": Score,
+    "query.histogram": Histogram,
+    "train.select": Select,
+    "query.annotations": Annotations,
+    "train.classifier": TrainClassifier,
+    "evaluate.classifier": EvaluateClassifier,
+}
+"""The named actions; a site does nothing else."""
+
+
+def parse(action: str, request: Records) -> Parameters:
+    """Validate the parameters of a request.
+
+    Raises
+    ------
+    UnknownActionError
+        The action is not in `ACTIONS`.
+    ParameterError
+        The parameters do not validate.
+    """
+    model = ACTIONS.get(action)
+    if model is None:
+        raise UnknownActionError(f"'{action[:64]}' is not an action of this site; known: {', '.join(ACTIONS)}")
+    try:
+        return validate(model, request.config, action)
+    except ConfigurationError as error:
+        raise ParameterError(error.message) from None
+
+
+def request(parameters: Parameters, **arrays: object) -> Records:
+    """Make the records of a request.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        Validated parameters; they travel as the config part.
+    **arrays : mapping of str to dict of arrays
+        Array groups: ``weights={...}`` becomes ``weights/...``; a bare array keeps its name.
+    """
+    flat: dict[str, object] = {}
+    for name, value in arrays.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}/{k}": v for k, v in value.items()})
+        else:
+            flat[name] = value
+    return Records(cast("dict[str, object]", flat), parameters.model_dump(mode="json"))  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ class Embedding(Model):
     pairs: Literal["reconstruction", "augmentation"] | None = Field(
         default=None, description="default: reconstruction where the study has that phase"
     )
-    rounds: int = Field(default=2, ge=0)
+    rounds: int = Field(default=2, ge=1)
     local_epochs: int = Field(default=1, ge=1)
     dimension: int = Field(default=256, ge=2)
     margin: float = Field(default=4.0, gt=0, description="m of the loss; only scales it")

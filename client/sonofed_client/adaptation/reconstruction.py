@@ -1,0 +1,180 @@
+"""Stage II of ADAptation: a hospital's images redrawn in the source's style (arXiv 2507.00474)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from monai.metrics import PSNRMetric, SSIMMetric
+from sonofed_common.contract.errors import ConfigurationError, DivergenceError
+from sonofed_common.contract.study import Reconstruction
+from sonofed_common.models.diffusion import DiffusionStack
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+SAMPLERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+@torch.no_grad()
+def reconstruct(
+    stack: DiffusionStack, images: Tensor, settings: Reconstruction, seeds: Sequence[int]
+) -> Tensor:
+    """Redraw images from their edges, starting from noise or from themselves.
+
+    Parameters
+    ----------
+    stack : DiffusionStack
+        Trained on the source; frozen here.
+    images : Tensor
+        (B, 1, S, S), in [0, 1].
+    settings : Reconstruction
+        ``init``: ``noise`` keeps only the edges (the paper); ``sdedit`` starts from the image
+        noised to ``strength`` of the schedule (Meng et al. 2022); ``ddim_inversion`` starts from
+        the noise at ``strength`` that deterministic DDIM maps to the image. ``steps`` divide the
+        whole schedule: the latter two run only a ``strength`` share of them, as diffusers'
+        image-to-image pipelines do.
+    seeds : sequence of int
+        One an image: its result does not depend on the rest of the batch, up to float rounding.
+
+    Returns
+    -------
+    Tensor
+        (B, 1, S, S) float32 in [0, 1], on CPU.
+
+    Raises
+    ------
+    ConfigurationError
+        The image size is no multiple of the codec's factor, or seeds and images differ in number.
+    DivergenceError
+        The networks gave values that are not finite.
+    """
+    if images.shape[-1] % stack.codec.factor or len(seeds) != len(images):
+        raise ConfigurationError(
+            f"reconstruction needs one seed an image and sides divisible by {stack.codec.factor}"
+        )
+    stack.eval()
+    size = settings.batch_size
+    done = [
+        _reconstruct_batch(stack, images[i : i + size], settings, seeds[i : i + size])
+        for i in range(0, len(images), size)
+    ]
+    result = torch.cat(done) if done else images.clone()
+    if not result.isfinite().all():
+        raise DivergenceError(
+            "reconstruction gave values that are not finite; train the diffusion stack again"
+        )
+    return result
+
+
+def _reconstruct_batch(
+    stack: DiffusionStack, images: Tensor, settings: Reconstruction, seeds: Sequence[int]
+) -> Tensor:
+    edges = stack.edges(images).to(stack.device)
+    # Trailing steps start at the schedule's very end (Lin et al. 2024): pure noise meets the time
+    # it was trained with, and a share of the steps is that share of the schedule.
+    sampler = SAMPLERS[settings.sampler].from_config(
+        stack.scheduler.config, timestep_spacing="trailing", clip_sample=False, thresholding=False
+    )
+    sampler.set_timesteps(settings.steps, device=stack.device)
+    run = settings.steps
+    if settings.init != "noise":
+        run = max(1, round(settings.steps * settings.strength))
+    times = sampler.timesteps[-run:]
+    with torch.autocast(stack.device.type, torch.bfloat16, enabled=stack.device.type == "cuda"):
+        latents = _start(stack, images.to(stack.device), edges, times, settings, seeds)
+        if hasattr(sampler, "set_begin_index"):
+            sampler.set_begin_index(len(sampler.timesteps) - run)
+        for time in times:
+            prediction = _predict(stack, latents, time, edges, settings.guidance)
+            latents = sampler.step(prediction, time, latents, return_dict=False)[0]
+        return stack.codec.decode(latents).float().cpu()
+
+
+def _start(
+    stack: DiffusionStack,
+    images: Tensor,
+    edges: Tensor,
+    times: Tensor,
+    settings: Reconstruction,
+    seeds: Sequence[int],
+) -> Tensor:
+    clean = stack.codec.encode(images).float()
+    if settings.init == "ddim_inversion":
+        return _invert(stack, clean, edges, times.flip(0))
+    noise = torch.stack(
+        [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+    ).to(clean.device)
+    if settings.init == "noise":
+        return noise
+    noisy: Tensor = stack.scheduler.add_noise(clean, noise, times[:1].expand(len(clean)))
+    return noisy
+
+
+def _invert(stack: DiffusionStack, latents: Tensor, edges: Tensor, times: Tensor) -> Tensor:
+    """DDIM run backwards, without guidance (Song et al. 2021, section 4.3).
+
+    Not diffusers' DDIMInverseScheduler: that one asks the network at the time of the step's end for
+    latents at its start, which is harmless for epsilon but wrong for v.
+    """
+    retained = stack.scheduler.alphas_cumprod.to(latents.device)
+    before, signal = times.new_tensor(0), retained.new_tensor(1.0)
+    for time in times:
+        output = _predict(stack, latents, before, edges, guidance=1.0)
+        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+        if stack.scheduler.config.prediction_type == "v_prediction":
+            image, noise = alpha * latents - sigma * output, alpha * output + sigma * latents
+        else:
+            image, noise = (latents - sigma * output) / alpha, output
+        before, signal = time, retained[time]
+        latents = signal.sqrt() * image + (1 - signal).sqrt() * noise
+    return latents
+
+
+def _predict(
+    stack: DiffusionStack, latents: Tensor, time: Tensor, edges: Tensor, guidance: float
+) -> Tensor:
+    count = len(latents)
+    prompt = stack.prompt.expand(count, -1, -1)
+    if guidance == 1:
+        return stack(latents, time.expand(count), prompt, edges).float()  # type: ignore[no-any-return]
+    # As in diffusers' ControlNet pipelines, the prompt is guided and both halves see the edges.
+    tokens = torch.cat((stack.null.expand(count, -1, -1), prompt))
+    twice = torch.cat((latents, latents)), time.expand(2 * count), tokens, torch.cat((edges, edges))
+    without, given = stack(*twice).float().chunk(2)
+    return without + guidance * (given - without)  # type: ignore[no-any-return]
+
+
+def quality(
+    originals: Tensor,
+    reconstructions: Tensor,
+    features_original: Tensor | None = None,
+    features_reconstructed: Tensor | None = None,
+) -> dict[str, float]:
+    """How far reconstructions are from their originals.
+
+    Parameters
+    ----------
+    originals, reconstructions : Tensor
+        (B, 1, S, S), in [0, 1], S at least 11.
+    features_original, features_reconstructed : Tensor, optional
+        (B, F) features of a classifier or an encoder.
+
+    Returns
+    -------
+    dict of str to float
+        Means over the images: ``ssim`` in [-1, 1], ``psnr`` in dB, and with features
+        ``feature_distance``, one minus cosine, in [0, 2].
+    """
+    ssim = SSIMMetric(spatial_dims=2, data_range=1.0)(reconstructions, originals)
+    psnr = PSNRMetric(max_val=1.0)(reconstructions, originals)
+    means = {"ssim": float(ssim.mean()), "psnr": float(psnr.mean())}
+    if features_original is not None and features_reconstructed is not None:
+        cosine = cosine_similarity(features_original, features_reconstructed)
+        means["feature_distance"] = float((1 - cosine).mean())
+    return means

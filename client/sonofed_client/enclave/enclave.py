@@ -1,0 +1,103 @@
+"""The enclave: the only way to a site's images, by named and validated actions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sonofed_client.enclave.handlers import (
+    bundles,
+    classification,
+    embedding,
+    reconstruction,
+    selection,
+)
+from sonofed_client.enclave.site import Site
+from sonofed_client.settings import SiteSettings
+from sonofed_common.contract.actions import Parameters, TrainClassifier, parse
+from sonofed_common.contract.records import Records
+from sonofed_common.runtime import set_threads
+from sonofed_common.security import sha256
+
+Handler = Callable[[Site, Any, Records], Records]
+
+HANDLERS: dict[str, Handler] = {
+    "query.describe": bundles.describe,
+    "query.missing": bundles.missing,
+    "train.install": bundles.install,
+    "train.reconstruct": reconstruction.reconstruct_pool,
+    "train.embed": embedding.train_embedding,
+    "query.cluster": embedding.cluster,
+    "train.score": selection.score,
+    "query.histogram": selection.histogram,
+    "train.select": selection.select,
+    "query.annotations": selection.annotations,
+    "train.classifier": classification.train_classifier,
+    "evaluate.classifier": classification.evaluate_classifier,
+}
+
+JOBS = frozenset({"train.embed", "train.classifier", "evaluate.classifier"})
+"""Actions whose result is kept and given again when the same request returns."""
+
+
+class Enclave(Protocol):
+    """What a relay may ask of an enclave, wherever it runs."""
+
+    def perform(self, action: str, request: Records) -> Records:
+        """Do one named action."""
+        ...
+
+
+class InProcessEnclave:
+    """An enclave inside the calling process, for simulations and tests.
+
+    Parameters
+    ----------
+    settings : SiteSettings
+        The site's images are taken in at once.
+
+    Raises
+    ------
+    DataMissingError, DataUnreadableError, SiteEmptyError, OneClassError
+        The site's data cannot serve.
+    """
+
+    def __init__(self, settings: SiteSettings) -> None:
+        set_threads(settings.threads)
+        self._site = Site(settings)
+
+    def perform(self, action: str, request: Records) -> Records:
+        """Validate and do one action; a repeated job gives its first result.
+
+        Raises
+        ------
+        UnknownActionError, ParameterError
+            The request is not one that a site answers.
+        OrderError
+            A phase before it is missing at this site.
+        """
+        parameters = parse(action, request)
+        set_threads(self._site.settings.threads)
+        handler = HANDLERS[action]
+        if action not in JOBS:
+            return handler(self._site, parameters, request)
+        job = f"job/{self._job_id(action, parameters, request)}"
+        kept = self._site.store.get(job)
+        if kept is None:
+            kept = handler(self._site, parameters, request)
+            self._site.store.put(job, kept)
+            self._site.store.trim("job/")
+        return kept
+
+    def _job_id(self, action: str, parameters: Parameters, request: Records) -> str:
+        site = self._site
+        parts: list[Any] = [
+            action,
+            parameters.model_dump(mode="json", exclude={"study"}),
+            request.digest(),
+            site.snapshot,
+        ]
+        if isinstance(parameters, TrainClassifier):
+            parts.append(selection.labelled(site, parameters.study, parameters.budget))
+        return sha256(json.dumps(parts, sort_keys=True).encode())

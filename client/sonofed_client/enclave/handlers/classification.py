@@ -1,0 +1,74 @@
+"""Fine-tune a classifier on the labelled selection; test it on the site's own test images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sonofed_client.adaptation.evaluation import evaluate
+from sonofed_client.adaptation.finetuning import adapt_batch_norm, finetune_round
+from sonofed_client.enclave.handlers.selection import labelled
+from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
+from sonofed_common.contract.records import Records, grouped
+from sonofed_common.models.classifiers import Classifier
+from sonofed_common.runtime import derive_seed, seed_everything
+
+BATCH_NORM_IMAGES = 256
+
+
+def train_classifier(site: Site, parameters: TrainClassifier, request: Records) -> Records:
+    """One federated round of fine-tuning on the images labelled so far of one budget."""
+    rows, images = site.images("pool", parameters.image_size)
+    labels = labelled(site, parameters.study, parameters.budget)
+    if not labels:
+        return Records(config={"examples": 0})
+    seed = derive_seed(
+        parameters.seed, site.settings.name, parameters.classifier, parameters.budget, parameters.round
+    )
+    seed_everything(seed)
+    model = _start(site, parameters, request, images, parameters.settings.batch_norm)
+    index = [n for n, row in enumerate(rows) if row.id in labels]
+    targets = torch.tensor([labels[rows[n].id] for n in index])
+    report = finetune_round(
+        model, images[index], targets, parameters.settings, parameters.round, seed
+    )
+    return Records(
+        grouped("weights", weights_of(model)),
+        config={"examples": len(index)},
+        metrics={"loss": report["loss"]},
+    )
+
+
+def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Records) -> Records:
+    """Metrics with patient-clustered intervals on the site's own test images."""
+    rows, images = site.images("test", parameters.image_size)
+    _, pool = site.images("pool", parameters.image_size)
+    model = _start(site, parameters, request, pool, parameters.batch_norm)
+    thresholds = site.facts(parameters.bundle)["classifiers"][parameters.classifier]
+    metrics = evaluate(
+        model,
+        images,
+        [int(row.label or 0) for row in rows],
+        [row.group for row in rows],
+        thresholds["threshold_at_specificity_90"],
+        parameters.replicates,
+        derive_seed(parameters.seed, site.settings.name, "bootstrap"),
+    )
+    return Records(config={"examples": len(rows)}, metrics=dict(metrics))
+
+
+def _start(
+    site: Site,
+    parameters: TrainClassifier | EvaluateClassifier,
+    request: Records,
+    pool: Tensor,
+    batch_norm: str,
+) -> Classifier:
+    model = site.classifier(parameters.bundle, parameters.classifier)
+    if weights := request.group("weights"):
+        load_weights(model, weights)
+    if batch_norm == "site":
+        step = max(1, len(pool) // BATCH_NORM_IMAGES)
+        adapt_batch_norm(model, pool[::step][:BATCH_NORM_IMAGES])
+    return model

@@ -1,0 +1,116 @@
+"""Train the embedding for a round; report its moments and per-cluster sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonofed_client.adaptation.clustering import cluster_sums, moments
+from sonofed_client.adaptation.embedding import collapse_statistics, embed, fedema_merge, train_round
+from sonofed_client.adaptation.scoring import distance_to_centroids, representativeness
+from sonofed_client.enclave.handlers.reconstruction import reconstructions
+from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_common.contract.actions import Cluster, Embed, Encode
+from sonofed_common.contract.errors import ParameterError
+from sonofed_common.contract.records import Records, from_bytes, grouped
+from sonofed_common.models.encoder import HypersphereEncoder, Predictor
+from sonofed_common.runtime import derive_seed
+
+
+def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
+    """One federated round of hypersphere contrastive learning on the pool."""
+    rows, images = site.images("pool", parameters.image_size)
+    student, predictor = _networks(site, parameters)
+    if student_weights := request.group("student"):
+        load_weights(student, student_weights)
+        load_weights(predictor, request.group("predictor"))
+    if parameters.settings.merge == "fedema" and parameters.round > 0:
+        scale = _merge(site, parameters, student)
+    else:
+        scale = None
+    partners = None
+    if parameters.pairs == "reconstruction":
+        partners = reconstructions(site, parameters, parameters.reconstruction)
+    seed = derive_seed(parameters.seed, site.settings.name, "embed", parameters.round)
+    report = train_round(
+        student, predictor, images, partners, parameters.settings, parameters.round, seed
+    )
+    arrays = weights_of(student)
+    if parameters.settings.merge == "fedema":
+        kept = site.study_artifact(parameters.study, "student")
+        site.store.put(kept, Records(arrays, config={"scale": scale}))
+    return Records(
+        {**grouped("student", arrays), **grouped("predictor", weights_of(predictor))},
+        config={"examples": len(rows)},
+        metrics=dict(report),
+    )
+
+
+def _merge(site: Site, parameters: Embed, student: HypersphereEncoder) -> float | None:
+    previous = site.store.get(site.study_artifact(parameters.study, "student"))
+    if previous is None:
+        return None
+    local = {name: torch.from_numpy(np.array(a)) for name, a in previous.arrays.items()}
+    merged, scale = fedema_merge(local, student.state_dict(), previous.config["scale"])
+    student.load_state_dict(merged)
+    return scale
+
+
+def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
+    """Moments of the final embedding, or sums and counts under given centroids.
+
+    The first call brings the student and embeds the pool; later calls bring centroids.
+    """
+    kept = site.study_artifact(parameters.study, "embedding")
+    if "centroids" in request.arrays:
+        embedding = torch.from_numpy(np.array(site.need(kept, "embedding").arrays["embedding"]))
+        sums, counts = cluster_sums(embedding, torch.from_numpy(np.array(request.arrays["centroids"])))
+        return Records({"sums": sums.numpy(), "counts": counts.numpy()})
+    rows, images = site.images("pool", parameters.image_size)
+    student, _ = _networks(site, parameters)
+    load_weights(student, request.group("student"))
+    embedding = embed(student, images)
+    distance = _representativeness(site, parameters, student, images, embedding)
+    site.store.put(
+        kept, Records({"embedding": embedding.numpy(), "representativeness": distance.numpy()})
+    )
+    total, second, count = moments(embedding)
+    return Records(
+        {"sum": total.numpy(), "second": second.numpy()},
+        config={"examples": count},
+        metrics=dict(collapse_statistics(embedding)),
+    )
+
+
+def _networks(
+    site: Site, parameters: Encode
+) -> tuple[HypersphereEncoder, Predictor]:
+    # Every site draws the same projector and predictor, so round 0 needs no broadcast.
+    dimension = parameters.settings.dimension
+    backbone = site.classifier(parameters.bundle, parameters.classifier)
+    seed = derive_seed(parameters.seed, "projector")
+    student = HypersphereEncoder(backbone, dimension, seed).to(site.device)
+    return student, Predictor(dimension, seed).to(site.device)
+
+
+def _representativeness(
+    site: Site, parameters: Cluster, student: HypersphereEncoder, images: Tensor, embedding: Tensor
+) -> Tensor:
+    if parameters.pairs == "reconstruction":
+        redrawn = reconstructions(site, parameters, parameters.reconstruction)
+        return representativeness(embedding, embed(student, redrawn))
+    path = f"source/{parameters.classifier}.safetensors"
+    centroids = from_bytes(site.blob(parameters.bundle, path)).arrays.get("centroids")
+    if centroids is None:
+        raise ParameterError("the bundle holds no source centroids; train the source again")
+    features = source_features(site, parameters, images)
+    return distance_to_centroids(features, torch.from_numpy(np.array(centroids)))
+
+
+def source_features(site: Site, parameters: Encode, images: Tensor) -> Tensor:
+    """Unit-length features (N, F) of images under the source-trained classifier."""
+    backbone = site.classifier(parameters.bundle, parameters.classifier).eval()
+    with torch.inference_mode():
+        batches = [backbone.features(b.to(site.device)).cpu() for b in images.split(64)]
+    return torch.nn.functional.normalize(torch.cat(batches), dim=1)

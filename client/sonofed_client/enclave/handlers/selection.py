@@ -1,0 +1,117 @@
+"""Score the pool, answer counts about the scores, mark what is selected, count its labels."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from sonofed_client.adaptation.selector import PoolSelector
+from sonofed_client.adaptation.scoring import uncertainty
+from sonofed_client.enclave.site import Site
+from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
+from sonofed_common.contract.errors import ParameterError
+from sonofed_common.contract.records import Records
+from sonofed_common.contract.selection import RankTable, ranked_columns
+from sonofed_common.contract.study import Selection
+
+
+def score(site: Site, parameters: Score, request: Records) -> Records:
+    """Score every image of the pool by uncertainty and representativeness; nothing of it leaves."""
+    settings = parameters.selection
+    scores: dict[str, Any] = {}
+    if settings.strategy == "dual_score":
+        if "centroids" not in request.arrays:
+            raise ParameterError("the dual score needs the final centroids; cluster first")
+        kept = site.need(site.study_artifact(parameters.study, "embedding"), "embedding").arrays
+        embedding = torch.from_numpy(np.array(kept["embedding"]))
+        centroids = torch.from_numpy(np.array(request.arrays["centroids"]))
+        scores = {
+            "uncertainty": uncertainty(embedding, centroids, settings.uncertainty).numpy(),
+            "representativeness": np.array(kept["representativeness"]),
+        }
+    facts = {"settings": settings.model_dump(mode="json"), "seed": parameters.seed}
+    site.store.remove(site.study_artifact(parameters.study, "ranks"))
+    site.store.put(site.study_artifact(parameters.study, "scores"), Records(scores, facts))
+    return Records(config={"examples": len(site.store.images("pool"))})
+
+
+def histogram(site: Site, parameters: Histogram, request: Records) -> Records:
+    """Counts (m, split) of the pool's keys in the parts of intervals."""
+    if not {"edges", "cuts"} <= request.arrays.keys():
+        raise ParameterError("a histogram needs edges and cuts; send both")
+    counts = _selector(site, parameters).counts(
+        parameters.column,
+        np.array(request.arrays["edges"]),
+        parameters.split,
+        np.array(request.arrays["cuts"]),
+        parameters.tied,
+    )
+    return Records({"counts": counts})
+
+
+def select(site: Site, parameters: Select, request: Records) -> Records:
+    """Keep the pooled ranks, or mark the selection of every budget and reply with its sizes."""
+    if parameters.stage == "rank":
+        site.store.put(site.study_artifact(parameters.study, "ranks"), Records(request.group("ranks")))
+        _selector(site, parameters)
+        return Records()
+    if "cuts" not in request.arrays:
+        raise ParameterError("marking a selection needs the cuts; send them")
+    chosen = _selector(site, parameters).select(np.array(request.arrays["cuts"]))
+    site.store.put(site.study_artifact(parameters.study, "selected"), Records(config={"ids": chosen}))
+    if site.settings.oracle:
+        labels = {row.id: row.label for row in site.store.images("pool")}
+        known = [(i, labels[i]) for i in chosen[-1]]
+        site.store.annotate([(i, label) for i, label in known if label is not None], "oracle")
+    return Records(config={"selected": [len(ids) for ids in chosen]})
+
+
+def annotations(site: Site, parameters: Annotations, request: Records) -> Records:
+    """How many of the selected images have a label."""
+    total = len(selected(site, parameters.study)[-1])
+    done = len(labelled(site, parameters.study, -1))
+    return Records(metrics={"done": done, "total": total})
+
+
+def selected(site: Site, study: str) -> list[list[str]]:
+    """Selected image ids of each budget, most informative first.
+
+    Raises
+    ------
+    OrderError
+        Nothing was selected yet.
+    """
+    chosen = site.need(site.study_artifact(study, "selected"), "selection").config["ids"]
+    return json.loads(json.dumps(chosen))  # type: ignore[no-any-return]
+
+
+def labelled(site: Site, study: str, budget: int) -> dict[str, int]:
+    """Labels given so far to the images of one budget, by image id."""
+    chosen = selected(site, study)
+    if budget >= len(chosen):
+        raise ParameterError(f"the study has {len(chosen)} budgets; there is no number {budget}")
+    labels = site.store.annotations()
+    return {i: labels[i] for i in chosen[budget] if i in labels}
+
+
+def _selector(site: Site, parameters: Parameters) -> PoolSelector:
+    kept = site.need(site.study_artifact(parameters.study, "scores"), "scores")
+    settings = Selection.model_validate(kept.config["settings"])
+    selector = PoolSelector(
+        [row.id for row in site.store.images("pool")],
+        settings,
+        int(kept.config["seed"]),
+        **{name: np.array(scores) for name, scores in kept.arrays.items()},
+    )
+    ranks = site.store.get(site.study_artifact(parameters.study, "ranks"))
+    if ranks is not None:
+        selector.set_ranks(
+            {
+                column: RankTable(*(np.array(ranks.group(column)[a]) for a in ("starts", "cumulative")))
+                for column in ranked_columns(settings)
+            }
+        )
+    return selector

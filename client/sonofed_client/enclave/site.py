@@ -1,0 +1,155 @@
+"""The site as its handlers see it: settings, store, images and warm models."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from sonofed_client.enclave.intake import pixels, take_in
+from sonofed_client.enclave.store import CataloguedImage, Store
+from sonofed_client.settings import SiteSettings
+from sonofed_common.contract.bundle import Manifest, verify_manifest
+from sonofed_common.contract.errors import OrderError, ParameterError
+from sonofed_common.contract.records import Array, Records
+from sonofed_common.models.classifiers import Classifier, build_classifier
+from sonofed_common.models.diffusion import DiffusionStack
+from sonofed_common.runtime import device
+
+T = TypeVar("T")
+WARM_MODELS = 4
+
+
+class Site:
+    """A hospital's images and models, inside the enclave.
+
+    Parameters
+    ----------
+    settings : SiteSettings
+        The images are taken in on first use.
+    """
+
+    def __init__(self, settings: SiteSettings) -> None:
+        self.settings = settings
+        self.store = Store(settings.store)
+        self.snapshot = take_in(settings, self.store)
+        self.device = device()
+        self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    def images(self, part: str, image_size: int) -> tuple[list[CataloguedImage], Tensor]:
+        """Return one part (``pool`` or ``test``) as rows and float images (N, 1, S, S) in [0, 1]."""
+        rows = self.store.images(part)
+        whole = self._keep_warm(("pixels", str(image_size)), lambda: pixels(self.store, image_size))
+        chosen = whole[torch.tensor([row.position for row in rows], dtype=torch.long)]
+        return rows, chosen.to(torch.float32) / 255
+
+    def manifest(self, bundle: str) -> Manifest:
+        """Return the manifest of an installed bundle.
+
+        Raises
+        ------
+        OrderError
+            The bundle is not installed here.
+        """
+        kept = self.store.get(f"bundle/{bundle}")
+        if kept is None:
+            raise OrderError("the study's bundle is not installed at this site; ship it first")
+        return verify_manifest(
+            kept.arrays["manifest"].tobytes(),
+            kept.arrays["signature"].tobytes(),
+            self.settings.coordinator_key,
+        )
+
+    def blob(self, bundle: str, path: str) -> bytes:
+        """Return one file of an installed bundle."""
+        manifest = self.manifest(bundle)
+        if path not in manifest.files:
+            raise ParameterError(f"the bundle holds no '{path}'; train the source with it")
+        data = self.store.get_bytes(f"blob/{manifest.files[path].sha256}")
+        if data is None:
+            raise OrderError("the study's bundle is not whole at this site; ship it again")
+        return data
+
+    def classifier(self, bundle: str, name: str) -> Classifier:
+        """Return a fresh copy of a source-trained classifier, on the site's device."""
+        model = build_classifier(name, pretrained=False)
+        weights = self._keep_warm(
+            ("classifier", bundle, name),
+            lambda: load_safetensors(self.blob(bundle, f"classifiers/{name}.safetensors")),
+        )
+        model.load_state_dict(weights)
+        return model.to(self.device)
+
+    def diffusion(self, bundle: str) -> DiffusionStack:
+        """Return the bundle's diffusion stack, frozen."""
+        return self._keep_warm(("diffusion", bundle), lambda: self._load_diffusion(bundle))
+
+    def _load_diffusion(self, bundle: str) -> DiffusionStack:
+        prefix = "diffusion/"
+        with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
+            for path in self.manifest(bundle).files:
+                if path.startswith(prefix):
+                    target = Path(folder) / path.removeprefix(prefix)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(self.blob(bundle, path))
+            stack = DiffusionStack.load(Path(folder))
+        return cast(DiffusionStack, stack.to(self.device).eval().requires_grad_(False))
+
+    def facts(self, bundle: str) -> dict[str, Any]:
+        """Return the facts of a bundle's manifest."""
+        return json.loads(json.dumps(self.manifest(bundle).facts))  # type: ignore[no-any-return]
+
+    def study_artifact(self, study: str, name: str) -> str:
+        """Name of an artifact that belongs to one study."""
+        return f"study/{study}/{name}"
+
+    def need(self, name: str, what: str) -> Records:
+        """Return an artifact.
+
+        Raises
+        ------
+        OrderError
+            It is not there; ``what`` names it for the sentence.
+        """
+        kept = self.store.get(name)
+        if kept is None:
+            raise OrderError(f"this site has no {what} yet; run that phase first")
+        return kept
+
+    def _keep_warm(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+        if key not in self._warm:
+            self._warm[key] = make()
+            while len(self._warm) > WARM_MODELS:
+                self._warm.popitem(last=False)
+        self._warm.move_to_end(key)
+        return cast(T, self._warm[key])
+
+
+def load_weights(model: nn.Module, arrays: Mapping[str, Array]) -> None:
+    """Load named arrays into a model.
+
+    Raises
+    ------
+    ParameterError
+        Names or shapes do not fit, or a value is not finite.
+    """
+    state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    if any(not bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point()):
+        raise ParameterError("the received weights are not finite; the round was not started")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ParameterError("the received weights do not fit the model; check the study's classifier") from None
+
+
+def weights_of(model: nn.Module) -> dict[str, Array]:
+    """Return a model's parameters and buffers as arrays."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,68 @@
+"""FedAvg as a running sum (McMahan et al., AISTATS 2017): no reply is held after it was folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sonofed_common.contract.errors import DivergenceError, ParameterError
+from sonofed_common.contract.records import Array
+
+
+class FedAvg:
+    """Weighted mean of named arrays, folded in one reply at a time.
+
+    Notes
+    -----
+    Sums are float64 and depend on the order of `add`: fold replies in the cohort's fixed order.
+    Memory is one sum plus the reply in hand, whatever the number of sites.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+        self._weight = 0.0
+
+    def add(self, arrays: Mapping[str, Array], weight: float) -> None:
+        """Fold in one site's arrays.
+
+        Parameters
+        ----------
+        arrays : mapping of str to ndarray
+            Same names and shapes from every site; finite.
+        weight : float
+            Positive; usually the number of examples.
+
+        Raises
+        ------
+        ParameterError
+            Names or shapes differ from the first reply's, or the weight is not positive.
+        DivergenceError
+            A value is not finite.
+        """
+        if weight <= 0:
+            raise ParameterError("an update needs a positive weight; leave sites without examples out")
+        if self._sums and {k: v.shape for k, v in arrays.items()} != {
+            k: v.shape for k, v in self._sums.items()
+        }:
+            raise ParameterError("updates of different models cannot be averaged; check the versions")
+        for name, array in arrays.items():
+            values = np.asarray(array, dtype=np.float64)
+            if not np.isfinite(values).all():
+                raise DivergenceError("an update is not finite; lower the learning rate")
+            if name in self._sums:
+                self._sums[name] += values * weight
+            else:
+                self._sums[name] = values * weight
+                self._dtypes[name] = array.dtype
+        self._weight += weight
+
+    def mean(self) -> dict[str, Array]:
+        """Return the weighted mean, each array in the dtype it came in; empty without replies."""
+        return {name: self._cast(name, total / self._weight) for name, total in self._sums.items()}
+
+    def _cast(self, name: str, mean: NDArray[np.float64]) -> Array:
+        dtype = self._dtypes[name]
+        return (np.rint(mean) if np.issubdtype(dtype, np.integer) else mean).astype(dtype)

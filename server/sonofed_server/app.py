@@ -1,0 +1,20 @@
+"""The coordinator's Flower ServerApp: hands the grid to the study engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from sonofed_server.study.engine import run_study
+from sonofed_server.study.workspace import Workspace
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study in the workspace that the run configuration names."""
+    workspace = Workspace(Path(str(context.run_config["workspace"])))
+    run_study(workspace, grid, str(context.run_config["engine"]))

@@ -1,0 +1,70 @@
+"""Classifier: fine-tune and test each classifier at each labelling budget."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
+from sonofed_common.contract.records import Array
+from sonofed_server.aggregation.fedavg import FedAvg
+from sonofed_server.aggregation.weights import weight_of
+from sonofed_server.study.run import StudyRun
+
+
+def classifier(run: StudyRun) -> None:
+    """Test the source's weights, then average fine-tuned weights round by round, then test again."""
+    for name in run.study.classifiers:
+        _evaluate(run, name, "source", {}, "global")
+        _evaluate(run, name, "bn_adapted", {}, "site")
+        for budget in range(len(run.study.selection.budgets)):
+            _finetune(run, name, budget)
+
+
+def _finetune(run: StudyRun, name: str, budget: int) -> None:
+    study, state = run.study, run.state
+    settings = study.finetuning
+    stage, group = f"{name}, budget {budget}", f"classifier/{name}/{budget}"
+    if _tested(run, name, stage):
+        return
+    done = state.position.get(group, 0)
+    for number in range(done, settings.rounds):
+        parameters = TrainClassifier(
+            **run.pooled, classifier=name, round=number, budget=budget, settings=settings
+        )
+        message = request(parameters, weights=state.group(group))
+        mean = FedAvg()
+        for _, reply in run.exchange.ask("train.classifier", message):
+            if weight := weight_of(reply, study.aggregation):
+                mean.add(reply.group("weights"), weight)
+        if updated := mean.mean():
+            state.set_group(group, updated)
+        state.position[group] = number + 1
+        run.save()
+        run.events.progress(f"classifier {name} at {_percent(run, budget)}", number + 1, settings.rounds)
+    _evaluate(run, name, stage, state.group(group), settings.batch_norm)
+
+
+def _evaluate(
+    run: StudyRun,
+    name: str,
+    stage: str,
+    weights: dict[str, Array],
+    batch_norm: Literal["site", "global"],
+) -> None:
+    if _tested(run, name, stage):
+        return
+    parameters = EvaluateClassifier(**run.pooled, classifier=name, batch_norm=batch_norm)
+    for site, reply in run.exchange.ask("evaluate.classifier", request(parameters, weights=weights)):
+        facts: dict[str, Any] = run.site_facts(site).setdefault("classifiers", {})
+        facts.setdefault(name, {})[stage] = reply.metrics
+        run.site_facts(site)["test_images"] = int(reply.config["examples"])
+    run.state.facts.setdefault("tested", []).append([name, stage])
+    run.save()
+
+
+def _tested(run: StudyRun, name: str, stage: str) -> bool:
+    return [name, stage] in run.state.facts.get("tested", [])
+
+
+def _percent(run: StudyRun, budget: int) -> str:
+    return f"{run.study.selection.budgets[budget]:.0%} of the labels"

@@ -1,0 +1,51 @@
+"""Select: the images most worth a label over all sites, without one score leaving a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sonofed_common.contract.actions import Histogram, Score, Select, request
+from sonofed_common.contract.selection import Counts, RankTable
+from sonofed_server.phases.refinement import CountRequest, select_federated
+from sonofed_server.study.run import StudyRun
+
+
+def select(run: StudyRun) -> None:
+    """Score on site, refine summed histograms, and let each site mark its own share."""
+    exchange, state, settings = run.exchange, run.state, run.study.selection
+    arrays = {"centroids": state.arrays["centroids"]} if settings.strategy == "dual_score" else {}
+    queries = 0
+    scoring = request(Score(**run.encode, selection=settings), **arrays)
+    for site, reply in exchange.ask("train.score", scoring):
+        run.site_facts(site)["images"] = int(reply.config["examples"])
+
+    def count(question: CountRequest) -> Counts:
+        nonlocal queries
+        parameters = Histogram(
+            **run.common, column=question.column, split=question.split, tied=question.tied
+        )
+        message = request(parameters, edges=question.edges, cuts=question.cuts)
+        total = np.zeros((len(question.edges), question.split), dtype=np.int64)
+        for _, reply in exchange.ask("query.histogram", message):
+            total += reply.arrays["counts"]
+        queries += 1
+        run.events.emit("query", task="select", number=queries, column=question.column)
+        return total
+
+    def send_ranks(tables: Mapping[str, RankTable]) -> None:
+        ranks = {
+            f"{column}/{name}": getattr(table, name)
+            for column, table in tables.items()
+            for name in ("starts", "cumulative")
+        }
+        for _ in exchange.ask("train.select", request(Select(**run.common, stage="rank"), ranks=ranks)):
+            pass
+
+    cuts = select_federated(settings, count, send_ranks)
+    sites = exchange.sites()
+    marking = request(Select(**run.common, stage="mark"), cuts=cuts)
+    for done, (site, reply) in enumerate(exchange.ask("train.select", marking), start=1):
+        run.site_facts(site)["selected"] = [int(n) for n in reply.config["selected"]]
+        run.events.progress("select", done, len(sites), site=site, queries=queries)

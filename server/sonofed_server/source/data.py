@@ -1,0 +1,146 @@
+"""The labelled source images, split by patient."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sonofed_common.contract.bundle import DataProvenance
+from sonofed_common.contract.errors import DataMissingError, OneClassError
+from sonofed_common.data.images import load_images
+from sonofed_common.data.readers import read
+from sonofed_common.data.sample import Sample
+from sonofed_common.data.splits import check_no_leak, split_by_group
+from sonofed_common.runtime import SILENT, Events, derive_seed
+from sonofed_common.security import sha256_file
+from sonofed_server.source.settings import SourceData, SourceSettings
+
+CLASSES = ("benign", "malignant")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of the split.
+
+    Attributes
+    ----------
+    samples : tuple of Sample
+        In the order of the images.
+    images : Tensor
+        (N, 1, S, S) float32 in [0, 1].
+    labels : Tensor
+        (N,) int64, 0 benign, 1 malignant.
+    """
+
+    samples: tuple[Sample, ...]
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class SourceSet:
+    """Labelled images to train on, and held-out ones of other patients.
+
+    Attributes
+    ----------
+    pool, test : Part
+        No patient or group of duplicates is in both.
+    provenance : DataProvenance
+        Counts and digest of both parts together.
+    """
+
+    pool: Part
+    test: Part
+    provenance: DataProvenance
+
+
+def load_source(settings: SourceSettings, root: Path, events: Events = SILENT) -> SourceSet:
+    """Read, filter, split and load the source images.
+
+    Parameters
+    ----------
+    settings : SourceSettings
+        Names the reader and the path under ``root``.
+    root : Path
+        Data folder.
+    events : Events
+        Gets the counts.
+
+    Raises
+    ------
+    DataMissingError
+        The set is not there, or none of its images is benign or malignant.
+    OneClassError
+        The training or the held-out part holds one class only.
+    """
+    events.progress("read source data", 0, 1)
+    reading = read(settings.data.kind, root / settings.data.path)
+    samples = _labelled(reading.samples, settings.data)
+    split = split_by_group(
+        samples, settings.data.test_fraction, derive_seed(settings.seed, "split")
+    )
+    check_no_leak(split)
+    pool, pool_skipped = _load(split.pool, settings.image_size)
+    test, test_skipped = _load(split.test, settings.image_size)
+    for part, name in ((pool, "training"), (test, "held-out")):
+        _check_classes(part, name)
+    events.emit(
+        "source data",
+        training=len(pool.samples),
+        held_out=len(test.samples),
+        skipped=len(reading.skipped) + pool_skipped + test_skipped,
+    )
+    events.progress("read source data", 1, 1)
+    return SourceSet(pool, test, _provenance(settings.data, pool.samples + test.samples))
+
+
+def _labelled(samples: Sequence[Sample], data: SourceData) -> list[Sample]:
+    wanted = [
+        sample
+        for sample in samples
+        if not data.devices or sample.device.startswith(tuple(data.devices))
+    ]
+    if not wanted:
+        known = ", ".join(sorted({sample.device for sample in samples if sample.device}))
+        raise DataMissingError(
+            f"the source data holds no image of the devices {', '.join(data.devices)}; "
+            f"its devices are: {known or 'not named'}"
+        )
+    labelled = [sample for sample in wanted if sample.label in range(len(CLASSES))]
+    if not labelled:
+        raise DataMissingError(
+            "the source data holds no image labelled benign or malignant; label some first"
+        )
+    return labelled
+
+
+def _load(samples: Sequence[Sample], image_size: int) -> tuple[Part, int]:
+    images, kept, skipped = load_images(list(samples), image_size)
+    labels = torch.tensor([sample.label for sample in kept], dtype=torch.long)
+    return Part(tuple(kept), images, labels), len(skipped)
+
+
+def _check_classes(part: Part, name: str) -> None:
+    counts = torch.bincount(part.labels, minlength=len(CLASSES)).tolist()
+    if absent := [label for label, count in zip(CLASSES, counts, strict=True) if not count]:
+        raise OneClassError(
+            f"the {name} part of the source data has {len(part.samples)} images and no "
+            f"{' or '.join(absent)} one; add labelled images of both classes and of more patients"
+        )
+
+
+def _provenance(data: SourceData, samples: Sequence[Sample]) -> DataProvenance:
+    digest = hashlib.sha256()
+    for sample in sorted(samples, key=lambda s: s.name):
+        digest.update(f"{sha256_file(sample.image)} {sample.label} {sample.group}\n".encode())
+    return DataProvenance(
+        name=data.kind,
+        digest=digest.hexdigest(),
+        images=len(samples),
+        groups=len({sample.group for sample in samples}),
+    )

@@ -1,0 +1,106 @@
+"""Settings of source training: one TOML file that says which labelled data trains which models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from sonofed_common.contract.configuration import Model, read_toml, validate
+
+
+class SourceData(Model):
+    """The labelled data set."""
+
+    kind: str = Field(description="reader: busi, busbra, breast, usgra_seg or table")
+    path: Path = Field(default=Path(), description="relative to the data folder")
+    devices: tuple[str, ...] = Field(default=(), description="scanner name prefixes; empty for all")
+    test_fraction: float = Field(default=0.15, gt=0, lt=1)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        from sonofed_common.data.readers import READERS
+
+        return _one_of(kind, tuple(READERS))
+
+
+class ClassifierTraining(Model):
+    """Supervised training of each classifier."""
+
+    epochs: int = Field(default=12, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    batch_size: int = Field(default=16, ge=2)
+
+
+class DiffusionTraining(Model):
+    """Training of the diffusion stack, or none."""
+
+    kind: Literal["tiny", "sd15", "none"] = "tiny"
+    epochs: int = Field(default=40, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    sd15: Path | None = Field(default=None, description="Stable Diffusion 1.5 in diffusers' form")
+    biomedclip: Path | None = Field(default=None, description="folder of BiomedCLIP's text tower")
+    prompt: str = "Ultrasound of breast"
+
+    @model_validator(mode="after")
+    def _folders(self) -> Self:
+        if self.kind == "sd15" and (self.sd15 is None or self.biomedclip is None):
+            raise ValueError("kind 'sd15' needs the folders 'sd15' and 'biomedclip'")
+        return self
+
+
+class SourceSettings(Model):
+    """Everything that source training depends on, but the data and the signing key."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    seed: int = Field(default=0, ge=0)
+    image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
+    classes: Literal[2] = Field(default=2, description="benign and malignant; normals are dropped")
+    classifiers: tuple[str, ...] = Field(default=("efficientnet_lite0",), min_length=1)
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; float sums depend on it"
+    )
+    data: SourceData
+    training: ClassifierTraining = ClassifierTraining()
+    diffusion: DiffusionTraining = DiffusionTraining()
+
+    @field_validator("classifiers")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from sonofed_common.models.classifiers import CLASSIFIERS
+
+        if len(set(names)) != len(names):
+            raise ValueError("name each classifier once")
+        return tuple(_one_of(name, CLASSIFIERS) for name in names)
+
+    def digest(self) -> str:
+        """SHA-256 of the validated settings."""
+        values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()
+
+
+def _one_of(value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"'{value}' is not known; choose from {', '.join(known)}")
+    return value
+
+
+def read_source(path: Path) -> SourceSettings:
+    """Read and validate a source file.
+
+    Parameters
+    ----------
+    path : Path
+        TOML file.
+
+    Raises
+    ------
+    ConfigurationError
+        Unreadable file, unknown key (the nearest known key is named), or a value out of range.
+    """
+    return validate(SourceSettings, read_toml(path), path.name)

@@ -1,0 +1,186 @@
+"""Source training from labelled data to a signed bundle."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import save
+
+from sonofed_common.contract.bundle import Bundle, BundleWriter, Provenance
+from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.data.images import load_images
+from sonofed_common.models.diffusion import build_tiny, load_sd15
+from sonofed_common.models.stack import DiffusionStack
+from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
+from sonofed_common.security import public_hex
+from sonofed_server.source.classifiers import classifier_facts, features, train_classifier
+from sonofed_server.source.data import Part, SourceSet, load_source
+from sonofed_server.source.diffusion import train_diffusion
+from sonofed_server.source.settings import SourceSettings
+from sonofed_server.source.statistics import feature_statistics
+
+CHECKPOINTS = "checkpoints"
+LIBRARIES = ("sonofed", "torch", "monai", "diffusers", "transformers")
+
+
+def train_source(
+    settings: SourceSettings,
+    data_root: Path,
+    out: Path,
+    signing_key: Ed25519PrivateKey,
+    events: Events = SILENT,
+) -> Path:
+    """Train the classifiers and the diffusion stack, and write the signed bundle.
+
+    Parameters
+    ----------
+    settings : SourceSettings
+        What to train.
+    data_root : Path
+        Folder that the settings' data path starts from.
+    out : Path
+        Folder of the bundle. Checkpoints stand in it until the bundle is signed: the same call
+        after an interruption goes on from them and ends with the same weights, on CPU bit for
+        bit. A bundle of the same data, settings, versions and key that is already there is kept.
+    signing_key : Ed25519PrivateKey
+        The coordinator's.
+    events : Events
+        Gets progress, and each classifier's metrics.
+
+    Returns
+    -------
+    Path
+        The bundle: ``classifiers/<name>.safetensors``, ``source/<name>.safetensors`` (records with
+        `feature_statistics`) and ``diffusion/...`` in diffusers' folder format.
+
+    Raises
+    ------
+    DataMissingError, OneClassError
+        See `load_source`.
+    DivergenceError
+        A loss or a weight is not finite.
+    """
+    set_threads(settings.threads)
+    source = load_source(settings, data_root, events)
+    provenance = Provenance(
+        data=source.provenance,
+        seeds={"source": settings.seed},
+        versions={
+            "python": platform.python_version(),
+            **{library: _version(library) for library in LIBRARIES},
+        },
+        settings=settings.digest(),
+    )
+    if _is_done(out, provenance, signing_key):
+        events.emit("source bundle", state="already there")
+        return out
+    # Named by data and settings: a changed run never goes on from weights of another one.
+    run = f"{settings.digest()[:16]}-{source.provenance.digest[:16]}"
+    checkpoints = out / CHECKPOINTS / run
+    writer = BundleWriter(out, name=settings.name, kind="source", provenance=provenance)
+    writer.facts = {"image_size": settings.image_size, "classes": settings.classes}
+    writer.facts["classifiers"] = {
+        name: _add_classifier(writer, name, settings, source, checkpoints, events)
+        for name in settings.classifiers
+    }
+    writer.facts["diffusion"] = _add_diffusion(
+        writer, settings, data_root, source.pool, checkpoints, events
+    )
+    bundle = writer.sign(signing_key)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    size = sum(bundle.manifest.blobs.values())
+    events.emit("source bundle", state="signed", id=bundle.id, bytes=size)
+    return out
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        # Run from a source tree that was not installed.
+        return "unknown"
+
+
+def _is_done(out: Path, provenance: Provenance, key: Ed25519PrivateKey) -> bool:
+    try:
+        return Bundle.open(out, public_hex(key)).manifest.provenance == provenance
+    except BundleError:
+        return False
+
+
+def _add_classifier(
+    writer: BundleWriter,
+    name: str,
+    settings: SourceSettings,
+    source: SourceSet,
+    checkpoints: Path,
+    events: Events,
+) -> dict[str, Any]:
+    seed = derive_seed(settings.seed, "classifier", name)
+    checkpoint = checkpoints / f"{name}.safetensors"
+    model = train_classifier(name, source.pool, settings.training, seed, checkpoint, events)
+    facts = classifier_facts(model, source.test)
+    events.emit("source classifier", classifier=name, **facts["metrics"])
+    statistics = feature_statistics(features(model, source.pool.images), seed)
+    writer.add(f"classifiers/{name}.safetensors", save(_plain(model)))
+    arrays = {key: tensor.numpy() for key, tensor in statistics.items()}
+    writer.add(f"source/{name}.safetensors", to_bytes(Records(arrays)))
+    return facts
+
+
+def _plain(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _add_diffusion(
+    writer: BundleWriter,
+    settings: SourceSettings,
+    data_root: Path,
+    pool: Part,
+    checkpoints: Path,
+    events: Events,
+) -> dict[str, Any] | None:
+    if settings.diffusion.kind == "none":
+        return None
+    stack = _build(settings, data_root).to(device())
+    images = pool.images
+    if stack.image_size != settings.image_size:
+        images, _, _ = load_images(list(pool.samples), stack.image_size)
+    train_diffusion(
+        stack,
+        images,
+        epochs=settings.diffusion.epochs,
+        learning_rate=settings.diffusion.learning_rate,
+        batch_size=settings.diffusion.batch_size,
+        seed=derive_seed(settings.seed, "diffusion"),
+        checkpoint=checkpoints / "diffusion.safetensors",
+        events=events,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        stack.save(Path(folder))
+        writer.add_tree("diffusion", Path(folder))
+    return {
+        "kind": settings.diffusion.kind,
+        "image_size": stack.image_size,
+        "prompt": settings.diffusion.prompt,
+        "canny": dict(stack.edge_settings),
+    }
+
+
+def _build(settings: SourceSettings, data_root: Path) -> DiffusionStack:
+    diffusion = settings.diffusion
+    if diffusion.sd15 is not None and diffusion.biomedclip is not None and diffusion.kind == "sd15":
+        folders = data_root / diffusion.sd15, data_root / diffusion.biomedclip
+        return load_sd15(*folders, prompt=diffusion.prompt)
+    return build_tiny(settings.image_size, derive_seed(settings.seed, "stack"))

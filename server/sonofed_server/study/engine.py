@@ -1,0 +1,118 @@
+"""The study engine: runs the phases in order, saves after every round, and always ends readably."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from flwr.serverapp import Grid
+
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.errors import SonoFedError
+from sonofed_common.contract.results import Results, write_results
+from sonofed_common.contract.study import Phase, read_study
+from sonofed_common.runtime import Events, write_atomically
+from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_server.phases.annotate import annotate
+from sonofed_server.phases.classifier import classifier
+from sonofed_server.phases.cluster import cluster
+from sonofed_server.phases.embed import embed
+from sonofed_server.phases.enrol import enrol
+from sonofed_server.phases.publish import publish
+from sonofed_server.phases.reconstruct import reconstruct
+from sonofed_server.phases.select import select
+from sonofed_server.phases.ship import ship
+from sonofed_server.study.exchange import Exchange
+from sonofed_server.study.report import study_results
+from sonofed_server.study.run import StudyRun
+from sonofed_server.study.workspace import StudyState, Workspace
+
+PHASES: dict[Phase, Callable[[StudyRun], None]] = {
+    "enrol": enrol,
+    "ship": ship,
+    "reconstruct": reconstruct,
+    "embed": embed,
+    "cluster": cluster,
+    "select": select,
+    "annotate": annotate,
+    "classifier": classifier,
+    "publish": publish,
+}
+
+
+def run_study(workspace: Workspace, grid: Grid, engine: str = "deployment", events: Events | None = None) -> Results:
+    """Run a study to its end, from its last checkpoint if it has one.
+
+    Parameters
+    ----------
+    workspace : Workspace
+        Holds the study file, the bundle and the coordinator's key.
+    grid : Grid
+        Flower's way to the nodes.
+    engine : str
+        What runs the nodes, for the results.
+    events : Events, optional
+        Default: the workspace's event file.
+
+    Raises
+    ------
+    SonoFedError
+        The study failed; the reason also stands in the workspace's ``failure.json``.
+    """
+    events = events or Events(workspace.events)
+    workspace.failure.unlink(missing_ok=True)
+    try:
+        results = _run(workspace, grid, engine, events)
+    except SonoFedError as error:
+        reason = {"error": error.code, "message": error.message}
+        write_atomically(workspace.failure, json.dumps(reason).encode())
+        events.emit("study-failed", **reason)
+        raise
+    events.emit("study-completed", seconds=round(results.seconds, 1))
+    return results
+
+
+def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Results:
+    study = read_study(workspace.study)
+    key = load_or_create_signing_key(workspace.key)
+    bundle = Bundle.open(workspace.bundle, public_hex(key))
+    state = StudyState.load(workspace.checkpoint, study.digest())
+    state.facts.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
+    state.facts.setdefault("phases", [])
+    state.facts["engine"] = engine
+    exchange = Exchange(grid, study.cohort, events)
+    run = StudyRun(study, workspace, bundle, exchange, state, events)
+    for phase in study.phases:
+        # Nodes are known to this process alone, so enrolment is repeated by a resumed study.
+        if phase in state.done and phase != "enrol":
+            continue
+        _run_phase(run, phase)
+    results = study_results(run)
+    write_results(results, workspace.results)
+    return results
+
+
+def _run_phase(run: StudyRun, phase: Phase) -> None:
+    run.exchange.new_phase()
+    before = (run.exchange.traffic.to_sites, run.exchange.traffic.from_sites)
+    run.events.emit("phase-started", phase=phase)
+    started = time.monotonic()
+    PHASES[phase](run)
+    cost = {
+        "name": phase,
+        "seconds": round(time.monotonic() - started, 3),
+        "bytes_to_sites": run.exchange.traffic.to_sites - before[0],
+        "bytes_from_sites": run.exchange.traffic.from_sites - before[1],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    for site, reason in run.exchange.missing.items():
+        run.site_facts(site)["missing"] = f"{phase}: {reason}"
+    phases = [p for p in run.state.facts["phases"] if p["name"] != phase]
+    run.state.facts["phases"] = [*phases, cost]
+    run.state.done = [p for p in run.state.done if p != phase] + [phase]
+    run.state.position = {}
+    run.save()
+    run.events.emit("phase-finished", phase=phase, seconds=cost["seconds"])

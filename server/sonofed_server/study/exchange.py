@@ -1,0 +1,131 @@
+"""Exchanges with the sites: push, then pull in the cohort's order, with a quorum and a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.study import Cohort
+from sonofed_common.runtime import Events
+
+POLL_SECONDS = 0.05
+Request = Records | Callable[[str], Records]
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed, as encoded records."""
+
+    to_sites: int = 0
+    from_sites: int = 0
+
+
+@dataclass
+class Exchange:
+    """The server's only way to the sites.
+
+    Attributes
+    ----------
+    grid : Grid
+        Flower's.
+    cohort : Cohort
+        Who takes part, the quorum and the deadline.
+    nodes : dict of str to int
+        Flower's node id of each enrolled site.
+    traffic : Traffic
+        Running totals.
+    missing : dict of str to str
+        Sites that failed in the phase at hand, and why; they are asked again in the next phase.
+    """
+
+    grid: Grid
+    cohort: Cohort
+    events: Events
+    nodes: dict[str, int] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def sites(self) -> list[str]:
+        """Sites that take part in the phase at hand, in the cohort's order."""
+        return [s for s in self.cohort.sites if s in self.nodes and s not in self.missing]
+
+    def new_phase(self) -> None:
+        """Ask every enrolled site again."""
+        self.missing = {}
+
+    def ask(self, action: str, request: Request, sites: list[str] | None = None) -> Iterator[tuple[str, Records]]:
+        """Ask sites for an action and yield (site, reply) in the cohort's order.
+
+        Parameters
+        ----------
+        action : str
+            Named action, for example ``"train.embed"``.
+        request : Records or callable
+            The same for all sites, or made for each.
+        sites : list of str, optional
+            Default: all that take part.
+
+        Raises
+        ------
+        QuorumError
+            Fewer sites than the quorum answered before the deadline. A site's own error is raised
+            in its place when that is what broke the quorum.
+        """
+        asked = self.sites() if sites is None else sites
+        pushed = {site: self._push(action, request, site) for site in asked}
+        until = time.monotonic() + self.cohort.deadline_seconds
+        failures: dict[str, SonoFedError] = {}
+        for site, message in pushed.items():
+            reply = self._pull(site, message, until)
+            if isinstance(reply, SonoFedError):
+                failures[site] = reply
+                self.missing[site] = str(reply)
+                self.events.emit("site-failed", site=site, action=action, reason=str(reply))
+                if len(self.sites()) < self.cohort.smallest:
+                    raise _broken(action, failures, len(self.sites()), self.cohort)
+                continue
+            yield site, reply
+
+    def ask_node(self, action: str, request: Records, node: int, until: float) -> Records | SonoFedError:
+        """Ask one node by Flower's id: only enrolment does, before sites have names."""
+        return self._pull(f"node {node}", self._send(action, request, node), until)
+
+    def _push(self, action: str, request: Request, site: str) -> str:
+        records = request if isinstance(request, Records) else request(site)
+        return self._send(action, records, self.nodes[site])
+
+    def _send(self, action: str, records: Records, node: int) -> str:
+        self.traffic.to_sites += len(to_bytes(records))
+        message = Message(to_recorddict(records), node, action, ttl=self.cohort.deadline_seconds)
+        (message_id,) = self.grid.push_messages([message])
+        return message_id
+
+    def _pull(self, site: str, message_id: str, until: float) -> Records | SonoFedError:
+        while True:
+            for message in self.grid.pull_messages([message_id]):
+                if not message.has_content():
+                    return QuorumError(f"site {site} could not do the work; see its own log")
+                reply = from_recorddict(message.content)
+                self.traffic.from_sites += len(to_bytes(reply))
+                if "error" in reply.config:
+                    return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
+                return reply
+            if time.monotonic() > until:
+                return QuorumError(f"site {site} did not answer within the deadline")
+            time.sleep(POLL_SECONDS)
+
+
+def _broken(action: str, failures: dict[str, SonoFedError], left: int, cohort: Cohort) -> SonoFedError:
+    site, error = next(iter(failures.items()))
+    sentence = (
+        f"'{action}' ended with {left} of {len(cohort.sites)} sites, below the quorum of "
+        f"{cohort.smallest}; {site}: {error.message}"
+    )
+    return error_from_code(error.code, sentence)

@@ -1,0 +1,115 @@
+"""The workspace of a study: its file, bundle, checkpoint, events and results in one folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sonofed_common.contract.records import Array, Records, from_bytes, to_bytes
+from sonofed_common.runtime import write_atomically
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of a study.
+
+    Attributes
+    ----------
+    root : Path
+        Holds ``study.toml``, ``bundle/``, ``coordinator.pem``, and what the study writes.
+    """
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        """The study file."""
+        return self.root / "study.toml"
+
+    @property
+    def bundle(self) -> Path:
+        """The signed bundle of source-trained weights."""
+        return self.root / "bundle"
+
+    @property
+    def final_bundle(self) -> Path:
+        """The signed bundle of adapted weights."""
+        return self.root / "final"
+
+    @property
+    def key(self) -> Path:
+        """The coordinator's signing key."""
+        return self.root / "coordinator.pem"
+
+    @property
+    def events(self) -> Path:
+        """Progress events, JSON lines."""
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State after the last finished round."""
+        return self.root / "checkpoint.safetensors"
+
+    @property
+    def results(self) -> Path:
+        """The results, JSON."""
+        return self.root / "results.json"
+
+    @property
+    def failure(self) -> Path:
+        """The error that ended the study, JSON; absent unless it failed."""
+        return self.root / "failure.json"
+
+
+@dataclass
+class StudyState:
+    """What a study knows so far; saved after every round.
+
+    Attributes
+    ----------
+    done : list of str
+        Finished phases.
+    position : dict of str to int
+        Where the phase in progress stands, for example ``{"round": 2}``.
+    arrays : dict of str to ndarray
+        Global weights and centroids by group.
+    facts : dict of str to JSON value
+        Everything the results are made of.
+    """
+
+    done: list[str] = field(default_factory=list)
+    position: dict[str, int] = field(default_factory=dict)
+    arrays: dict[str, Array] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def group(self, name: str) -> dict[str, Array]:
+        """Return the arrays under ``name/``, without that prefix."""
+        return Records(self.arrays).group(name)
+
+    def set_group(self, name: str, arrays: dict[str, Array]) -> None:
+        """Replace the arrays under ``name/``."""
+        self.arrays = {k: v for k, v in self.arrays.items() if not k.startswith(f"{name}/")}
+        self.arrays.update({f"{name}/{k}": v for k, v in arrays.items()})
+
+    def save(self, path: Path, study_digest: str) -> None:
+        """Write the state atomically."""
+        config = {
+            "study": study_digest,
+            "done": self.done,
+            "position": self.position,
+            "facts": self.facts,
+        }
+        write_atomically(path, to_bytes(Records(self.arrays, config)))
+
+    @classmethod
+    def load(cls, path: Path, study_digest: str) -> StudyState:
+        """Read a saved state; a missing one, or another study's, gives an empty state."""
+        if not path.exists():
+            return cls()
+        records = from_bytes(path.read_bytes())
+        if records.config["study"] != study_digest:
+            return cls()
+        config = records.config
+        return cls(config["done"], config["position"], records.arrays, config["facts"])

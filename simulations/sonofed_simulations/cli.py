@@ -1,0 +1,64 @@
+"""The researcher's command, ``sonofed-lab``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sonofed_common.cli import application
+from sonofed_common.contract.results import Results
+from sonofed_common.progress import progress_listener
+from sonofed_common.runtime import Events
+from sonofed_simulations.report import tabulate
+from sonofed_simulations.scenarios.scenario import built_in, read_scenario
+from sonofed_simulations.simulation import Engine, simulate
+
+app = application("Simulate federated ultrasound studies on one machine.")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for everything the run writes.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of the real data sets.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the study and of the splits.")]
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", help="flower: Flower's simulation on Ray; inline: this process.")
+]
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), engine: EngineOption = "flower", seed: Seed = 0) -> None:
+    """Run the phantom study: one source, three hospitals, every phase."""
+    _run("demo", None, out, engine, seed)
+
+
+@app.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="Name of a built-in scenario, or a TOML file.")],
+    out: Out,
+    data: Data = None,
+    engine: EngineOption = "inline",
+    seed: Seed = 0,
+) -> None:
+    """Run one scenario from data to report."""
+    _run(scenario, data, out, engine, seed)
+
+
+@app.command()
+def scenarios() -> None:
+    """List the built-in scenarios."""
+    table = Table("name", "hospitals", "what it is", box=None)
+    for name in built_in():
+        scenario = read_scenario(name)
+        table.add_row(name, str(len(scenario.hospitals)), scenario.title)
+    Console().print(table)
+
+
+def _run(name: str, data: Path | None, out: Path, engine: Engine, seed: int) -> Results:
+    scenario = read_scenario(name)
+    with progress_listener() as listener:
+        results = simulate(scenario, out, data, engine, seed, Events(listeners=[listener]))
+    Console().print(tabulate(results))
+    Console().print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    return results

@@ -1,0 +1,159 @@
+"""The laboratory: lays out the data, the source's bundle and the sites of a simulated study."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from sonofed_client.enclave.opening import open_enclave
+from sonofed_client.settings import SiteData, SiteSettings
+from sonofed_common.contract.errors import DataMissingError
+from sonofed_common.contract.study import Study
+from sonofed_common.runtime import Events, derive_seed, write_atomically
+from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
+from sonofed_server.source.training import train_source
+from sonofed_server.study.workspace import Workspace
+from sonofed_simulations.phantoms.dataset import write_dataset
+from sonofed_simulations.phantoms.scanner import SCANNERS
+from sonofed_simulations.scenarios.scenario import Hospital, PhantomData, Scenario
+
+PHANTOM_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """A folder that holds everything a scenario needs, made once and reused.
+
+    Attributes
+    ----------
+    scenario : Scenario
+        What is simulated.
+    root : Path
+        Holds ``phantoms/``, ``source/``, ``sites/`` and the studies.
+    data : Path or None
+        Folder of the real data sets.
+    events : Events
+        Progress.
+    """
+
+    scenario: Scenario
+    root: Path
+    data: Path | None
+    events: Events
+
+    @property
+    def key(self) -> Path:
+        """The simulated coordinator's signing key."""
+        return self.root / "coordinator.pem"
+
+    def prepare_source(self) -> Path:
+        """Train the source's models unless that is done, and return the bundle.
+
+        Raises
+        ------
+        DataMissingError
+            The scenario uses real data sets and none were given.
+        """
+        if self.scenario.needs_data and self.data is None:
+            raise DataMissingError(
+                f"scenario '{self.scenario.name}' uses real data sets; give their folder with --data"
+            )
+        if self.scenario.source_phantoms is not None:
+            self._phantoms("source", self.scenario.source_phantoms)
+        key = load_or_create_signing_key(self.key)
+        return train_source(
+            self.scenario.source, self.source_data, self.root / "source", key, self.events
+        )
+
+    @property
+    def source_data(self) -> Path:
+        """Folder that the source's data path starts from."""
+        if self.scenario.source_phantoms is not None or self.data is None:
+            return self.root / "phantoms"
+        return self.data
+
+    def prepare_sites(self, seed: int) -> list[Path]:
+        """Write and open every site, so that bad data is met before a study starts.
+
+        Parameters
+        ----------
+        seed : int
+            Seed of the patient-level splits into pool and test images.
+
+        Returns
+        -------
+        list of Path
+            Settings files in the order of the cohort.
+        """
+        key = public_hex(load_or_create_signing_key(self.key))
+        paths = []
+        names = self.scenario.hospitals
+        for name in self.events.track(names, "hospitals", len(names)):
+            hospital = self.scenario.hospitals[name]
+            settings = SiteSettings(
+                name=name,
+                store=self.root / "sites" / name / "store",
+                data=self._site_data(name, hospital, seed),
+                coordinator_key=key,
+                image_key=sha256(f"{self.scenario.name} {name}".encode()),
+                oracle=True,
+                threads=self.scenario.threads,
+            )
+            path = self.root / "sites" / name / f"site-{seed}.toml"
+            values = settings.model_dump(mode="json", exclude_none=True)
+            write_atomically(path, tomli_w.dumps(values).encode())
+            open_enclave(str(path))
+            paths.append(path)
+        return paths
+
+    def workspace(self, study: Study, bundle: Path, root: Path) -> Workspace:
+        """Lay out the workspace of a study; an earlier one of the same study is kept, to resume."""
+        root.mkdir(parents=True, exist_ok=True)
+        workspace = Workspace(root.resolve())
+        values = study.model_dump(mode="json", exclude_none=True)
+        write_atomically(workspace.study, tomli_w.dumps(values).encode())
+        shutil.copyfile(self.key, workspace.key)
+        workspace.key.chmod(0o600)
+        if workspace.bundle.is_symlink() or workspace.bundle.exists():
+            workspace.bundle.unlink()
+        workspace.bundle.symlink_to(bundle.resolve())
+        return workspace
+
+    def _site_data(self, name: str, hospital: Hospital, seed: int) -> SiteData:
+        if hospital.phantoms is not None:
+            path, kind = self._phantoms(name, hospital.phantoms), "table"
+        else:
+            assert self.data is not None and hospital.kind is not None
+            path, kind = (self.data / hospital.path).resolve(), hospital.kind
+        return SiteData(
+            kind=kind,
+            path=path,
+            devices=hospital.devices,
+            test_fraction=hospital.test_fraction,
+            split_seed=seed,
+        )
+
+    def _phantoms(self, name: str, wanted: PhantomData) -> Path:
+        self.events.progress(f"phantoms {name}", 0, 1)
+        folder = write_dataset(
+            self.root / "phantoms" / name,
+            SCANNERS[wanted.scanner],
+            wanted.images,
+            derive_seed(self.scenario.name, name) % 2**31,
+            PHANTOM_SIZE,
+            wanted.malignant_fraction,
+        )
+        self.events.progress(f"phantoms {name}", 1, 1)
+        return folder.resolve()
+
+
+def failure(workspace: Workspace) -> dict[str, str] | None:
+    """Return the error that ended a study, if one did."""
+    if not workspace.failure.exists():
+        return None
+    reason: dict[str, str] = json.loads(workspace.failure.read_text(encoding="utf-8"))
+    return reason

@@ -1,0 +1,99 @@
+"""The summary in plain sentences, generated from the numbers, whichever way they went."""
+
+from __future__ import annotations
+
+from sonofed_common.contract.results import (
+    Estimate,
+    Results,
+    compared_sites,
+    gain,
+    mean_over_sites,
+    site_estimate,
+    worst_site,
+)
+from sonofed_simulations.report.format import count, decimal, interval, signed
+
+
+def labels_and_images(results: Results) -> tuple[int, int]:
+    """Labels given and images to choose from, over the sites that were not lost."""
+    present = [s for s in results.sites.values() if s.missing_reason is None]
+    return sum(s.selected for s in present), sum(s.images for s in present)
+
+
+def headline(results: Results) -> str:
+    """One sentence: labels spent, and what became of the AUROC at the worst hospital."""
+    labels, images = labels_and_images(results)
+    spent = f"With {count(labels, 'label')} of {count(images, 'image')}"
+    before, after = worst_site(results, "source"), worst_site(results, "adapted")
+    if before is None or after is None:
+        return f"{spent}, the study gave no adapted model that could be tested."
+    if len(compared_sites(results)) == 1:
+        return f"{spent}, AUROC at {before[0]} {_moved(before[1].value, after[1].value)}."
+    sentence = f"{spent}, AUROC at the worst hospital {_moved(before[1].value, after[1].value)}"
+    return f"{sentence}{_who(before[0], after[0])}."
+
+
+def explanation(results: Results) -> list[str]:
+    """Sentences below the headline: the mean, the control, single sites, chance, and who is missing."""
+    sentences = []
+    compared = compared_sites(results)
+    before, after = mean_over_sites(results, "source"), mean_over_sites(results, "adapted")
+    change = gain(before, after)
+    if before and after and change and len(compared) > 1:
+        sentences.append(
+            f"On average over {count(len(compared), 'hospital')} it "
+            f"{_moved(before.value, after.value)}{_chance(change)}."
+        )
+    elif change is not None:
+        sentences.append(f"The change is {signed(change.value)}{_chance(change)}.")
+    control = mean_over_sites(results, "bn_adapted")
+    over_control = gain(control, after)
+    if control and after and over_control:
+        sentences.append(
+            "Re-estimating the network's normalisation on each hospital's own images, which needs no "
+            f"label at all, gives {decimal(control.value)}; the labels "
+            f"{_beyond(over_control)}{_chance(over_control)}."
+        )
+    if lost := [name for name in compared if _fell(results, name)]:
+        sentences.append(f"It fell at {_names(lost)}.")
+    if results.missing_sites:
+        sentences.append(f"Not in these numbers, because lost on the way: {_names(results.missing_sites)}.")
+    return sentences
+
+
+def _moved(before: float, after: float) -> str:
+    first, second = decimal(before), decimal(after)
+    if first == second:
+        return f"stayed at {second}"
+    return f"{'rose' if after > before else 'fell'} from {first} to {second}"
+
+
+def _who(before: str, after: str) -> str:
+    if before == after:
+        return f" ({after}, the worst before and after)"
+    return f" ({before} before, {after} after)"
+
+
+def _beyond(change: Estimate) -> str:
+    text = signed(change.value)
+    if float(text.replace("−", "-")) == 0:
+        return "changed nothing beyond that"
+    verb = "added" if change.value > 0 else "took away"
+    return f"{verb} {decimal(abs(change.value))} {'to' if change.value > 0 else 'from'} that"
+
+
+def _chance(change: Estimate) -> str:
+    if change.low is None or change.high is None:
+        return " (no interval was computed)"
+    text = f" (95% interval of the difference {interval(change, sign=True)}"
+    return f"{text}: this may be chance)" if change.low <= 0 <= change.high else f"{text})"
+
+
+def _fell(results: Results, name: str) -> bool:
+    site = results.sites[name]
+    change = gain(site_estimate(site, "source"), site_estimate(site, "adapted"))
+    return change is not None and change.value < 0
+
+
+def _names(names: tuple[str, ...] | list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

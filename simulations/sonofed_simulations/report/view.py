@@ -1,0 +1,94 @@
+"""Views: what a simulation, which owns all data, can show of a site. A deployment has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """One site's pool, image by image.
+
+    Attributes
+    ----------
+    name : str
+        The site's name in the results.
+    images : ndarray of uint8, (N, S, S)
+        The pool's images.
+    reconstructions : ndarray of uint8, (N, S, S), or None
+        The images redrawn in the source's style.
+    embeddings : ndarray, (N, d)
+        Unit vectors of the hypersphere encoder.
+    features : ndarray, (N, F)
+        Backbone features of the images.
+    reconstruction_features : ndarray, (N, F), or None
+        Backbone features of the reconstructions.
+    uncertainty : ndarray, (N,)
+        Score u, radians; small is uncertain.
+    representativeness : ndarray, (N,)
+        Score r, radians; small is close to the source.
+    selected : ndarray of bool, (N,)
+        True where the image was chosen for labelling.
+    labels : ndarray of int, (N,), or None
+        0 benign, 1 malignant.
+
+    Raises
+    ------
+    ValueError
+        Arrays that do not tell of the same number of images.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    reconstructions: NDArray[np.uint8] | None
+    embeddings: Floats
+    features: Floats
+    reconstruction_features: Floats | None
+    uncertainty: Floats
+    representativeness: Floats
+    selected: NDArray[np.bool_]
+    labels: NDArray[np.integer] | None
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        for name, value in vars(self).items():
+            if name != "name" and value is not None and len(value) != count:
+                raise ValueError(
+                    f"view of site '{self.name}': '{name}' has {len(value)} rows for {count} images; "
+                    "give one row an image"
+                )
+
+    @property
+    def chosen(self) -> NDArray[np.intp]:
+        """Indices of the chosen images, the most uncertain first."""
+        return self._by_uncertainty(self.selected)
+
+    @property
+    def left(self) -> NDArray[np.intp]:
+        """Indices of the images not chosen, the surest first."""
+        return self._by_uncertainty(~self.selected)[::-1]
+
+    def _by_uncertainty(self, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+        indices = np.flatnonzero(mask)
+        return indices[np.argsort(self.uncertainty[indices], kind="stable")]
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """The source's training images, as features.
+
+    Attributes
+    ----------
+    features : ndarray, (M, F)
+        Backbone features, from the backbone that gave the sites' features.
+    embeddings : ndarray, (M, d), or None
+        Unit vectors of the hypersphere encoder.
+    """
+
+    features: Floats
+    embeddings: Floats | None = None

@@ -1,0 +1,98 @@
+"""A scenario: one TOML file that names the source, the hospitals and the study."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from sonofed_common.contract.configuration import Model, read_toml, validate
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.study import Study
+from sonofed_server.source.settings import SourceSettings
+
+
+class PhantomData(Model):
+    """A simulated hospital's images."""
+
+    scanner: str
+    images: int = Field(ge=2)
+    malignant_fraction: float = Field(default=0.4, gt=0, lt=1)
+
+
+class Hospital(Model):
+    """One simulated site: a real data set, or phantoms."""
+
+    kind: str | None = Field(default=None, description="reader: busi, busbra, breast or table")
+    path: Path = Field(default=Path(), description="relative to the data folder")
+    devices: tuple[str, ...] = ()
+    phantoms: PhantomData | None = None
+    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.kind is None) == (self.phantoms is None):
+            raise ValueError("give either kind (a real data set) or phantoms")
+        return self
+
+
+class Scenario(Model):
+    """Which source, which hospitals, which study.
+
+    Notes
+    -----
+    ``source`` is a source file without its name and data where ``source_phantoms`` is given;
+    ``study`` is a study file without its cohort's sites, which are the hospitals.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    title: str
+    notes: tuple[str, ...] = ()
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each site")
+    source: SourceSettings
+    source_phantoms: PhantomData | None = None
+    hospitals: dict[str, Hospital] = Field(min_length=1)
+    study: Study
+
+    @model_validator(mode="before")
+    @classmethod
+    def _assemble(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("study"), dict):
+            return values
+        values = {**values, "study": dict(values["study"]), "source": dict(values.get("source", {}))}
+        name, hospitals = values.get("name"), values.get("hospitals", {})
+        cohort = {"sites": list(hospitals), **values["study"].get("cohort", {})}
+        values["study"] = {"name": name, **values["study"], "cohort": cohort}
+        if "source_phantoms" in values:
+            values["source"].setdefault("data", {"kind": "table", "path": "source"})
+        values["source"] = {"name": name, **values["source"]}
+        return values
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether real data sets are needed."""
+        real = any(h.kind is not None for h in self.hospitals.values())
+        return real or self.source_phantoms is None
+
+
+def built_in() -> dict[str, Path]:
+    """Return the scenarios that come with the package, by name."""
+    folder = Path(str(files("sonofed_simulations.scenarios")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_scenario(name_or_path: str) -> Scenario:
+    """Read a built-in scenario by name, or a scenario file by path.
+
+    Raises
+    ------
+    ConfigurationError
+        No such scenario, unknown key, or a value out of range.
+    """
+    path = built_in().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        known = ", ".join(built_in())
+        raise ConfigurationError(f"there is no scenario '{name_or_path}'; give a file or one of: {known}")
+    return validate(Scenario, read_toml(path), path.name)

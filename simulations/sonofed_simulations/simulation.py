@@ -1,0 +1,79 @@
+"""One simulated study from data to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.results import PhaseCost, Results, write_results
+from sonofed_common.runtime import Events
+from sonofed_simulations.engines.flower import run_flower
+from sonofed_simulations.engines.inline import run_inline
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.memory import MemoryWatch
+from sonofed_simulations.report import build_report
+from sonofed_simulations.scenarios.scenario import Scenario
+from sonofed_simulations.views import site_views, source_view
+
+Engine = Literal["inline", "flower"]
+
+
+def simulate(
+    scenario: Scenario, out: Path, data: Path | None, engine: Engine, seed: int, events: Events
+) -> Results:
+    """Run a scenario and write ``results.json`` and ``report.html`` into ``out``.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        What to run.
+    out : Path
+        Everything is written below it; what is already there and fits is reused.
+    data : Path or None
+        Folder of the real data sets.
+    engine : {"inline", "flower"}
+        Where the sites run.
+    seed : int
+        Seed of the study and of the splits.
+    events : Events
+        Progress.
+
+    Raises
+    ------
+    SonoFedError
+        Bad data, or the study failed.
+    """
+    laboratory = Laboratory(scenario, out, data, events)
+    bundle = laboratory.prepare_source()
+    sites = laboratory.prepare_sites(seed)
+    study = scenario.study.model_copy(update={"seed": seed})
+    workspace = laboratory.workspace(study, bundle, out / "study")
+    watch = MemoryWatch()
+    events.listeners.append(watch.listen)
+    try:
+        with watch.running():
+            if engine == "flower":
+                results = run_flower(workspace, sites, events, scenario.threads)
+            else:
+                results = run_inline(workspace, sites, events)
+    finally:
+        events.listeners.remove(watch.listen)
+    results = results.model_copy(
+        update={"phases": _with_memory(results, watch), "notes": scenario.notes, "engine": engine}
+    )
+    write_results(results, out / "results.json")
+    events.progress("report", 0, 1)
+    identity = Bundle.open(bundle, check_blobs=False).id
+    views = site_views(workspace, study, identity, sites)
+    source = source_view(scenario, laboratory.source_data, sites, study, identity) if views else None
+    build_report(results, out / "report.html", views, source)
+    events.progress("report", 1, 1)
+    return results
+
+
+def _with_memory(results: Results, watch: MemoryWatch) -> tuple[PhaseCost, ...]:
+    return tuple(
+        phase.model_copy(update={"peak_memory_bytes": watch.peaks.get(phase.name, phase.peak_memory_bytes)})
+        for phase in results.phases
+    )

@@ -1,0 +1,86 @@
+"""Read what the report shows of each site out of the simulated sites' stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonofed_client.adaptation.scoring import uncertainty
+from sonofed_client.enclave.handlers.embedding import source_features
+from sonofed_client.enclave.handlers.reconstruction import reconstructions
+from sonofed_client.enclave.handlers.selection import selected
+from sonofed_client.enclave.site import Site
+from sonofed_client.settings import read_site
+from sonofed_common.contract.actions import Encode
+from sonofed_common.contract.study import Study
+from sonofed_server.source.data import load_source
+from sonofed_server.study.workspace import StudyState, Workspace
+from sonofed_simulations.report.view import SiteView, SourceView
+from sonofed_simulations.scenarios.scenario import Scenario
+
+
+def site_views(workspace: Workspace, study: Study, bundle: str, sites: list[Path]) -> list[SiteView]:
+    """Assemble the views of a finished study; none where it did not score its images."""
+    if study.selection.strategy != "dual_score" or "select" not in study.phases:
+        return []
+    state = StudyState.load(workspace.checkpoint, study.digest())
+    centroids = torch.from_numpy(np.array(state.arrays["centroids"]))
+    parameters = Encode(
+        study=study.name,
+        seed=study.seed,
+        bundle=bundle,
+        image_size=study.image_size,
+        classifier=study.classifiers[0],
+        pairs=study.pairs,
+        settings=study.embedding,
+        reconstruction=study.reconstruction,
+    )
+    return [_view(Site(read_site(path)), study, parameters, centroids) for path in sites]
+
+
+def source_view(scenario: Scenario, data: Path, sites: list[Path], study: Study, bundle: str) -> SourceView:
+    """Features of the source's training images under the shipped classifier."""
+    site = Site(read_site(sites[0]))
+    parameters = Encode(
+        study=study.name,
+        seed=study.seed,
+        bundle=bundle,
+        image_size=study.image_size,
+        classifier=study.classifiers[0],
+        pairs=study.pairs,
+        settings=study.embedding,
+        reconstruction=study.reconstruction,
+    )
+    images = load_source(scenario.source, data).pool.images
+    return SourceView(source_features(site, parameters, images).numpy())
+
+
+def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> SiteView:
+    rows, images = site.images("pool", study.image_size)
+    kept = site.need(site.study_artifact(study.name, "embedding"), "embedding").arrays
+    embedding = torch.from_numpy(np.array(kept["embedding"]))
+    redrawn = None
+    if "reconstruct" in study.phases:
+        redrawn = reconstructions(site, parameters, study.reconstruction)
+    chosen = set(selected(site, study.name)[-1])
+    return SiteView(
+        name=site.settings.name,
+        images=_pictures(images),
+        reconstructions=None if redrawn is None else _pictures(redrawn),
+        embeddings=embedding.numpy(),
+        features=source_features(site, parameters, images).numpy(),
+        reconstruction_features=(
+            None if redrawn is None else source_features(site, parameters, redrawn).numpy()
+        ),
+        uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
+        representativeness=np.array(kept["representativeness"]),
+        selected=np.array([row.id in chosen for row in rows]),
+        labels=np.array([row.label for row in rows]),
+    )
+
+
+def _pictures(images: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return (images[:, 0] * 255).round().to(torch.uint8).numpy()
