@@ -32,9 +32,13 @@ class SiteSettings(Model):
     store: Path
     data: SiteData
     coordinator_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519 public key, hex")
-    image_key: str | None = Field(default=None, description="hex; default: made on site, kept in the store")
+    image_key: str | None = Field(
+        default=None, description="hex; default: made on site, kept in the store"
+    )
     oracle: bool = False
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's choice")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; default: torch's choice"
+    )
 
 
 def read_site(path: Path) -> SiteSettings:

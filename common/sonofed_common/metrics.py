@@ -118,6 +118,25 @@ def clustered_intervals(
     return {name: _percentiles(np.concatenate(values)) for name, values in drawn.items()}
 
 
+def weighted_auroc(labels: ArrayLike, probabilities: ArrayLike, weights: Floats) -> Floats:
+    """Area under the ROC curve under each of several weightings, as a bootstrap needs it.
+
+    Parameters
+    ----------
+    labels, probabilities : array (N,)
+        As in `classification_metrics`.
+    weights : ndarray of float64 (R, N)
+        Weight of each image in each replicate.
+
+    Returns
+    -------
+    ndarray of float64 (R,)
+        NaN where a replicate holds one class only.
+    """
+    y, p = _arrays(labels, probabilities)
+    return _auroc(y, p, weights, (weights @ y) * (weights @ (1 - y)))
+
+
 def _arrays(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Floats, Floats]:
     return np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
 

@@ -13,7 +13,9 @@ from sonofed_common.cli import application
 from sonofed_common.contract.results import Results
 from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
-from sonofed_simulations.report import tabulate
+from sonofed_simulations.comparison import finished_cells, read_comparison, run_comparison
+from sonofed_simulations.comparison_summary import summarise, summary_table, write_summary
+from sonofed_simulations.report.table import tabulate
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
 from sonofed_simulations.simulation import Engine, simulate
 
@@ -23,7 +25,8 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for everything the run 
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the real data sets.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the study and of the splits.")]
 EngineOption = Annotated[
-    Engine, typer.Option("--engine", help="flower: Flower's simulation on Ray; inline: this process.")
+    Engine,
+    typer.Option("--engine", help="flower: Flower's simulation on Ray; inline: this process."),
 ]
 
 
@@ -43,6 +46,26 @@ def run(
 ) -> None:
     """Run one scenario from data to report."""
     _run(scenario, data, out, engine, seed)
+
+
+@app.command()
+def compare(
+    comparison: Annotated[
+        str, typer.Argument(help="Name of a built-in comparison, or a TOML file.")
+    ],
+    out: Out,
+    data: Data = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Only these seeds.")] = None,
+) -> None:
+    """Run the variants of a comparison cell by cell, and summarise every finished cell."""
+    chosen, scenario = read_comparison(comparison)
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        run_comparison(chosen, scenario, out, data, tuple(seed or chosen.seeds), events)
+    summary = summarise(chosen, finished_cells(chosen, scenario, out))
+    write_summary(summary, out)
+    Console().print(summary_table(summary))
+    Console().print(f"summary: {out / 'comparison.md'}")
 
 
 @app.command()

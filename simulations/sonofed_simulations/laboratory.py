@@ -76,13 +76,15 @@ class Laboratory:
             return self.root / "phantoms"
         return self.data
 
-    def prepare_sites(self, seed: int) -> list[Path]:
+    def prepare_sites(self, seed: int, folder: Path | None = None) -> list[Path]:
         """Write and open every site, so that bad data is met before a study starts.
 
         Parameters
         ----------
         seed : int
             Seed of the patient-level splits into pool and test images.
+        folder : Path, optional
+            Where the sites' stores are; default ``sites/`` of the laboratory.
 
         Returns
         -------
@@ -92,18 +94,19 @@ class Laboratory:
         key = public_hex(load_or_create_signing_key(self.key))
         paths = []
         names = self.scenario.hospitals
+        folder = (folder or self.root / "sites").resolve()
         for name in self.events.track(names, "hospitals", len(names)):
             hospital = self.scenario.hospitals[name]
             settings = SiteSettings(
                 name=name,
-                store=self.root / "sites" / name / "store",
+                store=folder / name / "store",
                 data=self._site_data(name, hospital, seed),
                 coordinator_key=key,
                 image_key=sha256(f"{self.scenario.name} {name}".encode()),
                 oracle=True,
                 threads=self.scenario.threads,
             )
-            path = self.root / "sites" / name / f"site-{seed}.toml"
+            path = folder / name / f"site-{seed}.toml"
             values = settings.model_dump(mode="json", exclude_none=True)
             write_atomically(path, tomli_w.dumps(values).encode())
             open_enclave(str(path))

@@ -66,7 +66,9 @@ def simulate(
     events.progress("report", 0, 1)
     identity = Bundle.open(bundle, check_blobs=False).id
     views = site_views(workspace, study, identity, sites)
-    source = source_view(scenario, laboratory.source_data, sites, study, identity) if views else None
+    source = (
+        source_view(scenario, laboratory.source_data, sites, study, identity) if views else None
+    )
     build_report(results, out / "report.html", views, source)
     events.progress("report", 1, 1)
     return results
@@ -74,6 +76,8 @@ def simulate(
 
 def _with_memory(results: Results, watch: MemoryWatch) -> tuple[PhaseCost, ...]:
     return tuple(
-        phase.model_copy(update={"peak_memory_bytes": watch.peaks.get(phase.name, phase.peak_memory_bytes)})
+        phase.model_copy(
+            update={"peak_memory_bytes": watch.peaks.get(phase.name, phase.peak_memory_bytes)}
+        )
         for phase in results.phases
     )

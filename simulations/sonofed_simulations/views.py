@@ -22,7 +22,9 @@ from sonofed_simulations.report.view import SiteView, SourceView
 from sonofed_simulations.scenarios.scenario import Scenario
 
 
-def site_views(workspace: Workspace, study: Study, bundle: str, sites: list[Path]) -> list[SiteView]:
+def site_views(
+    workspace: Workspace, study: Study, bundle: str, sites: list[Path]
+) -> list[SiteView]:
     """Assemble the views of a finished study; none where it did not score its images."""
     if study.selection.strategy != "dual_score" or "select" not in study.phases:
         return []
@@ -41,7 +43,9 @@ def site_views(workspace: Workspace, study: Study, bundle: str, sites: list[Path
     return [_view(Site(read_site(path)), study, parameters, centroids) for path in sites]
 
 
-def source_view(scenario: Scenario, data: Path, sites: list[Path], study: Study, bundle: str) -> SourceView:
+def source_view(
+    scenario: Scenario, data: Path, sites: list[Path], study: Study, bundle: str
+) -> SourceView:
     """Features of the source's training images under the shipped classifier."""
     site = Site(read_site(sites[0]))
     parameters = Encode(

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from sonofed_client.adaptation.evaluation import evaluate, predict
 from sonofed_client.adaptation.finetuning import adapt_batch_norm, finetune_round
 from sonofed_common.contract.study import Finetuning
-from torch import nn
 
 torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.models.classifiers import CLASSIFIERS, build_classifier
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import BertConfig, BertModel, BertTokenizer
+
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.models.codecs import PatchCodec
 from sonofed_common.models.diffusion import (
@@ -16,8 +19,6 @@ from sonofed_common.models.diffusion import (
 )
 from sonofed_common.models.edges import CANNY, canny
 from sonofed_server.source.diffusion import train_diffusion
-from torch import Tensor
-from transformers import BertConfig, BertModel, BertTokenizer
 
 SIZE = 32
 HIDDEN = 16
@@ -144,13 +145,13 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit():
     def run() -> tuple[list[float], DiffusionStack]:
         stack = build_tiny(SIZE, seed=1)
         losses = train_diffusion(
-            stack, lesions(16), epochs=4, learning_rate=1e-3, batch_size=8, seed=3
+            stack, lesions(8), epochs=8, learning_rate=2e-3, batch_size=4, seed=3
         )
         return losses, stack
 
     losses, stack = run()
     again, other = run()
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert losses == again
     assert not changed(state(stack), other)
 
@@ -203,7 +204,7 @@ def test_saved_tiny_stack_gives_the_same_bits(tmp_path: Path):
     stack.save(tmp_path)
     loaded = DiffusionStack.load(tmp_path)
     assert torch.equal(predict(loaded), predict(stack))
-    assert loaded.scheduler.config.prediction_type == "v_prediction"
+    assert loaded.scheduler.config.prediction_type == "sample"
     assert torch.equal(loaded.scheduler.alphas_cumprod, stack.scheduler.alphas_cumprod)
     assert loaded.edge_settings == dict(CANNY)
     assert not [p for p in tmp_path.rglob("*") if p.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
@@ -212,7 +213,7 @@ def test_saved_tiny_stack_gives_the_same_bits(tmp_path: Path):
 @pytest.mark.parametrize("part", ["stack.json", "prompt_tokens.safetensors", "unet", "controlnet"])
 def test_an_incomplete_stack_is_refused(tmp_path: Path, part: str):
     build_tiny(SIZE, seed=2).save(tmp_path)
-    (tmp_path / part).rename(tmp_path.with_name("elsewhere"))
+    (tmp_path / part).rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigurationError) as error:
         DiffusionStack.load(tmp_path)
     assert part in str(error.value) or "whole diffusion stack" in str(error.value)
@@ -259,7 +260,7 @@ def test_sd15_codec_halves_three_times(sd15_folders: tuple[Path, Path]):
     assert latents.shape == (2, 4, 8, 8)
     images = codec.decode(latents)
     assert images.shape == (2, 1, 64, 64)
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0 and images.max() <= 1
 
 
 def test_sd15_needs_every_folder(sd15_folders: tuple[Path, Path], tmp_path: Path):

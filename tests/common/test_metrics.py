@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.stats import mannwhitneyu
 from sklearn import metrics as reference
+
 from sonofed_common.contract.errors import OneClassError
 from sonofed_common.metrics import (
     classification_metrics,

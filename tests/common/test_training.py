@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
 from sonofed_common.contract.errors import ConfigurationError, DivergenceError, SiteEmptyError
 from sonofed_common.runtime import Events
 from sonofed_common.training import Training, batches, fit
-from torch import nn
-from torch.nn.functional import cross_entropy
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sonofed_common.metrics import classification_metrics, clustered_intervals
 from torch import Tensor, nn
+
+from sonofed_common.metrics import classification_metrics, clustered_intervals
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> NDArray[np.float64]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def adapt_batch_norm(model: nn.Module, images: Tensor, batch_size: int = 32) -> None:

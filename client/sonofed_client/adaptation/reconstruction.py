@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from monai.metrics import PSNRMetric, SSIMMetric
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
 from sonofed_common.contract.errors import ConfigurationError, DivergenceError
 from sonofed_common.contract.study import Reconstruction
 from sonofed_common.models.diffusion import DiffusionStack
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 SAMPLERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -119,16 +120,17 @@ def _start(
 def _invert(stack: DiffusionStack, latents: Tensor, edges: Tensor, times: Tensor) -> Tensor:
     """DDIM run backwards, without guidance (Song et al. 2021, section 4.3).
 
-    Not diffusers' DDIMInverseScheduler: that one asks the network at the time of the step's end for
-    latents at its start, which is harmless for epsilon but wrong for v.
+    Not diffusers' DDIMInverseScheduler: it asks the network at the end time of each step, harmless
+    only when epsilon is predicted, and divides by zero when clean latents are. Here clean latents
+    count as those of time 0, whose noise is invisible but not zero.
     """
     retained = stack.scheduler.alphas_cumprod.to(latents.device)
-    before, signal = times.new_tensor(0), retained.new_tensor(1.0)
+    before, signal = times.new_tensor(0), retained[0]
     for time in times:
         output = _predict(stack, latents, before, edges, guidance=1.0)
         alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
-        if stack.scheduler.config.prediction_type == "v_prediction":
-            image, noise = alpha * latents - sigma * output, alpha * output + sigma * latents
+        if stack.predicts_sample:
+            image, noise = output, (latents - alpha * output) / sigma
         else:
             image, noise = (latents - sigma * output) / alpha, output
         before, signal = time, retained[time]

@@ -32,7 +32,7 @@ HANDLERS: dict[str, Handler] = {
     "train.score": selection.score,
     "query.histogram": selection.histogram,
     "train.select": selection.select,
-    "query.annotations": selection.annotations,
+    "query.annotations": selection.count_annotations,
     "train.classifier": classification.train_classifier,
     "evaluate.classifier": classification.evaluate_classifier,
 }

@@ -50,7 +50,9 @@ def take_in(settings: SiteSettings, store: Store) -> str:
     usable = [s for s in reading.samples if _usable(s, settings)]
     _, samples, broken = load_images(usable, DECODING_CHECK_SIZE)
     if not samples:
-        raise SiteEmptyError(f"site {settings.name} has no usable image; check [data] in its settings")
+        raise SiteEmptyError(
+            f"site {settings.name} has no usable image; check [data] in its settings"
+        )
     if len({s.label for s in samples}) < 2:
         raise OneClassError(f"site {settings.name} has images of one class only; it needs both")
     split = split_by_group(samples, settings.data.test_fraction, settings.data.split_seed)
@@ -83,7 +85,9 @@ def pixels(store: Store, image_size: int) -> Tensor:
         samples = [Sample(i.id, Path(files[i.id]), (), i.label, i.group) for i in store.images()]
         loaded, readable, _ = load_images(samples, image_size)
         if len(readable) < len(samples):
-            raise DataUnreadableError("images changed since they were taken in; run the intake again")
+            raise DataUnreadableError(
+                "images changed since they were taken in; run the intake again"
+            )
         kept = Records({"pixels": (loaded * 255).round().to(torch.uint8).numpy()})
         store.put(f"pixels/{image_size}", kept)
     return torch.from_numpy(np.asarray(kept.arrays["pixels"]))

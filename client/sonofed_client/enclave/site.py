@@ -101,7 +101,7 @@ class Site:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(self.blob(bundle, path))
             stack = DiffusionStack.load(Path(folder))
-        return cast(DiffusionStack, stack.to(self.device).eval().requires_grad_(False))
+        return stack.to(self.device).eval().requires_grad_(False)
 
     def facts(self, bundle: str) -> dict[str, Any]:
         """Return the facts of a bundle's manifest."""
@@ -147,7 +147,9 @@ def load_weights(model: nn.Module, arrays: Mapping[str, Array]) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise ParameterError("the received weights do not fit the model; check the study's classifier") from None
+        raise ParameterError(
+            "the received weights do not fit the model; check the study's classifier"
+        ) from None
 
 
 def weights_of(model: nn.Module) -> dict[str, Array]:

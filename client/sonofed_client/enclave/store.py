@@ -123,7 +123,9 @@ class Store:
     def annotations(self) -> dict[str, int]:
         """Return the labels given so far, by image id."""
         with Session(self._engine) as session:
-            rows = session.execute(select(Annotation.image, Annotation.label).order_by(Annotation.image))
+            rows = session.execute(
+                select(Annotation.image, Annotation.label).order_by(Annotation.image)
+            )
             return {image: label for image, label in rows}
 
     def put(self, name: str, records: Records) -> None:
@@ -176,7 +178,9 @@ class Store:
         path = self._path(digest)
         data = path.read_bytes() if path.exists() else b""
         if sha256(data) != digest:
-            raise SonoFedError("a blob of the site store is damaged; restore the store from its backup")
+            raise SonoFedError(
+                "a blob of the site store is damaged; restore the store from its backup"
+            )
         with Session(self._engine) as session, session.begin():
             session.get_one(Artifact, name).used = time.time()
         return data

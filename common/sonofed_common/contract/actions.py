@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, cast
+from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 
 from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, UnknownActionError
-from sonofed_common.contract.records import Records
+from sonofed_common.contract.records import Array, Records, grouped
 from sonofed_common.contract.selection import MAX_PARTS, Column
 from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
 
-ParametersT = TypeVar("ParametersT", bound="Parameters")
 
 
 class Parameters(Model):
@@ -149,14 +149,16 @@ def parse(action: str, request: Records) -> Parameters:
     """
     model = ACTIONS.get(action)
     if model is None:
-        raise UnknownActionError(f"'{action[:64]}' is not an action of this site; known: {', '.join(ACTIONS)}")
+        raise UnknownActionError(
+            f"'{action[:64]}' is not an action of this site; known: {', '.join(ACTIONS)}"
+        )
     try:
         return validate(model, request.config, action)
     except ConfigurationError as error:
         raise ParameterError(error.message) from None
 
 
-def request(parameters: Parameters, **arrays: object) -> Records:
+def request(parameters: Parameters, **arrays: Array | Mapping[str, Array]) -> Records:
     """Make the records of a request.
 
     Parameters
@@ -166,10 +168,10 @@ def request(parameters: Parameters, **arrays: object) -> Records:
     **arrays : mapping of str to dict of arrays
         Array groups: ``weights={...}`` becomes ``weights/...``; a bare array keeps its name.
     """
-    flat: dict[str, object] = {}
+    flat: dict[str, Array] = {}
     for name, value in arrays.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}/{k}": v for k, v in value.items()})
+        if isinstance(value, Mapping):
+            flat.update(grouped(name, value))
         else:
             flat[name] = value
-    return Records(cast("dict[str, object]", flat), parameters.model_dump(mode="json"))  # type: ignore[arg-type]
+    return Records(flat, parameters.model_dump(mode="json"))

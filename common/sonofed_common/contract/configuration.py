@@ -32,7 +32,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); check the path") from None
+        raise ConfigurationError(
+            f"{path} cannot be read ({error.strerror}); check the path"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid TOML: {error}") from None
 
@@ -76,10 +78,16 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
 def _known_keys(model: type[BaseModel], location: list[Any]) -> list[str]:
     current: Any = model
     for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+        if (
+            isinstance(current, type)
+            and issubclass(current, BaseModel)
+            and part in current.model_fields
+        ):
             current = current.model_fields[str(part)].annotation
         while not (isinstance(current, type) and issubclass(current, BaseModel)):
-            models = [a for a in _flatten(current) if isinstance(a, type) and issubclass(a, BaseModel)]
+            models = [
+                a for a in _flatten(current) if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
             if not models:
                 return []
             current = models[0]

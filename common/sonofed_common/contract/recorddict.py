@@ -34,4 +34,6 @@ def from_recorddict(content: RecordDict) -> Records:
         texts = content.config_records[_JSON]
         return Records(arrays, json.loads(str(texts["config"])), json.loads(str(texts["metrics"])))
     except (KeyError, ValueError, TypeError) as error:
-        raise ParameterError("the message holds no SonoFed records; both sides need the same version") from error
+        raise ParameterError(
+            "the message holds no SonoFed records; both sides need the same version"
+        ) from error

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from sonofed_common.contract.errors import ParameterError
 
 Json = Any
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def to_bytes(records: Records) -> bytes:
         Non-finite metrics are allowed; arrays are copied to C order.
     """
     arrays = {k: np.ascontiguousarray(v) for k, v in records.arrays.items()}
-    metadata = {"config": json.dumps(records.config), "metrics": json.dumps(records.metrics)}
-    return save(arrays, metadata)
+    # One metadata key: safetensors writes several in random order, and digests must repeat.
+    parts = json.dumps({"config": records.config, "metrics": records.metrics})
+    return save(arrays, {"records": parts})
 
 
 def from_bytes(data: bytes) -> Records:
@@ -92,8 +93,10 @@ def from_bytes(data: bytes) -> Records:
         arrays = load(data)
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        config = json.loads(metadata["config"])
-        metrics = json.loads(metadata["metrics"])
+        parts = json.loads(metadata["records"])
+        config, metrics = parts["config"], parts["metrics"]
     except (SafetensorError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ParameterError("the records cannot be decoded; send safetensors as encoded by SonoFed") from error
+        raise ParameterError(
+            "the records cannot be decoded; send safetensors as encoded by SonoFed"
+        ) from error
     return Records(arrays, config, metrics)

@@ -41,7 +41,9 @@ class Cohort(Model):
     """Who takes part, and how long anything may take."""
 
     sites: tuple[str, ...] = Field(min_length=1, description="hospital names")
-    quorum: int | None = Field(default=None, ge=1, description="fewest sites to go on with; default all")
+    quorum: int | None = Field(
+        default=None, ge=1, description="fewest sites to go on with; default all"
+    )
     deadline_seconds: float = Field(default=3600, gt=0, description="longest wait for one exchange")
 
     @field_validator("sites")
@@ -67,10 +69,14 @@ class Reconstruction(Model):
     """Stage II of ADAptation: target images redrawn in the source's style."""
 
     init: Literal["noise", "sdedit", "ddim_inversion"] = "sdedit"
-    strength: float = Field(default=0.5, gt=0, le=1, description="share of the noise schedule (sdedit)")
+    strength: float = Field(
+        default=0.5, gt=0, le=1, description="share of the noise schedule (sdedit)"
+    )
     sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     steps: int = Field(default=10, ge=1, le=1000)
-    guidance: float = Field(default=1.0, ge=0, description="classifier-free guidance; 1 switches it off")
+    guidance: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 switches it off"
+    )
     batch_size: int = Field(default=16, ge=1)
 
 
@@ -86,7 +92,9 @@ class Embedding(Model):
     margin: float = Field(default=4.0, gt=0, description="m of the loss; only scales it")
     learning_rate: float = Field(default=3e-4, gt=0)
     batch_size: int = Field(default=16, ge=2)
-    teacher_momentum: float = Field(default=0.99, ge=0, le=1, description="start of the cosine to 1")
+    teacher_momentum: float = Field(
+        default=0.99, ge=0, le=1, description="start of the cosine to 1"
+    )
     loss: Literal["matched", "all_pairs"] = "matched"
     merge: Literal["fedavg", "fedema"] = "fedavg"
 
@@ -108,10 +116,14 @@ class Selection(Model):
     combine: Literal["rank", "radians"] = "rank"
     omega: float = Field(default=1.0, ge=0)
     budgets: tuple[float, ...] = Field(
-        default=(0.2,), min_length=1, description="ascending shares of the pool; the last is the study's"
+        default=(0.2,),
+        min_length=1,
+        description="ascending shares of the pool; the last is the study's",
     )
     scope: Literal["global", "per_site", "global_with_site_floor"] = "global"
-    site_floor: float = Field(default=0.5, ge=0, le=1, description="share of a site's proportional budget")
+    site_floor: float = Field(
+        default=0.5, ge=0, le=1, description="share of a site's proportional budget"
+    )
     draw: int = Field(default=0, ge=0, description="number of the random draw")
 
     @field_validator("budgets")
@@ -196,7 +208,9 @@ class Study(Model):
         for phase in self.phases:
             needs, gives = NEEDS_GIVES[phase]
             if missing := sorted(self._needs(phase, needs) - given):
-                raise ValueError(f"phase '{phase}' needs {', '.join(missing)} from a phase before it")
+                raise ValueError(
+                    f"phase '{phase}' needs {', '.join(missing)} from a phase before it"
+                )
             given |= gives
         if len(set(self.phases)) != len(self.phases):
             raise ValueError("name each phase once")
@@ -218,7 +232,9 @@ class Study(Model):
 
     def digest(self) -> str:
         """SHA-256 of the validated study: what a hospital approves."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        ).hexdigest()
 
 
 def read_study(path: Path) -> Study:

@@ -82,11 +82,15 @@ def build_tiny(image_size: int, seed: int) -> DiffusionStack:
         controlnet = ControlNetModel.from_unet(
             unet, conditioning_channels=1, conditioning_embedding_out_channels=(8, 16, 32)
         )
-        # Zero convolutions protect a trained UNet from a new ControlNet; here both start together,
-        # and zeros would only delay the edges.
+        # Zero convolutions protect a trained UNet from a new ControlNet. Here both start together,
+        # and zeros would only delay the edges. Gain 2 carries a sparse map through SiLU, which
+        # halves small values; the default gain leaves the edges unheard.
         for layer in controlnet.modules():
             if isinstance(layer, nn.Conv2d) and not layer.weight.any():
                 layer.reset_parameters()
+        for layer in controlnet.controlnet_cond_embedding.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
         prompt, null = torch.randn(2, 1, 2, 32)
     scheduler = DDPMScheduler(
         trained_betas=shifted_cosine_betas(image_size),

@@ -43,11 +43,15 @@ class FedAvg:
             A value is not finite.
         """
         if weight <= 0:
-            raise ParameterError("an update needs a positive weight; leave sites without examples out")
+            raise ParameterError(
+                "an update needs a positive weight; leave sites without examples out"
+            )
         if self._sums and {k: v.shape for k, v in arrays.items()} != {
             k: v.shape for k, v in self._sums.items()
         }:
-            raise ParameterError("updates of different models cannot be averaged; check the versions")
+            raise ParameterError(
+                "updates of different models cannot be averaged; check the versions"
+            )
         for name, array in arrays.items():
             values = np.asarray(array, dtype=np.float64)
             if not np.isfinite(values).all():

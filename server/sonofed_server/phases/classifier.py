@@ -40,7 +40,9 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
             state.set_group(group, updated)
         state.position[group] = number + 1
         run.save()
-        run.events.progress(f"classifier {name} at {_percent(run, budget)}", number + 1, settings.rounds)
+        run.events.progress(
+            f"classifier {name} at {_percent(run, budget)}", number + 1, settings.rounds
+        )
     _evaluate(run, name, stage, state.group(group), settings.batch_norm)
 
 
@@ -54,7 +56,9 @@ def _evaluate(
     if _tested(run, name, stage):
         return
     parameters = EvaluateClassifier(**run.pooled, classifier=name, batch_norm=batch_norm)
-    for site, reply in run.exchange.ask("evaluate.classifier", request(parameters, weights=weights)):
+    for site, reply in run.exchange.ask(
+        "evaluate.classifier", request(parameters, weights=weights)
+    ):
         facts: dict[str, Any] = run.site_facts(site).setdefault("classifiers", {})
         facts.setdefault(name, {})[stage] = reply.metrics
         run.site_facts(site)["test_images"] = int(reply.config["examples"])

@@ -16,7 +16,9 @@ def cluster(run: StudyRun) -> None:
     settings, state, exchange = run.study.clustering, run.state, run.exchange
     parameters = Cluster(**run.encode)
     moments: list[Any] = []
-    for site, reply in exchange.ask("query.cluster", request(parameters, student=state.group("student"))):
+    for site, reply in exchange.ask(
+        "query.cluster", request(parameters, student=state.group("student"))
+    ):
         moments.append((reply.arrays["sum"], reply.arrays["second"], int(reply.config["examples"])))
         run.site_facts(site).update(images=moments[-1][2], embedding=reply.metrics)
     total, second, count = (sum(column) for column in zip(*moments, strict=True))

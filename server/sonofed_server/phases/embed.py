@@ -26,7 +26,9 @@ def embed(run: StudyRun) -> None:
             for name, mean in means.items():
                 mean.add(reply.group(name), weight_of(reply, study.aggregation))
             reports[site] = reply.metrics
-            run.events.progress(f"embed, round {number + 1} of {rounds}", done, len(sites), site=site)
+            run.events.progress(
+                f"embed, round {number + 1} of {rounds}", done, len(sites), site=site
+            )
         for name, mean in means.items():
             state.set_group(name, mean.mean())
         history.append(reports)

@@ -40,7 +40,9 @@ def select(run: StudyRun) -> None:
             for column, table in tables.items()
             for name in ("starts", "cumulative")
         }
-        for _ in exchange.ask("train.select", request(Select(**run.common, stage="rank"), ranks=ranks)):
+        for _ in exchange.ask(
+            "train.select", request(Select(**run.common, stage="rank"), ranks=ranks)
+        ):
             pass
 
     cuts = select_federated(settings, count, send_ranks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Generator, Tensor
+
 from sonofed_common.models.diffusion import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit
-from torch import Generator, Tensor
 
 
 def train_diffusion(

@@ -43,7 +43,9 @@ PHASES: dict[Phase, Callable[[StudyRun], None]] = {
 }
 
 
-def run_study(workspace: Workspace, grid: Grid, engine: str = "deployment", events: Events | None = None) -> Results:
+def run_study(
+    workspace: Workspace, grid: Grid, engine: str = "deployment", events: Events | None = None
+) -> Results:
     """Run a study to its end, from its last checkpoint if it has one.
 
     Parameters

@@ -60,7 +60,9 @@ class Exchange:
         """Ask every enrolled site again."""
         self.missing = {}
 
-    def ask(self, action: str, request: Request, sites: list[str] | None = None) -> Iterator[tuple[str, Records]]:
+    def ask(
+        self, action: str, request: Request, sites: list[str] | None = None
+    ) -> Iterator[tuple[str, Records]]:
         """Ask sites for an action and yield (site, reply) in the cohort's order.
 
         Parameters
@@ -93,7 +95,9 @@ class Exchange:
                 continue
             yield site, reply
 
-    def ask_node(self, action: str, request: Records, node: int, until: float) -> Records | SonoFedError:
+    def ask_node(
+        self, action: str, request: Records, node: int, until: float
+    ) -> Records | SonoFedError:
         """Ask one node by Flower's id: only enrolment does, before sites have names."""
         return self._pull(f"node {node}", self._send(action, request, node), until)
 
@@ -122,7 +126,9 @@ class Exchange:
             time.sleep(POLL_SECONDS)
 
 
-def _broken(action: str, failures: dict[str, SonoFedError], left: int, cohort: Cohort) -> SonoFedError:
+def _broken(
+    action: str, failures: dict[str, SonoFedError], left: int, cohort: Cohort
+) -> SonoFedError:
     site, error = next(iter(failures.items()))
     sentence = (
         f"'{action}' ended with {left} of {len(cohort.sites)} sites, below the quorum of "

@@ -67,7 +67,9 @@ def _classifier(
 ) -> ClassifierResults:
     budgets = run.study.selection.budgets
     curve = [
-        CurvePoint(budget=share, labels=selected[n], metrics=_measures(stages[f"{name}, budget {n}"]))
+        CurvePoint(
+            budget=share, labels=selected[n], metrics=_measures(stages[f"{name}, budget {n}"])
+        )
         for n, share in enumerate(budgets)
         if f"{name}, budget {n}" in stages and selected
     ]
@@ -103,7 +105,9 @@ def _device() -> str:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor()

@@ -34,7 +34,9 @@ SETTLE_SECONDS = 20
 CONNECTION = "lab"
 
 
-def run_flower(workspace: Workspace, sites: list[Path], events: Events, threads: int | None) -> Results:
+def run_flower(
+    workspace: Workspace, sites: list[Path], events: Events, threads: int | None
+) -> Results:
     """Run a study on Flower's simulation (Ray).
 
     Parameters
@@ -74,7 +76,12 @@ def run_flower(workspace: Workspace, sites: list[Path], events: Events, threads:
 def app_bundle(workspace: Workspace) -> dict[str, object]:
     """Return the pyproject of the app bundle: it names installed components and ships no code."""
     return {
-        "project": {"name": "sonofed-study", "version": "1.0.0", "license": "Apache-2.0", "dependencies": []},
+        "project": {
+            "name": "sonofed-study",
+            "version": "1.0.0",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
         "tool": {
             "flwr": {
                 "app": {
@@ -105,7 +112,9 @@ def _environment(home: Path, sites: list[Path]) -> dict[str, str]:
 
 
 @contextmanager
-def _superlink(home: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _superlink(
+    home: Path, environment: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     port = _free_port()
     command = [
         *("flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"),
@@ -113,7 +122,12 @@ def _superlink(home: Path, environment: dict[str, str]) -> Iterator[tuple[subpro
     ]
     with (home / "superlink.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     try:
         _wait_until_up(process, port, home)
@@ -151,7 +165,16 @@ def _submit(
         f"num-supernodes={nodes} client-resources-num-cpus={min(threads or cores, cores)} "
         f"init-args-num-cpus={cores} init-args-log-to-driver=false"
     )
-    command = ["flwr", "run", str(app), CONNECTION, "--federation-config", federation, "--format", "json"]
+    command = [
+        "flwr",
+        "run",
+        str(app),
+        CONNECTION,
+        "--federation-config",
+        federation,
+        "--format",
+        "json",
+    ]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         reason = " ".join((answer.stdout + answer.stderr).split())[-300:]
@@ -185,7 +208,9 @@ def _follow(
 def _run_ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether the SuperLink has no simulation process: before the start, or after the end."""
     try:
-        names = [" ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)]
+        names = [
+            " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)
+        ]
     except psutil.Error:
         return False
     return not any("flwr-simulation" in name for name in names)

@@ -35,7 +35,9 @@ class InlineGrid(Grid):
         # Messages take the run's identity from the process; Flower's own runtime sets it there.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
         self._contexts = {
-            node: Context(1, node, UserConfig({"partition-id": node - 1}), RecordDict(), UserConfig())
+            node: Context(
+                1, node, UserConfig({"partition-id": node - 1}), RecordDict(), UserConfig()
+            )
             for node in range(1, nodes + 1)
         }
         self._waiting: dict[str, Message] = {}

@@ -8,7 +8,7 @@ ABSENT = "–"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """Format a share without its leading zero, as medical journals do: ``.84``, ``−.03``, ``1.00``."""
+    """Format a share as medical journals do, without its leading zero: ``.84``, ``−.03``."""
     if value is None:
         return ABSENT
     text = f"{abs(value):.{digits}f}"
@@ -46,7 +46,9 @@ def size(count: float | None) -> str:
         return ABSENT
     for unit in ("bytes", "kB", "MB", "GB"):
         if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+            return (
+                f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+            )
         count /= 1000
     return f"{count:.1f} TB"
 

@@ -34,7 +34,7 @@ def headline(results: Results) -> str:
 
 
 def explanation(results: Results) -> list[str]:
-    """Sentences below the headline: the mean, the control, single sites, chance, and who is missing."""
+    """Sentences below the headline: the mean, the control, sites that lost, who is missing."""
     sentences = []
     compared = compared_sites(results)
     before, after = mean_over_sites(results, "source"), mean_over_sites(results, "adapted")
@@ -57,7 +57,9 @@ def explanation(results: Results) -> list[str]:
     if lost := [name for name in compared if _fell(results, name)]:
         sentences.append(f"It fell at {_names(lost)}.")
     if results.missing_sites:
-        sentences.append(f"Not in these numbers, because lost on the way: {_names(results.missing_sites)}.")
+        sentences.append(
+            f"Not in these numbers, because lost on the way: {_names(results.missing_sites)}."
+        )
     return sentences
 
 

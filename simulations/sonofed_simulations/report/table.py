@@ -39,7 +39,9 @@ def tabulate(results: Results) -> Table:
     for name, site in results.sites.items():
         if site.missing_reason is not None or not site.classifiers:
             reason = site.missing_reason or "no result"
-            table.add_row(name, str(site.images), str(site.selected), reason, "", "", "", style="dim")
+            table.add_row(
+                name, str(site.images), str(site.selected), reason, "", "", "", style="dim"
+            )
             continue
         estimates = [site_estimate(site, stage) for stage in STAGES]
         change = gain(estimates[0], estimates[-1])

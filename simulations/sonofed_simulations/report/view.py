@@ -59,8 +59,8 @@ class SiteView:
         for name, value in vars(self).items():
             if name != "name" and value is not None and len(value) != count:
                 raise ValueError(
-                    f"view of site '{self.name}': '{name}' has {len(value)} rows for {count} images; "
-                    "give one row an image"
+                    f"the view of site '{self.name}' has {len(value)} rows of '{name}' for "
+                    f"{count} images; give one row an image"
                 )
 
     @property

@@ -61,7 +61,11 @@ class Scenario(Model):
     def _assemble(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("study"), dict):
             return values
-        values = {**values, "study": dict(values["study"]), "source": dict(values.get("source", {}))}
+        values = {
+            **values,
+            "study": dict(values["study"]),
+            "source": dict(values.get("source", {})),
+        }
         name, hospitals = values.get("name"), values.get("hospitals", {})
         cohort = {"sites": list(hospitals), **values["study"].get("cohort", {})}
         values["study"] = {"name": name, **values["study"], "cohort": cohort}
@@ -94,5 +98,7 @@ def read_scenario(name_or_path: str) -> Scenario:
     path = built_in().get(name_or_path, Path(name_or_path))
     if not path.is_file():
         known = ", ".join(built_in())
-        raise ConfigurationError(f"there is no scenario '{name_or_path}'; give a file or one of: {known}")
+        raise ConfigurationError(
+            f"there is no scenario '{name_or_path}'; give a file or one of: {known}"
+        )
     return validate(Scenario, read_toml(path), path.name)

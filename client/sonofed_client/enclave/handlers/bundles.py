@@ -24,7 +24,11 @@ def describe(site: Site, parameters: Describe, request: Records) -> Records:
         config={
             "site": site.settings.name,
             "study": parameters.study_digest,
-            "versions": {"python": platform.python_version(), "torch": version("torch"), "sonofed": version("sonofed")},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": version("torch"),
+                "sonofed": version("sonofed"),
+            },
             "device": torch.cuda.get_device_name() if site.device.type == "cuda" else "cpu",
         },
         metrics={"pool": round(pool, -1) or ROUNDING, "test": round(test, -1) or ROUNDING},

@@ -24,10 +24,14 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     if not labels:
         return Records(config={"examples": 0})
     seed = derive_seed(
-        parameters.seed, site.settings.name, parameters.classifier, parameters.budget, parameters.round
+        parameters.seed,
+        site.settings.name,
+        parameters.classifier,
+        parameters.budget,
+        parameters.round,
     )
     seed_everything(seed)
-    model = _start(site, parameters, request, images, parameters.settings.batch_norm)
+    model = starting_model(site, parameters, request, images, parameters.settings.batch_norm)
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
     report = finetune_round(
@@ -44,7 +48,7 @@ def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Rec
     """Metrics with patient-clustered intervals on the site's own test images."""
     rows, images = site.images("test", parameters.image_size)
     _, pool = site.images("pool", parameters.image_size)
-    model = _start(site, parameters, request, pool, parameters.batch_norm)
+    model = starting_model(site, parameters, request, pool, parameters.batch_norm)
     thresholds = site.facts(parameters.bundle)["classifiers"][parameters.classifier]
     metrics = evaluate(
         model,
@@ -58,13 +62,24 @@ def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Rec
     return Records(config={"examples": len(rows)}, metrics=dict(metrics))
 
 
-def _start(
+def starting_model(
     site: Site,
     parameters: TrainClassifier | EvaluateClassifier,
     request: Records,
     pool: Tensor,
     batch_norm: str,
 ) -> Classifier:
+    """Return the classifier that a request starts from.
+
+    Parameters
+    ----------
+    request : Records
+        ``weights/...``, or none for the source's.
+    pool : Tensor
+        (N, 1, S, S) unlabelled images of the site.
+    batch_norm : str
+        ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them.
+    """
     model = site.classifier(parameters.bundle, parameters.classifier)
     if weights := request.group("weights"):
         load_weights(model, weights)

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from sonofed_client.adaptation.clustering import cluster_sums, moments
-from sonofed_client.adaptation.embedding import collapse_statistics, embed, fedema_merge, train_round
+from sonofed_client.adaptation.embedding import (
+    collapse_statistics,
+    embed,
+    fedema_merge,
+    train_round,
+)
 from sonofed_client.adaptation.scoring import distance_to_centroids, representativeness
 from sonofed_client.enclave.handlers.reconstruction import reconstructions
 from sonofed_client.enclave.site import Site, load_weights, weights_of
@@ -65,7 +70,9 @@ def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
     kept = site.study_artifact(parameters.study, "embedding")
     if "centroids" in request.arrays:
         embedding = torch.from_numpy(np.array(site.need(kept, "embedding").arrays["embedding"]))
-        sums, counts = cluster_sums(embedding, torch.from_numpy(np.array(request.arrays["centroids"])))
+        sums, counts = cluster_sums(
+            embedding, torch.from_numpy(np.array(request.arrays["centroids"]))
+        )
         return Records({"sums": sums.numpy(), "counts": counts.numpy()})
     rows, images = site.images("pool", parameters.image_size)
     student, _ = _networks(site, parameters)
@@ -83,9 +90,7 @@ def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
     )
 
 
-def _networks(
-    site: Site, parameters: Encode
-) -> tuple[HypersphereEncoder, Predictor]:
+def _networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predictor]:
     # Every site draws the same projector and predictor, so round 0 needs no broadcast.
     dimension = parameters.settings.dimension
     backbone = site.classifier(parameters.bundle, parameters.classifier)

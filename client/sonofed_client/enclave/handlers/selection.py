@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sonofed_client.adaptation.selector import PoolSelector
 from sonofed_client.adaptation.scoring import uncertainty
+from sonofed_client.adaptation.selector import PoolSelector
 from sonofed_client.enclave.site import Site
 from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
 from sonofed_common.contract.errors import ParameterError
@@ -55,13 +55,17 @@ def histogram(site: Site, parameters: Histogram, request: Records) -> Records:
 def select(site: Site, parameters: Select, request: Records) -> Records:
     """Keep the pooled ranks, or mark the selection of every budget and reply with its sizes."""
     if parameters.stage == "rank":
-        site.store.put(site.study_artifact(parameters.study, "ranks"), Records(request.group("ranks")))
+        site.store.put(
+            site.study_artifact(parameters.study, "ranks"), Records(request.group("ranks"))
+        )
         _selector(site, parameters)
         return Records()
     if "cuts" not in request.arrays:
         raise ParameterError("marking a selection needs the cuts; send them")
     chosen = _selector(site, parameters).select(np.array(request.arrays["cuts"]))
-    site.store.put(site.study_artifact(parameters.study, "selected"), Records(config={"ids": chosen}))
+    site.store.put(
+        site.study_artifact(parameters.study, "selected"), Records(config={"ids": chosen})
+    )
     if site.settings.oracle:
         labels = {row.id: row.label for row in site.store.images("pool")}
         known = [(i, labels[i]) for i in chosen[-1]]
@@ -69,7 +73,7 @@ def select(site: Site, parameters: Select, request: Records) -> Records:
     return Records(config={"selected": [len(ids) for ids in chosen]})
 
 
-def annotations(site: Site, parameters: Annotations, request: Records) -> Records:
+def count_annotations(site: Site, parameters: Annotations, request: Records) -> Records:
     """How many of the selected images have a label."""
     total = len(selected(site, parameters.study)[-1])
     done = len(labelled(site, parameters.study, -1))
@@ -110,7 +114,9 @@ def _selector(site: Site, parameters: Parameters) -> PoolSelector:
     if ranks is not None:
         selector.set_ranks(
             {
-                column: RankTable(*(np.array(ranks.group(column)[a]) for a in ("starts", "cumulative")))
+                column: RankTable(
+                    *(np.array(ranks.group(column)[a]) for a in ("starts", "cumulative"))
+                )
                 for column in ranked_columns(settings)
             }
         )
