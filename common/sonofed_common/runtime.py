@@ -87,7 +87,7 @@ class Events:
 
     Notes
     -----
-    Events hold phase names, hospital names, counts and sizes; never an image, a file name or a score.
+    Events hold names of phases and hospitals, counts and sizes; no image, file name or score.
     """
 
     path: Path | None = None

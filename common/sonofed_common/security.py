@@ -71,6 +71,10 @@ def verify(public_key: str, signature: bytes, data: bytes) -> None:
     ----------
     public_key : str
         64 hex digits.
+    signature : bytes
+        64 bytes.
+    data : bytes
+        What was signed.
 
     Raises
     ------

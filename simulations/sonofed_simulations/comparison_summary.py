@@ -204,7 +204,7 @@ def _accuracy(cell: Cell) -> float:
 
 
 def _untrained(cells: Sequence[Cell]) -> list[Row]:
-    """Rows of the weights as shipped and with re-estimated normalisation, from the sites' metrics."""
+    """Rows without labels: weights as shipped, and with re-estimated normalisation."""
     seeds = {cell.seed: cell for cell in cells}
     rows = []
     for stage in ("source", "bn_adapted"):

@@ -60,7 +60,7 @@ class Laboratory:
         """
         if self.scenario.needs_data and self.data is None:
             raise DataMissingError(
-                f"scenario '{self.scenario.name}' uses real data sets; give their folder with --data"
+                f"scenario '{self.scenario.name}' uses real data; give its folder with --data"
             )
         if self.scenario.source_phantoms is not None:
             self._phantoms("source", self.scenario.source_phantoms)

@@ -45,7 +45,7 @@ class Site:
         self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     def images(self, part: str, image_size: int) -> tuple[list[CataloguedImage], Tensor]:
-        """Return one part (``pool`` or ``test``) as rows and float images (N, 1, S, S) in [0, 1]."""
+        """Return one part (``pool`` or ``test``): rows, and images (N, 1, S, S) in [0, 1]."""
         rows = self.store.images(part)
         whole = self._keep_warm(("pixels", str(image_size)), lambda: pixels(self.store, image_size))
         chosen = whole[torch.tensor([row.position for row in rows], dtype=torch.long)]

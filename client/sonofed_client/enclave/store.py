@@ -126,7 +126,7 @@ class Store:
             rows = session.execute(
                 select(Annotation.image, Annotation.label).order_by(Annotation.image)
             )
-            return {image: label for image, label in rows}
+            return {row.image: row.label for row in rows}
 
     def put(self, name: str, records: Records) -> None:
         """Store records under a name; the old blob of that name goes."""
@@ -202,7 +202,7 @@ class Store:
             self._remove(name)
 
     def trim(self, prefix: str, limit: int = JOB_CACHE_BYTES) -> None:
-        """Remove the least recently used artifacts under a prefix until they fit the limit (bytes)."""
+        """Remove the least recently used artifacts of a prefix until they fit a limit in bytes."""
         match = Artifact.name.startswith(prefix, autoescape=True)
         with Session(self._engine) as session:
             total = session.scalar(select(func.sum(Artifact.bytes)).where(match)) or 0

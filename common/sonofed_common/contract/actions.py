@@ -14,7 +14,6 @@ from sonofed_common.contract.selection import MAX_PARTS, Column
 from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
 
 
-
 class Parameters(Model):
     """What every action carries."""
 

@@ -1,4 +1,4 @@
-"""Strict configuration: TOML files read by pydantic, unknown keys refused with the nearest known key."""
+"""Strict configuration: TOML files read by pydantic; an unknown key is refused with a hint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def validate(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mode
     Raises
     ------
     ConfigurationError
-        One sentence that names the first offending key and, for an unknown key, the nearest known one.
+        One sentence: the first offending key and, for an unknown one, the nearest known key.
     """
     try:
         return model.model_validate(values)

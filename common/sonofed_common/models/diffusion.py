@@ -10,48 +10,13 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import nn
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.models.codecs import PatchCodec, VaeCodec
+from sonofed_common.models.codecs import DctCodec, VaeCodec
 from sonofed_common.models.prompts import prompt_tokens
 from sonofed_common.models.stack import DiffusionStack, read_part
 
-__all__ = ["DiffusionStack", "build_tiny", "load_sd15", "shifted_cosine_betas"]
+__all__ = ["DiffusionStack", "build_tiny", "load_sd15"]
 
 PROMPT = "Ultrasound of breast"
-
-
-def shifted_cosine_betas(image_size: int, steps: int = 1000, reference: int = 64) -> list[float]:
-    """Betas of the cosine schedule, moved towards noise for larger images.
-
-    Parameters
-    ----------
-    image_size : int
-        Side in pixels.
-    steps : int
-        Number of timesteps.
-    reference : int
-        Side at which the schedule is the plain cosine.
-
-    Returns
-    -------
-    list of float
-        In (0, 0.999]; the last one makes the terminal signal-to-noise ratio practically zero.
-
-    Notes
-    -----
-    Neighbouring pixels repeat each other, so averaging undoes noise: an image of S pixels keeps the
-    visible information of ``reference`` pixels only when its log-SNR falls by 2 log(S / reference)
-    (Hoogeboom et al. 2023, simple diffusion, section 3.1). Space-to-depth is orthogonal: it changes
-    the layout, not this redundancy.
-    """
-    shift = (image_size / reference) ** 2
-
-    def signal(time: float) -> float:
-        cosine = math.cos(math.pi / 2 * time) ** 2
-        return cosine / (cosine + shift * (1 - cosine))
-
-    return [
-        min(1 - signal((step + 1) / steps) / signal(step / steps), 0.999) for step in range(steps)
-    ]
 
 
 def build_tiny(image_size: int, seed: int) -> DiffusionStack:
@@ -66,7 +31,7 @@ def build_tiny(image_size: int, seed: int) -> DiffusionStack:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        codec = PatchCodec()
+        codec = DctCodec()
         unet = UNet2DConditionModel(
             sample_size=image_size // codec.factor,
             in_channels=codec.factor**2,
@@ -93,7 +58,8 @@ def build_tiny(image_size: int, seed: int) -> DiffusionStack:
                 nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
         prompt, null = torch.randn(2, 1, 2, 32)
     scheduler = DDPMScheduler(
-        trained_betas=shifted_cosine_betas(image_size),
+        # The cosine ends in pure noise (Nichol & Dhariwal 2021), where sampling from noise starts.
+        beta_schedule="squaredcos_cap_v2",
         prediction_type="sample",
         clip_sample=False,
         timestep_spacing="trailing",

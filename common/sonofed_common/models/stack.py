@@ -15,14 +15,14 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.models.codecs import Codec, PatchCodec, VaeCodec
+from sonofed_common.models.codecs import Codec, DctCodec, VaeCodec
 from sonofed_common.models.edges import CANNY, canny
 from sonofed_common.runtime import write_atomically
 
 DROP = 0.2
 """Probability with which training drops the prompt, and the edge map, of an image."""
 DETAIL = 0.2
-"""Standard deviation of an image's fine detail, on the codec's scale of [-1, 1]."""
+"""Standard deviation of an image's fine detail in `DctCodec`'s latents."""
 
 Kind = Literal["tiny", "sd15"]
 Part = TypeVar("Part")
@@ -207,7 +207,7 @@ class DiffusionStack(nn.Module):
             raise ConfigurationError(
                 f"the folder '{folder.name}' holds no whole diffusion stack; train or copy it again"
             ) from error
-        codec: Codec = PatchCodec()
+        codec: Codec = DctCodec()
         if kind == "sd15":
             codec = VaeCodec(read_part(AutoencoderKL, folder, "vae"))
         unet = read_part(UNet2DConditionModel, folder, "unet")

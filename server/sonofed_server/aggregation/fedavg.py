@@ -1,4 +1,4 @@
-"""FedAvg as a running sum (McMahan et al., AISTATS 2017): no reply is held after it was folded in."""
+"""FedAvg (McMahan et al., AISTATS 2017) as a running sum: no reply is held once folded in."""
 
 from __future__ import annotations
 

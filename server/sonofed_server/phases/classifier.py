@@ -12,7 +12,7 @@ from sonofed_server.study.run import StudyRun
 
 
 def classifier(run: StudyRun) -> None:
-    """Test the source's weights, then average fine-tuned weights round by round, then test again."""
+    """Test the source's weights, average fine-tuned weights round by round, test again."""
     for name in run.study.classifiers:
         _evaluate(run, name, "source", {}, "global")
         _evaluate(run, name, "bn_adapted", {}, "site")

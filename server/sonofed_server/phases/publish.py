@@ -41,11 +41,11 @@ def _model_card(run: StudyRun) -> str:
     lines = [
         f"# {run.study.name}",
         "",
-        "Binary classification of breast lesions on B-mode ultrasound (benign, malignant), adapted to "
-        f"{len(sites)} sites by federated fine-tuning on {_labels(sites)} expert labels.",
+        "Binary classification of breast lesions on B-mode ultrasound (benign, malignant), "
+        f"adapted at {len(sites)} sites by federated fine-tuning on {_labels(sites)} labels.",
         "Not a medical device; for research. Validate it on your own patients before any use.",
         "",
-        f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, values in [0, 1], "
+        f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
         "longer side resized, padded with 0",
         f"- normalisation statistics: {run.study.finetuning.batch_norm}",
         f"- source bundle: {run.bundle.id}",

@@ -39,6 +39,7 @@ def reconstruct(run: StudyRun) -> None:
         run.exchange.missing[site] = "reconstruction did not end before the deadline"
     if len(run.exchange.sites()) < run.study.cohort.smallest:
         raise QuorumError(
-            f"reconstruction ended in time at {len(run.exchange.sites())} sites, below the quorum of "
-            f"{run.study.cohort.smallest}; raise cohort.deadline_seconds or lower reconstruction.steps"
+            f"reconstruction ended in time at {len(run.exchange.sites())} sites, below the quorum "
+            f"of {run.study.cohort.smallest}; raise cohort.deadline_seconds or lower "
+            "reconstruction.steps"
         )

@@ -1,7 +1,7 @@
 """The Flower engine: Flower's own simulation runtime with a code-free app bundle.
 
-An ephemeral SuperLink is started on a free port of the loopback interface, the app bundle that names
-our installed apps is submitted to it, and everything is ended afterwards whatever happens.
+An ephemeral SuperLink is started on a free loopback port, the app bundle that names our installed
+apps is submitted to it, and everything is ended afterwards whatever happens.
 """
 
 from __future__ import annotations
@@ -66,10 +66,7 @@ def run_flower(
     seen = workspace.events.stat().st_size if workspace.events.exists() else 0
     with _superlink(home, environment) as (process, port):
         _submit(workspace, home, environment, port, len(sites), threads)
-        try:
-            _follow(workspace, process, home, environment, events, seen)
-        finally:
-            _read_events(workspace, events, seen)
+        _follow(workspace, process, home, events, seen)
     return read_results(workspace.results)
 
 
@@ -185,7 +182,6 @@ def _follow(
     workspace: Workspace,
     process: subprocess.Popen[bytes],
     home: Path,
-    environment: dict[str, str],
     events: Events,
     seen: int,
 ) -> None:
@@ -195,6 +191,7 @@ def _follow(
         if (reason := failure(workspace)) is not None:
             raise error_from_code(reason["error"], reason["message"])
         if workspace.results.exists():
+            _read_events(workspace, events, seen)
             return
         if process.poll() is not None:
             raise EngineError(f"Flower's SuperLink died; see {home / 'superlink.log'}")

@@ -1,4 +1,4 @@
-"""The inline engine: the real ServerApp and ClientApp in this process, one message after another."""
+"""The inline engine: the real server and ClientApp in this process, message after message."""
 
 from __future__ import annotations
 

@@ -29,9 +29,12 @@ def scores(views: Sequence[SiteView]) -> str:
     """Histograms of both scores and their scatter, a row a site; a PNG data URI."""
     with drawing(WIDTH, 0.35 + 1.75 * len(views)) as figure:
         grid = figure.subplots(len(views), 3, squeeze=False, sharex="col", width_ratios=(1, 1, 1.1))
+        u_edges = _edges([view.uncertainty for view in views])
+        r_edges = _edges([view.representativeness for view in views])
         for row, view in zip(grid, views, strict=True):
-            _histogram(row[0], view.uncertainty, view.selected)
-            _histogram(row[1], view.representativeness, view.selected)
+            row[2].sharey(grid[0, 2])
+            _histogram(row[0], view.uncertainty, view.selected, u_edges)
+            _histogram(row[1], view.representativeness, view.selected, r_edges)
             for mask, style in layers(view.selected):
                 row[2].scatter(view.uncertainty[mask], view.representativeness[mask], **style)
             row[2].set_ylabel("r (radians)")
@@ -110,13 +113,15 @@ def _density(axes: Axes, values: Points, colour: str, label: str, filled: bool =
         axes.plot(grid, height, color=colour, linewidth=1.6, label=label)
 
 
-def _histogram(axes: Axes, values: Floats, selected: NDArray[np.bool_]) -> None:
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return
-    edges = np.histogram_bin_edges(finite, bins=28)
-    axes.hist(values, bins=edges.tolist(), color=REST, alpha=0.45)
-    axes.hist(values[selected], bins=edges.tolist(), color=CHOSEN)
+def _edges(values: Sequence[Floats]) -> list[float]:
+    pooled = np.concatenate(values)
+    edges: list[float] = np.histogram_bin_edges(pooled[np.isfinite(pooled)], bins=32).tolist()
+    return edges
+
+
+def _histogram(axes: Axes, values: Floats, selected: NDArray[np.bool_], edges: list[float]) -> None:
+    axes.hist(values, bins=edges, color=REST, alpha=0.45)
+    axes.hist(values[selected], bins=edges, color=CHOSEN)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
 

@@ -178,9 +178,17 @@ def _curve_panel(axes: Axes, points: list[tuple[int, Estimate]], colour: str) ->
         fontweight="bold",
         color=colour,
     )
-    axes.set_xticks(sorted(set(labels)))
+    axes.set_xticks(_apart(sorted(set(labels))))
     axes.margins(x=0.16)
     axes.grid(axis="y")
+
+
+def _apart(labels: list[int]) -> list[int]:
+    kept: list[int] = []
+    for label in reversed(labels):
+        if not kept or kept[-1] - label >= 0.16 * labels[-1]:
+            kept.append(label)
+    return kept
 
 
 def _whisker(axes: Axes, row: float, found: Estimate | None, stage: Stage) -> None:

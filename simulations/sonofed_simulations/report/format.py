@@ -65,6 +65,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def thousands(number: int) -> str:
+    """Format a count with thin spaces: ``1 160``."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
+def count(number: int, noun: str) -> str:
     """Format a count with its noun: ``1 site``, ``4 sites``."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}".replace(",", "\u202f")
+    return f"{thousands(number)} {noun if number == 1 else f'{noun}s'}"

@@ -15,7 +15,7 @@ from sonofed_common.models.edges import canny
 from sonofed_simulations.report.view import SiteView
 
 Pixels = NDArray[np.uint8]
-TILE, GAP = 132, 6
+TILE, GAP = 128, 6
 
 
 def chosen(view: SiteView, count: int, columns: int) -> str | None:
@@ -63,5 +63,5 @@ def _sheet(images: Pixels, columns: int) -> str | None:
 
 def tiles(sites: Sequence[SiteView]) -> tuple[int, int]:
     """Tiles and columns of a contact sheet: fewer rows where there are many sites."""
-    columns = 8
-    return (2 * columns if len(sites) <= 4 else columns), columns
+    columns = 4
+    return (4 if len(sites) <= 4 else 2) * columns, columns

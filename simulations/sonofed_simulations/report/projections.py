@@ -43,7 +43,7 @@ def sphere(views: Sequence[SiteView]) -> tuple[str, float]:
     pca = PCA(n_components=min(3, *pooled.shape)).fit(pooled)
     columns = min(4, len(views))
     rows = -(-len(views) // columns)
-    with drawing(WIDTH, rows * WIDTH / max(columns, 3) * 1.06) as figure:
+    with drawing(WIDTH, rows * (WIDTH / max(columns, 3) + 0.25) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(views) :]:
             axes.set_visible(False)
@@ -103,7 +103,7 @@ def tsne(views: Sequence[SiteView], source: SourceView | None, seed: int) -> tup
         first, second = figure.subplots(1, 2)
         for index in reversed(range(len(clouds))):
             part = points[origin == index]
-            marker = "." if index == len(views) else SITE_MARKERS[index % len(SITE_MARKERS)]
+            marker = "o" if index == len(views) else SITE_MARKERS[index % len(SITE_MARKERS)]
             style = {"color": colours[index], "label": names[index], "marker": marker}
             first.scatter(*part.T, s=9, alpha=0.75, linewidths=0, **style)
         if source:
@@ -113,9 +113,12 @@ def tsne(views: Sequence[SiteView], source: SourceView | None, seed: int) -> tup
         for (mask, style), label in zip(layers(selected), ("not chosen", "chosen"), strict=True):
             second.scatter(*points[mask & target].T, label=label, **style)
         for axes, title in ((first, "by origin"), (second, "by choice")):
+            handles, labels = axes.get_legend_handles_labels()
+            if axes is first:
+                handles, labels = handles[::-1], labels[::-1]
             axes.set(xticks=[], yticks=[], title=title)
             axes.spines[:].set_visible(False)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, markerscale=2)
+            axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, markerscale=2)
         return data_uri(figure, "png"), len(kept)
 
 
@@ -138,7 +141,7 @@ def _ball(axes: Axes) -> None:
     for longitude in np.deg2rad(np.arange(0, 180, 30)):
         across = np.array([np.cos(longitude), 0, np.sin(longitude)])
         _ring(axes, np.outer(np.cos(turn), across) + np.outer(np.sin(turn), pole))
-    axes.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03), aspect="equal")
+    axes.set(xlim=(-1.06, 1.06), ylim=(-1.06, 1.06), aspect="equal")
     axes.set_axis_off()
 
 

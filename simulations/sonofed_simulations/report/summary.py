@@ -55,7 +55,7 @@ def explanation(results: Results) -> list[str]:
             f"{_beyond(over_control)}{_chance(over_control)}."
         )
     if lost := [name for name in compared if _fell(results, name)]:
-        sentences.append(f"It fell at {_names(lost)}.")
+        sentences.append(f"Adapted, the model did worse than the source model at {_names(lost)}.")
     if results.missing_sites:
         sentences.append(
             f"Not in these numbers, because lost on the way: {_names(results.missing_sites)}."

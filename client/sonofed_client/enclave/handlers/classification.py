@@ -73,6 +73,10 @@ def starting_model(
 
     Parameters
     ----------
+    site : Site
+        Keeps the bundle.
+    parameters : TrainClassifier or EvaluateClassifier
+        Name the bundle and the classifier.
     request : Records
         ``weights/...``, or none for the source's.
     pool : Tensor

@@ -22,6 +22,8 @@ from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import derive_seed
 
+BATCH = 64
+
 
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     """One federated round of hypersphere contrastive learning on the pool."""
@@ -74,7 +76,7 @@ def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
             embedding, torch.from_numpy(np.array(request.arrays["centroids"]))
         )
         return Records({"sums": sums.numpy(), "counts": counts.numpy()})
-    rows, images = site.images("pool", parameters.image_size)
+    _, images = site.images("pool", parameters.image_size)
     student, _ = _networks(site, parameters)
     load_weights(student, request.group("student"))
     embedding = embed(student, images)
@@ -117,5 +119,8 @@ def source_features(site: Site, parameters: Encode, images: Tensor) -> Tensor:
     """Unit-length features (N, F) of images under the source-trained classifier."""
     backbone = site.classifier(parameters.bundle, parameters.classifier).eval()
     with torch.inference_mode():
-        batches = [backbone.features(b.to(site.device)).cpu() for b in images.split(64)]
+        batches = [
+            backbone.features(images[start : start + BATCH].to(site.device)).cpu()
+            for start in range(0, len(images), BATCH)
+        ]
     return torch.nn.functional.normalize(torch.cat(batches), dim=1)
