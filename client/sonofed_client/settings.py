@@ -33,7 +33,9 @@ class SiteSettings(Model):
     data: SiteData
     coordinator_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519 public key, hex")
     image_key: str | None = Field(
-        default=None, description="hex; default: made on site, kept in the store"
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="hex; default: made on site, kept in the store",
     )
     oracle: bool = False
     threads: int | None = Field(

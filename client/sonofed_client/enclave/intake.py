@@ -67,6 +67,8 @@ def take_in(settings: SiteSettings, store: Store) -> str:
         CataloguedImage(i, s.name, part, s.label, s.group, position)
         for position, (i, part, s) in enumerate(ordered)
     ]
+    # Whenever this is interrupted, no intake is on record for a catalogue that it did not make.
+    store.remove("intake")
     store.remove("pixels/")
     store.catalogue(images)
     store.put_bytes("files", json.dumps({i: str(s.image) for i, _, s in ordered}).encode())

@@ -94,12 +94,17 @@ class Site:
 
     def _load_diffusion(self, bundle: str) -> DiffusionStack:
         prefix = "diffusion/"
+        paths = [path for path in self.manifest(bundle).files if path.startswith(prefix)]
+        if not paths:
+            raise ParameterError(
+                "the bundle holds no diffusion stack; train the source with one, or leave the "
+                "phase 'reconstruct' out"
+            )
         with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
-            for path in self.manifest(bundle).files:
-                if path.startswith(prefix):
-                    target = Path(folder) / path.removeprefix(prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(self.blob(bundle, path))
+            for path in paths:
+                target = Path(folder) / path.removeprefix(prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.blob(bundle, path))
             stack = DiffusionStack.load(Path(folder))
         return stack.to(self.device).eval().requires_grad_(False)
 

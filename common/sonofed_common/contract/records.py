@@ -51,7 +51,7 @@ class Records:
         """SHA-256 of the arrays, by name, dtype, shape and content."""
         digest = hashlib.sha256()
         for name in sorted(self.arrays):
-            array = np.ascontiguousarray(self.arrays[name])
+            array = np.asarray(self.arrays[name], order="C")
             digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
             digest.update(array.tobytes())
         return digest.hexdigest()
@@ -70,7 +70,7 @@ def to_bytes(records: Records) -> bytes:
     records : Records
         Non-finite metrics are allowed; arrays are copied to C order.
     """
-    arrays = {k: np.ascontiguousarray(v) for k, v in records.arrays.items()}
+    arrays = {k: np.asarray(v, order="C") for k, v in records.arrays.items()}
     # One metadata key: safetensors writes several in random order, and digests must repeat.
     parts = json.dumps({"config": records.config, "metrics": records.metrics})
     return save(arrays, {"records": parts})
@@ -92,11 +92,24 @@ def from_bytes(data: bytes) -> Records:
     try:
         arrays = load(data)
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        parts = json.loads(metadata["records"])
-        config, metrics = parts["config"], parts["metrics"]
-    except (SafetensorError, ValueError, KeyError, UnicodeDecodeError) as error:
+        parts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["records"])
+        return checked(arrays, parts["config"], parts["metrics"])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ParameterError(
             "the records cannot be decoded; send safetensors as encoded by SonoFed"
         ) from error
+
+
+def checked(arrays: dict[str, Array], config: Json, metrics: Json) -> Records:
+    """Make records of decoded parts.
+
+    Raises
+    ------
+    TypeError
+        A part has not the type that it was encoded from.
+    """
+    if not (isinstance(config, dict) and isinstance(metrics, dict)):
+        raise TypeError("config and metrics are not objects")
+    if any(array.dtype.kind not in "biuf" for array in arrays.values()):
+        raise TypeError("an array holds no numbers")
     return Records(arrays, config, metrics)

@@ -92,6 +92,10 @@ class RankTable:
     cumulative: Counts
 
     def __post_init__(self) -> None:
+        if (self.starts.ndim, self.starts.dtype.kind) != (1, "u") or (
+            (self.cumulative.ndim, self.cumulative.dtype.kind) != (1, "i")
+        ):
+            raise ParameterError("a rank table is not two lists of whole numbers; ask again")
         ascending = bool(np.all(self.starts[1:] > self.starts[:-1]))
         growing = bool(np.all(np.diff(self.cumulative) > 0))
         whole = len(self.cumulative) == len(self.starts) + 1 and self.cumulative[0] == 0

@@ -36,8 +36,8 @@ class DctCodec(nn.Module):
     Raw pixels of a patch repeat each other: noise that hides their mean has long drowned their
     texture, and a loss on them is a loss on the mean. Frequencies do not, so each can have a noise
     of its own size: the spread of breast ultrasound at 64 to 128 px (1.7, 0.34, 0.18, 0.10, 0.06,
-    0.045, 0.03 for the sums of both frequencies, 0 to 6) to the power 0.6. The full spread would hide
-    mean and speckle at the same time, but then speckle is most of the loss.
+    0.045, 0.03 for the sums of both frequencies, 0 to 6) to the power 0.6. The full spread would
+    hide mean and speckle at the same time, but then speckle is most of the loss.
     """
 
     factor = 4

@@ -82,12 +82,17 @@ def load_sd15(folder: Path, biomedclip: Path, prompt: str = PROMPT) -> Diffusion
     Raises
     ------
     ConfigurationError
-        A folder or part is missing or unreadable, or the text tower's hidden size differs from the
-        UNet's cross-attention.
+        A folder or part is missing or unreadable, the UNet does not predict epsilon, or the text
+        tower's hidden size differs from the UNet's cross-attention.
     """
     unet = read_part(UNet2DConditionModel, folder, "unet")
     codec = VaeCodec(read_part(AutoencoderKL, folder, "vae"))
     scheduler = read_part(DDPMScheduler, folder, "scheduler")
+    if scheduler.config.prediction_type != "epsilon":
+        raise ConfigurationError(
+            f"the checkpoint '{folder.name}' predicts {scheduler.config.prediction_type}; "
+            "give one that predicts epsilon, as Stable Diffusion 1.5 does"
+        )
     tokens, null = prompt_tokens(biomedclip, prompt)
     if tokens.shape[-1] != unet.config.cross_attention_dim:
         raise ConfigurationError(

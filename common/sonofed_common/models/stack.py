@@ -21,7 +21,7 @@ from sonofed_common.runtime import write_atomically
 
 DROP = 0.2
 """Probability with which training drops the prompt, and the edge map, of an image."""
-DETAIL = 0.2
+DETAIL = 0.15
 """Standard deviation of an image's fine detail in `DctCodec`'s latents."""
 
 Kind = Literal["tiny", "sd15"]
@@ -40,7 +40,7 @@ class DiffusionStack(nn.Module):
     codec : Codec
         Between images and latents.
     scheduler : DDPMScheduler
-        Noise schedule and kind of prediction (epsilon or v).
+        Noise schedule and kind of prediction (epsilon or sample).
     prompt, null : Tensor
         (1, L, D) tokens of the prompt and of its absence.
     image_size : int
@@ -87,7 +87,7 @@ class DiffusionStack(nn.Module):
         return canny(images, self.edge_settings)
 
     def forward(self, latents: Tensor, times: Tensor, tokens: Tensor, edges: Tensor) -> Tensor:
-        """Predict what the noise schedule names: the noise, v, or the clean latents ("sample").
+        """Predict what the noise schedule names: the noise, or the clean latents ("sample").
 
         Parameters
         ----------

@@ -33,16 +33,16 @@ class FedAvg:
         arrays : mapping of str to ndarray
             Same names and shapes from every site; finite.
         weight : float
-            Positive; usually the number of examples.
+            Positive and finite; usually the number of examples.
 
         Raises
         ------
         ParameterError
-            Names or shapes differ from the first reply's, or the weight is not positive.
+            Names or shapes differ from the first reply's, or the weight is not a positive number.
         DivergenceError
             A value is not finite.
         """
-        if weight <= 0:
+        if not 0 < weight < np.inf:
             raise ParameterError(
                 "an update needs a positive weight; leave sites without examples out"
             )
@@ -69,4 +69,5 @@ class FedAvg:
 
     def _cast(self, name: str, mean: NDArray[np.float64]) -> Array:
         dtype = self._dtypes[name]
-        return (np.rint(mean) if np.issubdtype(dtype, np.integer) else mean).astype(dtype)
+        # NumPy turns what has no dimension into a scalar; counters of networks are such arrays.
+        return np.asarray(np.rint(mean) if np.issubdtype(dtype, np.integer) else mean, dtype=dtype)

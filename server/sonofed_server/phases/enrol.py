@@ -5,45 +5,59 @@ from __future__ import annotations
 import time
 
 from sonofed_common.contract.actions import Describe, request
-from sonofed_common.contract.errors import QuorumError, SonoFedError
+from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
 from sonofed_server.study.run import StudyRun
 
 RETRY_SECONDS = 0.5
 
 
 def enrol(run: StudyRun) -> None:
-    """Ask every node for its name until the whole cohort is there or the deadline has passed.
+    """Ask every node for its name until the whole cohort has answered or the deadline has passed.
 
     Raises
     ------
     QuorumError
-        Fewer sites than the quorum connected in time.
+        Fewer sites than the quorum connected in time. A node's own error is raised in its place
+        when there is one.
     """
     exchange, cohort = run.exchange, run.study.cohort
-    parameters = Describe(**run.common, study_digest=run.study.digest())
+    message = request(Describe(**run.common, study_digest=run.study.digest()))
     until = time.monotonic() + cohort.deadline_seconds
     asked: set[int] = set()
-    while len(exchange.nodes) < len(cohort.sites) and time.monotonic() < until:
-        for node in sorted(set(exchange.grid.get_node_ids()) - asked):
-            asked.add(node)
-            reply = exchange.ask_node("query.describe", request(parameters), node, until)
+    failures: list[SonoFedError] = []
+    # A node that fails has no name; it counts as one of the cohort, which need not wait for it.
+    while len(exchange.nodes) + len(failures) < len(cohort.sites):
+        fresh = sorted(set(exchange.grid.get_node_ids()) - asked)
+        asked.update(fresh)
+        for node, reply in exchange.ask_nodes("query.describe", message, fresh, until):
             if isinstance(reply, SonoFedError):
+                failures.append(reply)
                 run.events.emit("node-failed", reason=str(reply))
-                if not isinstance(reply, QuorumError):
-                    raise reply
-                continue
-            site = str(reply.config["site"])
-            if site in cohort.sites:
+            elif (site := str(reply.config["site"])) in cohort.sites:
                 exchange.nodes[site] = node
                 run.site_facts(site).update(description=reply.config, rounded=reply.metrics)
                 run.events.progress("enrol", len(exchange.nodes), len(cohort.sites), site=site)
-        if len(exchange.nodes) < len(cohort.sites):
+        if time.monotonic() > until:
+            break
+        if len(exchange.nodes) + len(failures) < len(cohort.sites):
             time.sleep(RETRY_SECONDS)
-    absent = [site for site in cohort.sites if site not in exchange.nodes]
+    _check_quorum(run, failures)
+
+
+def _check_quorum(run: StudyRun, failures: list[SonoFedError]) -> None:
+    nodes, cohort = run.exchange.nodes, run.study.cohort
+    absent = [site for site in cohort.sites if site not in nodes]
+    reasons = "; ".join(str(error) for error in failures)
     for site in absent:
-        run.site_facts(site)["missing"] = "did not connect before the deadline"
-    if len(exchange.nodes) < cohort.smallest:
-        raise QuorumError(
-            f"{len(exchange.nodes)} of {len(cohort.sites)} sites connected before the deadline, "
-            f"below the quorum of {cohort.smallest}; missing: {', '.join(absent)}"
+        run.site_facts(site)["missing"] = (
+            f"enrol: {reasons}" if failures else "did not connect before the deadline"
         )
+    if len(nodes) >= cohort.smallest:
+        return
+    sentence = (
+        f"{len(nodes)} of {len(cohort.sites)} sites enrolled, below the quorum of "
+        f"{cohort.smallest}; missing: {', '.join(absent)}"
+    )
+    if failures:
+        raise error_from_code(failures[0].code, f"{sentence}; a node: {failures[0].message}")
+    raise QuorumError(sentence)

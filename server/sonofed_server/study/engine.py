@@ -66,6 +66,7 @@ def run_study(
     """
     events = events or Events(workspace.events)
     workspace.failure.unlink(missing_ok=True)
+    workspace.results.unlink(missing_ok=True)
     try:
         results = _run(workspace, grid, engine, events)
     except SonoFedError as error:

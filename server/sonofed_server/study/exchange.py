@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
+from sonofed_common.contract.errors import (
+    ParameterError,
+    QuorumError,
+    SonoFedError,
+    error_from_code,
+)
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import Cohort
@@ -95,11 +100,13 @@ class Exchange:
                 continue
             yield site, reply
 
-    def ask_node(
-        self, action: str, request: Records, node: int, until: float
-    ) -> Records | SonoFedError:
-        """Ask one node by Flower's id: only enrolment does, before sites have names."""
-        return self._pull(f"node {node}", self._send(action, request, node), until)
+    def ask_nodes(
+        self, action: str, request: Records, nodes: list[int], until: float
+    ) -> Iterator[tuple[int, Records | SonoFedError]]:
+        """Ask nodes by Flower's ids: only enrolment does, before sites have names."""
+        pushed = {node: self._send(action, request, node) for node in nodes}
+        for node, message in pushed.items():
+            yield node, self._pull(f"node {node}", message, until)
 
     def _push(self, action: str, request: Request, site: str) -> str:
         records = request if isinstance(request, Records) else request(site)
@@ -116,7 +123,10 @@ class Exchange:
             for message in self.grid.pull_messages([message_id]):
                 if not message.has_content():
                     return QuorumError(f"site {site} could not do the work; see its own log")
-                reply = from_recorddict(message.content)
+                try:
+                    reply = from_recorddict(message.content)
+                except ParameterError as error:
+                    return error
                 self.traffic.from_sites += len(to_bytes(reply))
                 if "error" in reply.config:
                     return error_from_code(str(reply.config["error"]), str(reply.config["message"]))

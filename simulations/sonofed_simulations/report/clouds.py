@@ -120,8 +120,8 @@ def _edges(values: Sequence[Floats]) -> list[float]:
 
 
 def _histogram(axes: Axes, values: Floats, selected: NDArray[np.bool_], edges: list[float]) -> None:
-    axes.hist(values, bins=edges, color=REST, alpha=0.45)
-    axes.hist(values[selected], bins=edges, color=CHOSEN)
+    axes.stairs(np.histogram(values, edges)[0], edges, fill=True, color=REST, alpha=0.45)
+    axes.stairs(np.histogram(values[selected], edges)[0], edges, fill=True, color=CHOSEN)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
 

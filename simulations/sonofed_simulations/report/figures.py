@@ -93,13 +93,21 @@ def site_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: SITE_COLOURS[i % len(SITE_COLOURS)] for i, name in enumerate(names)}
 
 
-def before_after(results: Results) -> str:
-    """AUROC of the stages with 95% intervals, a row a site, the mean last; an SVG data URI."""
+def before_after(results: Results) -> str | None:
+    """AUROC of the stages with 95% intervals, a row a site, the mean last.
+
+    Returns
+    -------
+    str or None
+        An SVG data URI; None where no site reports a measure.
+    """
     rows: list[tuple[str, dict[Stage, Estimate | None]]] = [
         (name, {stage: site_estimate(site, stage) for stage in STAGES})
         for name, site in results.sites.items()
         if site.classifiers
     ]
+    if not rows:
+        return None
     if len(compared_sites(results)) > 1:
         rows.append(("Mean", {stage: mean_over_sites(results, stage) for stage in STAGES}))
     with drawing(WIDTH, 0.9 + 0.62 * len(rows)) as figure:

@@ -57,7 +57,7 @@ def _sheet(images: Pixels, columns: int) -> str | None:
         tile = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS)
         sheet.paste(tile.convert("LA"), (index % columns * step, index // columns * step))
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
+    sheet.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sonofed_simulations.report.clouds import layers
 from sonofed_simulations.report.figures import (
@@ -43,7 +44,7 @@ def sphere(views: Sequence[SiteView]) -> tuple[str, float]:
     pca = PCA(n_components=min(3, *pooled.shape)).fit(pooled)
     columns = min(4, len(views))
     rows = -(-len(views) // columns)
-    with drawing(WIDTH, rows * (WIDTH / max(columns, 3) + 0.25) as figure:
+    with drawing(WIDTH, rows * (WIDTH / max(columns, 3) + 0.25)) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(views) :]:
             axes.set_visible(False)
@@ -94,9 +95,10 @@ def tsne(views: Sequence[SiteView], source: SourceView | None, seed: int) -> tup
     components = min(30, *features.shape)
     reduced = PCA(n_components=components, random_state=seed % 2**32).fit_transform(features)
     perplexity = min(30.0, (len(kept) - 1) / 3)
-    points = TSNE(
-        perplexity=perplexity, max_iter=400, init="pca", random_state=seed % 2**32, n_jobs=1
-    ).fit_transform(reduced)
+    settings = {"max_iter": 400, "init": "pca", "random_state": seed % 2**32}
+    # Idle OpenMP threads spin between short steps: one thread is faster, and repeatable.
+    with threadpool_limits(1):
+        points = TSNE(perplexity=perplexity, **settings).fit_transform(reduced)
     colours = [*site_colours([v.name for v in views]).values(), SOURCE]
     names = [*(view.name for view in views), "source"]
     with drawing(WIDTH, WIDTH * 0.53) as figure:
@@ -118,7 +120,8 @@ def tsne(views: Sequence[SiteView], source: SourceView | None, seed: int) -> tup
                 handles, labels = handles[::-1], labels[::-1]
             axes.set(xticks=[], yticks=[], title=title)
             axes.spines[:].set_visible(False)
-            axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, markerscale=2)
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+            axes.legend(handles, labels, **place, ncols=3, markerscale=2)
         return data_uri(figure, "png"), len(kept)
 
 

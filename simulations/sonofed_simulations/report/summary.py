@@ -50,8 +50,8 @@ def explanation(results: Results) -> list[str]:
     over_control = gain(control, after)
     if control and after and over_control:
         sentences.append(
-            "Re-estimating the network's normalisation on each hospital's own images, which needs no "
-            f"label at all, gives {decimal(control.value)}; the labels "
+            "Re-estimating the network's normalisation on each hospital's own images, which needs "
+            f"no label at all, gives {decimal(control.value)}; the labels "
             f"{_beyond(over_control)}{_chance(over_control)}."
         )
     if lost := [name for name in compared if _fell(results, name)]:

@@ -30,20 +30,18 @@ def tabulate(results: Results) -> Table:
         Site, images, labels, AUROC at each stage with its 95% interval by patient, and the gain of
         the adapted model over the source's; the mean over the compared sites stands last.
     """
-    table = Table(title=f"Study {results.study}", caption=headline(results), show_footer=False)
+    table = Table(title=f"Study {results.study}", caption=headline(results))
     table.add_column("Site")
     for name in ("Images", "Labels"):
         table.add_column(name, justify="right")
     for name in ("Source AUROC", "BN-adapted", "Adapted", "Gain"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, site in results.sites.items():
-        if site.missing_reason is not None or not site.classifiers:
-            reason = site.missing_reason or "no result"
-            table.add_row(
-                name, str(site.images), str(site.selected), reason, "", "", "", style="dim"
-            )
-            continue
         estimates = [site_estimate(site, stage) for stage in STAGES]
+        if not any(estimates):
+            fate = "no result" if site.missing_reason is None else "lost"
+            table.add_row(name, str(site.images), str(site.selected), fate, style="dim")
+            continue
         change = gain(estimates[0], estimates[-1])
         cells = [*map(with_interval, estimates), signed(change.value if change else None)]
         table.add_row(name, str(site.images), str(site.selected), *cells)

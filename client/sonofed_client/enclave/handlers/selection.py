@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sonofed_client.adaptation.selector import PoolSelector
 from sonofed_client.enclave.site import Site
 from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.records import Records
+from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.selection import RankTable, ranked_columns
 from sonofed_common.contract.study import Selection
 
@@ -55,10 +56,9 @@ def histogram(site: Site, parameters: Histogram, request: Records) -> Records:
 def select(site: Site, parameters: Select, request: Records) -> Records:
     """Keep the pooled ranks, or mark the selection of every budget and reply with its sizes."""
     if parameters.stage == "rank":
-        site.store.put(
-            site.study_artifact(parameters.study, "ranks"), Records(request.group("ranks"))
-        )
-        _selector(site, parameters)
+        ranks = Records(request.group("ranks"))
+        _selector(site, parameters, ranks)
+        site.store.put(site.study_artifact(parameters.study, "ranks"), ranks)
         return Records()
     if "cuts" not in request.arrays:
         raise ParameterError("marking a selection needs the cuts; send them")
@@ -101,7 +101,7 @@ def labelled(site: Site, study: str, budget: int) -> dict[str, int]:
     return {i: labels[i] for i in chosen[budget] if i in labels}
 
 
-def _selector(site: Site, parameters: Parameters) -> PoolSelector:
+def _selector(site: Site, parameters: Parameters, ranks: Records | None = None) -> PoolSelector:
     kept = site.need(site.study_artifact(parameters.study, "scores"), "scores")
     settings = Selection.model_validate(kept.config["settings"])
     selector = PoolSelector(
@@ -110,14 +110,14 @@ def _selector(site: Site, parameters: Parameters) -> PoolSelector:
         int(kept.config["seed"]),
         **{name: np.array(scores) for name, scores in kept.arrays.items()},
     )
-    ranks = site.store.get(site.study_artifact(parameters.study, "ranks"))
+    ranks = ranks or site.store.get(site.study_artifact(parameters.study, "ranks"))
     if ranks is not None:
-        selector.set_ranks(
-            {
-                column: RankTable(
-                    *(np.array(ranks.group(column)[a]) for a in ("starts", "cumulative"))
-                )
-                for column in ranked_columns(settings)
-            }
-        )
+        columns = ranked_columns(settings)
+        selector.set_ranks({column: _rank_table(ranks.group(column)) for column in columns})
     return selector
+
+
+def _rank_table(arrays: Mapping[str, Array]) -> RankTable:
+    if not {"starts", "cumulative"} <= arrays.keys():
+        raise ParameterError("pooled ranks need starts and cumulative counts; send both")
+    return RankTable(np.array(arrays["starts"]), np.array(arrays["cumulative"]))

@@ -1,0 +1,38 @@
+"""The hospital's command, ``sonofed-site``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.store import Store
+from sonofed_client.settings import read_site
+from sonofed_common.cli import application
+
+app = application("Run a hospital's side of federated ultrasound studies.")
+
+
+@app.callback()
+def site() -> None:
+    """Run a hospital's side of federated ultrasound studies."""
+
+
+@app.command()
+def intake(
+    settings: Annotated[Path, typer.Argument(help="The site's settings, a TOML file.")],
+) -> None:
+    """Take in the site's images and report what is usable and what was passed over, and why."""
+    read = read_site(settings)
+    store = Store(read.store)
+    take_in(read, store)
+    for part, use in (("pool", "to choose from"), ("test", "to test on")):
+        images = store.images(part)
+        patients = len({image.group for image in images})
+        malignant = sum(image.label == 1 for image in images)
+        print(f"{len(images)} images of {patients} patients {use}, {malignant} malignant")
+    kept = store.get("intake")
+    for skipped in kept.config["skipped"] if kept else ():
+        print(f"skipped {skipped['name']}: {skipped['reason']}")

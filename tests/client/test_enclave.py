@@ -1,0 +1,571 @@
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.store import Store
+from sonofed_client.settings import SiteData, SiteSettings, read_site
+from sonofed_common.contract import actions
+from sonofed_common.contract.actions import ACTIONS, request
+from sonofed_common.contract.bundle import Bundle, BundleWriter
+from sonofed_common.contract.errors import (
+    BundleError,
+    ConfigurationError,
+    DataMissingError,
+    DataUnreadableError,
+    OneClassError,
+    OrderError,
+    ParameterError,
+    SiteEmptyError,
+    UnknownActionError,
+)
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.selection import WHOLE
+from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
+from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_simulations.phantoms.dataset import write_dataset
+from sonofed_simulations.phantoms.scanner import SCANNERS
+
+IMAGES = 20
+COMMON = {"study": "trial", "seed": 3}
+NETWORK = "shufflenet_v2"
+WHOLE_POOL = np.array([[2**63, 0]], dtype=np.uint64)
+NO_CUTS = np.empty((0, 2), dtype=np.uint64)
+
+
+@pytest.fixture(scope="session")
+def hospital(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hospital") / "north"
+    return write_dataset(folder, SCANNERS["riverside"], IMAGES, 5, 64, 0.4)
+
+
+@pytest.fixture(scope="session")
+def bundle(laboratory):
+    return Bundle.open(laboratory.prepare_source())
+
+
+@pytest.fixture(scope="session")
+def coordinator(laboratory):
+    return load_or_create_signing_key(laboratory.key)
+
+
+@pytest.fixture
+def site(tmp_path, hospital, coordinator):
+    data = SiteData(kind="table", path=hospital, test_fraction=0.4)
+    return SiteSettings(
+        name="north",
+        store=tmp_path / "store",
+        data=data,
+        coordinator_key=public_hex(coordinator),
+        oracle=True,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def own(site, hospital, tmp_path):
+    """Settings over a copy of the data that a test may spoil."""
+    copy = shutil.copytree(hospital, tmp_path / "copy")
+    return site.model_copy(update={"data": site.data.model_copy(update={"path": copy})})
+
+
+def rewrite(folder, change):
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in map(change, rows) if row is not None]
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "mask", "label", "patient", "device"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def signed(bundle):
+    return {
+        name: np.frombuffer((bundle.folder / f"manifest.{end}").read_bytes(), dtype=np.uint8)
+        for name, end in (("manifest", "json"), ("signature", "sig"))
+    }
+
+
+def blobs(bundle):
+    return {d: np.frombuffer(bundle.blob(d), dtype=np.uint8) for d in bundle.manifest.blobs}
+
+
+def install(enclave, bundle):
+    message = request(actions.Install(**COMMON), **signed(bundle), blobs=blobs(bundle))
+    return enclave.perform("train.install", message)
+
+
+def pooled(bundle):
+    return {**COMMON, "bundle": bundle.id, "image_size": 32}
+
+
+def encode(bundle):
+    return {
+        **pooled(bundle),
+        "classifier": NETWORK,
+        "pairs": "reconstruction",
+        "settings": Embedding(dimension=8, rounds=1),
+        "reconstruction": Reconstruction(steps=1),
+    }
+
+
+def conversation(bundle, selection):
+    """The requests of a whole study of one site, each made from the reply before it."""
+    reply = yield "query.describe", request(actions.Describe(**COMMON, study_digest="0"))
+    reply = yield "query.missing", request(actions.Missing(**COMMON), **signed(bundle))
+    yield (
+        "train.install",
+        request(actions.Install(**COMMON), **signed(bundle), blobs=blobs(bundle)),
+    )
+    redraw = actions.Reconstruct(**pooled(bundle), settings=Reconstruction(steps=1))
+    reply = yield "train.reconstruct", request(redraw)
+    assert reply.config["state"] == "done"
+    reply = yield "train.embed", request(actions.Embed(**encode(bundle), round=0))
+    student = reply.group("student")
+    ask = actions.Cluster(**encode(bundle))
+    reply = yield "query.cluster", request(ask, student=student)
+    centroids = np.eye(2, 8, dtype=reply.arrays["sum"].dtype)
+    yield "query.cluster", request(ask, centroids=centroids)
+    scoring = actions.Score(**encode(bundle), selection=selection)
+    yield "train.score", request(scoring, centroids=centroids)
+    for column in ("uncertainty", "informativeness", "identity"):
+        question = actions.Histogram(**COMMON, column=column, split=8)
+        yield "query.histogram", request(question, edges=WHOLE[column], cuts=NO_CUTS)
+    yield "train.select", request(actions.Select(**COMMON, stage="mark"), cuts=WHOLE_POOL)
+    yield "query.annotations", request(actions.Annotations(**COMMON))
+    yield "train.classifier", request(fine_tuning(bundle))
+    yield "evaluate.classifier", request(testing(bundle))
+
+
+def fine_tuning(bundle, **changes):
+    settings = Finetuning(rounds=1, local_epochs=1)
+    values = {"classifier": NETWORK, "round": 0, "budget": 0, "settings": settings} | changes
+    return actions.TrainClassifier(**pooled(bundle), **values)
+
+
+def testing(bundle, **changes):
+    values = {"classifier": NETWORK, "batch_norm": "site", "replicates": 20} | changes
+    return actions.EvaluateClassifier(**pooled(bundle), **values)
+
+
+RADIANS = Selection(combine="radians", budgets=(1.0,))
+
+
+def talk(enclave, bundle, selection=RADIANS):
+    script, replies = conversation(bundle, selection), []
+    action, message = next(script)
+    while True:
+        replies.append((action, enclave.perform(action, message)))
+        try:
+            action, message = script.send(replies[-1][1])
+        except StopIteration:
+            return replies
+
+
+def test_description_rounds_its_counts(site):
+    enclave = InProcessEnclave(site)
+    reply = enclave.perform("query.describe", request(actions.Describe(**COMMON, study_digest="7")))
+    assert reply.config["site"] == "north" and reply.config["study"] == "7"
+    store = Store(site.store)
+    assert len(store.images()) == IMAGES
+    for part, count in reply.metrics.items():
+        assert count % 10 == 0 and count > 0 and abs(count - len(store.images(part))) < 10
+
+
+def test_every_action_has_a_handler_and_nothing_else_is_done(site):
+    assert HANDLERS.keys() == ACTIONS.keys()
+    enclave = InProcessEnclave(site)
+    with pytest.raises(UnknownActionError):
+        enclave.perform("query.images", request(actions.Annotations(**COMMON)))
+    with pytest.raises(ParameterError, match="study_digest"):
+        enclave.perform("query.describe", Records(config=COMMON))
+
+
+def test_no_name_patient_or_image_id_is_in_any_reply(site, bundle):
+    replies = talk(InProcessEnclave(site), bundle)
+    assert {action for action, _ in replies} == set(ACTIONS)
+    rows = Store(site.store).images()
+    secrets = {text for row in rows for text in (row.id, row.name, row.group)}
+    secrets |= {str(site.data.path), str(site.store)}
+    assert len(secrets) > IMAGES
+    for action, reply in replies:
+        sent = to_bytes(reply)
+        # Ids are also searched as the 64-bit numbers that they are.
+        keys = {int(row.id, 16).to_bytes(8, end) for row in rows for end in ("little", "big")}
+        found = [s for s in {*(text.encode() for text in secrets), *keys} if s in sent]
+        assert not found, action
+        assert not reply.arrays.keys() & {"embedding", "representativeness", "image", "pixels"}
+
+
+def test_counts_are_of_the_pool_and_of_whole_images(site, bundle):
+    replies = talk(InProcessEnclave(site), bundle)
+    pool = len(Store(site.store).images("pool"))
+    for action, reply in replies:
+        if action == "query.histogram":
+            assert reply.arrays["counts"].dtype == np.int64 and reply.arrays["counts"].sum() == pool
+    answers = dict(replies)
+    assert answers["train.select"].config == {"selected": [pool]}
+    assert answers["query.annotations"].metrics == {"done": pool, "total": pool}
+    assert answers["train.classifier"].config == {"examples": pool}
+
+
+def test_a_phase_before_what_it_needs_is_refused(site, bundle):
+    enclave = InProcessEnclave(site)
+    redraw = request(actions.Reconstruct(**pooled(bundle), settings=Reconstruction()))
+    with pytest.raises(OrderError, match="ship"):
+        enclave.perform("train.reconstruct", redraw)
+    install(enclave, bundle)
+    early = [
+        ("train.embed", request(actions.Embed(**encode(bundle), round=0)), "reconstructions"),
+        (
+            "query.cluster",
+            request(actions.Cluster(**encode(bundle)), centroids=np.eye(2, 8)),
+            "embedding",
+        ),
+        (
+            "train.score",
+            request(actions.Score(**encode(bundle), selection=RADIANS), centroids=np.eye(2, 8)),
+            "embedding",
+        ),
+        (
+            "query.histogram",
+            request(
+                actions.Histogram(**COMMON, column="uncertainty", split=2),
+                edges=WHOLE["uncertainty"],
+                cuts=NO_CUTS,
+            ),
+            "scores",
+        ),
+        ("train.select", request(actions.Select(**COMMON, stage="mark"), cuts=NO_CUTS), "scores"),
+        ("query.annotations", request(actions.Annotations(**COMMON)), "selection"),
+        ("train.classifier", request(fine_tuning(bundle)), "selection"),
+    ]
+    for action, message, what in early:
+        with pytest.raises(OrderError, match=what):
+            enclave.perform(action, message)
+
+
+def test_a_blob_that_was_tampered_with_is_refused_and_not_kept(site, bundle):
+    enclave = InProcessEnclave(site)
+    content = blobs(bundle)
+    digest = max(content, key=lambda d: content[d].nbytes)
+    content[digest] = content[digest].copy()
+    content[digest][-1] ^= 1
+    message = request(actions.Install(**COMMON), **signed(bundle), blobs=content)
+    with pytest.raises(BundleError, match="damaged"):
+        enclave.perform("train.install", message)
+    reply = enclave.perform("query.missing", request(actions.Missing(**COMMON), **signed(bundle)))
+    assert digest in reply.config["missing"]
+    assert install(enclave, bundle).config == {"installed": bundle.id, "missing": []}
+
+
+def test_a_manifest_that_was_tampered_with_is_refused(site, bundle):
+    enclave = InProcessEnclave(site)
+    parts = signed(bundle)
+    changed = parts["manifest"].tobytes().replace(b'"image_size":32', b'"image_size":64')
+    assert changed != parts["manifest"].tobytes()
+    parts["manifest"] = np.frombuffer(changed, dtype=np.uint8)
+    for action, parameters in (
+        ("query.missing", actions.Missing(**COMMON)),
+        ("train.install", actions.Install(**COMMON)),
+    ):
+        with pytest.raises(BundleError, match="signature"):
+            enclave.perform(action, request(parameters, **parts))
+        with pytest.raises(ParameterError, match="send both"):
+            enclave.perform(action, request(parameters, manifest=parts["manifest"]))
+
+
+def test_a_bundle_of_another_key_or_a_stranger_blob_is_refused(site, bundle, tmp_path):
+    enclave = InProcessEnclave(site)
+    provenance = bundle.manifest.provenance
+    writer = BundleWriter(tmp_path / "b", name="other", kind="source", provenance=provenance)
+    writer.add("a", b"a")
+    foreign = writer.sign(Ed25519PrivateKey.generate())
+    with pytest.raises(BundleError, match="another key"):
+        install(enclave, foreign)
+    stranger = {"0" * 64: np.zeros(3, dtype=np.uint8)}
+    with pytest.raises(BundleError, match="not part"):
+        enclave.perform(
+            "train.install",
+            request(actions.Install(**COMMON), **signed(bundle), blobs=stranger),
+        )
+    assert Store(site.store).names("b") == set()
+
+
+def test_a_bundle_counts_as_installed_once_it_is_whole(site, bundle):
+    enclave = InProcessEnclave(site)
+    content = blobs(bundle)
+    last = sorted(content)[-1]
+    part = {d: b for d, b in content.items() if d != last}
+    reply = enclave.perform(
+        "train.install", request(actions.Install(**COMMON), **signed(bundle), blobs=part)
+    )
+    assert reply.config == {"installed": None, "missing": [last]}
+    with pytest.raises(OrderError):
+        enclave.perform("evaluate.classifier", request(testing(bundle)))
+    reply = enclave.perform(
+        "train.install",
+        request(actions.Install(**COMMON), **signed(bundle), blobs={last: content[last]}),
+    )
+    assert reply.config == {"installed": bundle.id, "missing": []}
+    assert enclave.perform("evaluate.classifier", request(testing(bundle))).config["examples"] > 0
+
+
+def test_a_repeated_job_gives_its_first_reply_without_training(site, bundle, monkeypatch):
+    enclave = InProcessEnclave(site)
+    first = {a: to_bytes(r) for a, r in talk(enclave, bundle) if a in JOB_REQUESTS}
+
+    def untouched(*_):
+        raise AssertionError("the job ran again")
+
+    for action in JOB_REQUESTS:
+        monkeypatch.setitem(HANDLERS, action, untouched)
+    again = InProcessEnclave(site)
+    for action, make in JOB_REQUESTS.items():
+        assert to_bytes(again.perform(action, request(make(bundle)))) == first[action]
+    with pytest.raises(AssertionError, match="ran again"):
+        again.perform("evaluate.classifier", request(testing(bundle, batch_norm="global")))
+
+
+JOB_REQUESTS = {
+    "train.embed": lambda bundle: actions.Embed(**encode(bundle), round=0),
+    "train.classifier": fine_tuning,
+    "evaluate.classifier": testing,
+}
+
+
+def test_a_job_of_other_labels_is_another_job(site, bundle):
+    enclave = InProcessEnclave(site)
+    talk(enclave, bundle)
+    first = enclave.perform("train.classifier", request(fine_tuning(bundle)))
+    store = Store(site.store)
+    store.annotate([(i, 1 - y) for i, y in store.annotations().items()], "expert")
+    second = enclave.perform("train.classifier", request(fine_tuning(bundle)))
+    assert to_bytes(first) != to_bytes(second)
+
+
+def test_two_sites_of_the_same_images_do_the_same(site, bundle, tmp_path):
+    site = site.model_copy(update={"image_key": "0" * 64})
+    twin = site.model_copy(update={"store": tmp_path / "twin"})
+    first, second = (talk(InProcessEnclave(s), bundle) for s in (site, twin))
+    assert [to_bytes(r) for _, r in first] == [to_bytes(r) for _, r in second]
+
+
+@pytest.mark.parametrize(
+    ("action", "make"),
+    [
+        ("train.classifier", lambda b: request(fine_tuning(b), weights={"w": np.ones(2)})),
+        ("train.classifier", lambda b: request(fine_tuning(b, budget=1))),
+        ("evaluate.classifier", lambda b: request(testing(b, classifier="densenet121"))),
+        ("query.cluster", lambda b: request(actions.Cluster(**encode(b)))),
+        ("query.cluster", lambda b: request(actions.Cluster(**encode(b)), centroids=np.eye(2, 9))),
+        (
+            "train.score",
+            lambda b: request(
+                actions.Score(**encode(b), selection=RADIANS), centroids=np.eye(2, 9)
+            ),
+        ),
+        ("train.score", lambda b: request(actions.Score(**encode(b), selection=RADIANS))),
+        ("train.select", lambda b: request(actions.Select(**COMMON, stage="mark"))),
+        ("train.select", lambda b: request(actions.Select(**COMMON, stage="mark"), cuts=NO_CUTS)),
+        (
+            "query.histogram",
+            lambda b: request(actions.Histogram(**COMMON, column="identity", split=2)),
+        ),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(talked, bundle, action, make):
+    with pytest.raises(ParameterError):
+        talked.perform(action, make(bundle))
+
+
+@pytest.fixture(scope="module")
+def talked(tmp_path_factory, hospital, bundle, coordinator):
+    store = tmp_path_factory.mktemp("talked") / "store"
+    data = SiteData(kind="table", path=hospital, test_fraction=0.4)
+    key = public_hex(coordinator)
+    enclave = InProcessEnclave(
+        SiteSettings(
+            name="north", store=store, data=data, coordinator_key=key, oracle=True, threads=1
+        )
+    )
+    talk(enclave, bundle)
+    return enclave
+
+
+def test_an_unknown_classifier_is_refused(talked, bundle):
+    with pytest.raises((ParameterError, ConfigurationError), match="shufflenet_v2"):
+        talked.perform("evaluate.classifier", request(testing(bundle, classifier="shufflenetv2")))
+
+
+def test_pooled_ranks_that_do_not_fit_are_refused_and_not_kept(site, bundle):
+    enclave = InProcessEnclave(site)
+    talk(enclave, bundle)
+    ranked = Selection(budgets=(1.0,))
+    scoring = actions.Score(**encode(bundle), selection=ranked)
+    enclave.perform("train.score", request(scoring, centroids=np.eye(2, 8)))
+    one = {"starts": np.zeros(1, dtype=np.uint64), "cumulative": np.array([0, 12])}
+    bad = [
+        {},
+        {"uncertainty/starts": one["starts"]},
+        {
+            f"{c}/{k}": v.astype(float)
+            for c in ("uncertainty", "representativeness")
+            for k, v in one.items()
+        },
+    ]
+    for ranks in bad:
+        with pytest.raises(ParameterError):
+            enclave.perform(
+                "train.select", request(actions.Select(**COMMON, stage="rank"), ranks=ranks)
+            )
+    question = actions.Histogram(**COMMON, column="uncertainty", split=2)
+    reply = enclave.perform(
+        "query.histogram", request(question, edges=WHOLE["uncertainty"], cuts=NO_CUTS)
+    )
+    assert reply.arrays["counts"].sum() == len(Store(site.store).images("pool"))
+
+
+def test_a_bundle_without_diffusion_says_so(site, bundle, coordinator, tmp_path):
+    enclave = InProcessEnclave(site)
+    provenance = bundle.manifest.provenance
+    writer = BundleWriter(tmp_path / "b", name="bare", kind="source", provenance=provenance)
+    writer.add("a", b"a")
+    bare = writer.sign(coordinator)
+    install(enclave, bare)
+    with pytest.raises(ParameterError, match="no diffusion"):
+        enclave.perform(
+            "train.reconstruct",
+            request(actions.Reconstruct(**pooled(bare), settings=Reconstruction())),
+        )
+
+
+def test_slices_do_not_change_reconstructions(site, bundle, tmp_path):
+    site = site.model_copy(update={"image_key": "0" * 64})
+    settings = Reconstruction(steps=1, batch_size=4)
+    done = []
+    for store, slice_seconds in (("whole", 60), ("slices", 1e-9)):
+        enclave = InProcessEnclave(site.model_copy(update={"store": tmp_path / store}))
+        install(enclave, bundle)
+        ask = request(
+            actions.Reconstruct(**pooled(bundle), settings=settings, slice_seconds=slice_seconds)
+        )
+        for _ in range(IMAGES):
+            reply = enclave.perform("train.reconstruct", ask)
+            if reply.config["state"] == "done":
+                break
+            assert 0 <= reply.config["done"] < reply.config["total"] and not reply.metrics
+        done.append(to_bytes(reply))
+    assert done[0] == done[1]
+
+
+def intake(site):
+    InProcessEnclave(site)
+    return Store(site.store)
+
+
+def test_no_patient_is_on_both_sides(site):
+    store = intake(site)
+    pool, test = ({row.group for row in store.images(part)} for part in ("pool", "test"))
+    assert pool and test and not pool & test
+    assert {row.label for row in store.images("test")} == {0, 1}
+
+
+def test_a_corrupt_image_is_skipped_and_reported_on_site_only(own, bundle):
+    bad = sorted((own.data.path / "images").glob("*.png"))[3]
+    bad.write_bytes(bad.read_bytes()[:100])
+    store = intake(own)
+    assert len(store.images()) == IMAGES - 1
+    assert f"images/{bad.name}" not in {row.name for row in store.images()}
+    (skipped,) = store.get("intake").config["skipped"]
+    assert skipped == {"name": f"images/{bad.name}", "reason": skipped["reason"]}
+    assert skipped["reason"]
+
+
+def test_intake_happens_once_and_again_for_other_settings(own):
+    first = intake(own)
+    rows = first.images()
+    shutil.rmtree(own.data.path)
+    assert intake(own).images() == rows
+    other = own.model_copy(update={"data": own.data.model_copy(update={"split_seed": 1})})
+    with pytest.raises(DataMissingError):
+        intake(other)
+    assert intake(own).images() == rows
+
+
+def test_an_interrupted_intake_is_done_again(site, monkeypatch):
+    rows = intake(site).images()
+    other = site.model_copy(update={"data": site.data.model_copy(update={"split_seed": 1})})
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Store, "put_bytes", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            intake(other)
+    assert intake(site).images() == rows
+
+
+def test_images_that_went_after_the_intake_are_missed(own, bundle):
+    enclave = InProcessEnclave(own)
+    install(enclave, bundle)
+    shutil.rmtree(own.data.path)
+    with pytest.raises(DataUnreadableError, match="intake"):
+        enclave.perform("evaluate.classifier", request(testing(bundle)))
+
+
+def test_a_missing_folder(own):
+    shutil.rmtree(own.data.path)
+    with pytest.raises(DataMissingError) as error:
+        intake(own)
+    assert error.value.exit_code == 10
+
+
+@pytest.mark.parametrize("label", ["normal", ""])
+def test_a_site_without_usable_images(own, label):
+    rewrite(own.data.path, lambda row: {**row, "label": label})
+    with pytest.raises(SiteEmptyError, match="north") as error:
+        intake(own)
+    assert error.value.exit_code == 11
+
+
+def test_a_site_whose_scanner_has_no_images(own):
+    data = own.data.model_copy(update={"devices": ("absent",)})
+    with pytest.raises(SiteEmptyError):
+        intake(own.model_copy(update={"data": data}))
+
+
+def test_a_table_without_images(own):
+    rewrite(own.data.path, lambda row: None)
+    with pytest.raises(SiteEmptyError):
+        intake(own)
+
+
+def test_one_class(own):
+    rewrite(own.data.path, lambda row: row if row["label"] == "0" else None)
+    with pytest.raises(OneClassError, match="north") as error:
+        intake(own)
+    assert error.value.exit_code == 12
+
+
+def test_settings_are_read_strictly(tmp_path, site):
+    path = tmp_path / "site.toml"
+    text = f"""
+name = "north"
+store = "{site.store}"
+coordinator_key = "{site.coordinator_key}"
+oracle = true
+threads = 1
+[data]
+kind = "table"
+path = "{site.data.path}"
+test_fraction = 0.4
+"""
+    path.write_text(text)
+    assert read_site(path) == site
+    path.write_text(text.replace("test_fraction", "test_fractoin"))
+    with pytest.raises(ConfigurationError, match="did you mean 'test_fraction'"):
+        read_site(path)
+    path.write_text(f'image_key = "secret"\n{text}')
+    with pytest.raises(ConfigurationError, match="image_key"):
+        read_site(path)
