@@ -12,7 +12,7 @@ from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.memory import MemoryWatch
-from sonofed_simulations.report import build_report
+from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.views import site_views, source_view
 
@@ -69,7 +69,7 @@ def simulate(
     source = (
         source_view(scenario, laboratory.source_data, sites, study, identity) if views else None
     )
-    build_report(results, out / "report.html", views, source)
+    build_report(results, out, views, source)
     events.progress("report", 1, 1)
     return results
 
