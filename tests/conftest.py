@@ -11,8 +11,9 @@ TINY = Path(__file__).parent / "integration" / "tiny.toml"
 
 @pytest.fixture(scope="session")
 def laboratory(tmp_path_factory) -> Laboratory:
-    """A laboratory whose source is trained, once for all tests."""
+    """A laboratory whose source is trained and whose hospitals have images, once for all tests."""
     root = tmp_path_factory.mktemp("laboratory")
     laboratory = Laboratory(read_scenario(str(TINY)), root, None, SILENT)
     laboratory.prepare_source()
+    laboratory.prepare_sites(0)
     return laboratory

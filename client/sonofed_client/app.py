@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from sonofed_common.contract.records import Records
 SITES_VARIABLE = "SONOFED_SIMULATED_SITES"
 """Environment variable of a simulation: the sites' settings files, in the order of partitions."""
 
+log = logging.getLogger(__name__)
 app = ClientApp()
 
 
@@ -36,6 +38,11 @@ def relay(message: Message, context: Context) -> Message:
         reply = enclave.perform(message.metadata.message_type, from_recorddict(message.content))
     except SonoFedError as error:
         reply = Records(config={"error": error.code, "message": error.message})
+    except Exception:
+        # A text that we did not write may name a file or a patient: it stays in the site's log.
+        log.exception("%s failed", message.metadata.message_type)
+        sentence = "the site could not do the work; its own log says why"
+        reply = Records(config={"error": SonoFedError.code, "message": sentence})
     return Message(to_recorddict(reply), reply_to=message)
 
 

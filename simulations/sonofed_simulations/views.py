@@ -30,16 +30,7 @@ def site_views(
         return []
     state = StudyState.load(workspace.checkpoint, study.digest())
     centroids = torch.from_numpy(np.array(state.arrays["centroids"]))
-    parameters = Encode(
-        study=study.name,
-        seed=study.seed,
-        bundle=bundle,
-        image_size=study.image_size,
-        classifier=study.classifiers[0],
-        pairs=study.pairs,
-        settings=study.embedding,
-        reconstruction=study.reconstruction,
-    )
+    parameters = _parameters(study, bundle)
     return [_view(Site(read_site(path)), study, parameters, centroids) for path in sites]
 
 
@@ -48,7 +39,12 @@ def source_view(
 ) -> SourceView:
     """Features of the source's training images under the shipped classifier."""
     site = Site(read_site(sites[0]))
-    parameters = Encode(
+    images = load_source(scenario.source, data).pool.images
+    return SourceView(source_features(site, _parameters(study, bundle), images).numpy())
+
+
+def _parameters(study: Study, bundle: str) -> Encode:
+    return Encode(
         study=study.name,
         seed=study.seed,
         bundle=bundle,
@@ -58,8 +54,6 @@ def source_view(
         settings=study.embedding,
         reconstruction=study.reconstruction,
     )
-    images = load_source(scenario.source, data).pool.images
-    return SourceView(source_features(site, parameters, images).numpy())
 
 
 def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> SiteView:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import struct
 
@@ -217,10 +218,8 @@ def test_bytes_that_are_no_records_are_refused(data):
 def test_a_changed_byte_is_refused_or_read_never_anything_else(data, draw):
     position = draw.draw(st.integers(0, len(data) - 1))
     changed = data[:position] + bytes([draw.draw(st.integers(0, 255))]) + data[position + 1 :]
-    try:
+    with contextlib.suppress(ParameterError):
         assert isinstance(from_bytes(changed), Records)
-    except ParameterError:
-        pass
 
 
 DEEP = "[" * 100_000

@@ -21,6 +21,26 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def with_preset(values: Any, presets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
+    """Put the settings of the preset that the values name under what they say themselves.
+
+    Parameters
+    ----------
+    values : mapping
+        Parsed configuration; anything else is returned as it is, for pydantic to refuse.
+    presets : mapping
+        Preset name to section to settings.
+    """
+    if not isinstance(values, dict):
+        return values
+    merged = dict(values)
+    for section, settings in presets.get(str(values.get("preset", "default")), {}).items():
+        given = values.get(section, {})
+        if isinstance(given, dict):
+            merged[section] = {**settings, **given}
+    return merged
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
@@ -63,7 +83,9 @@ def validate(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mode
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    # A misspelt key is also a missing one; the first is what helps.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = [part for part in first["loc"] if isinstance(part, str | int)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sonofed_common.contract.configuration import Model, read_toml, validate
+from sonofed_common.contract.configuration import Model, read_toml, validate, with_preset
 
 Phase = Literal[
     "enrol",
@@ -193,14 +193,7 @@ class Study(Model):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        merged = dict(values)
-        for section, settings in PRESETS.get(str(values.get("preset", "default")), {}).items():
-            given = values.get(section, {})
-            if isinstance(given, dict):
-                merged[section] = {**settings, **given}
-        return merged
+        return with_preset(values, PRESETS)
 
     @model_validator(mode="after")
     def _order(self) -> Self:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sonofed_common.contract.configuration import Model, read_toml, validate
+from sonofed_common.contract.configuration import Model, read_toml, validate, with_preset
 
 
 class SourceData(Model):
@@ -54,11 +54,19 @@ class DiffusionTraining(Model):
         return self
 
 
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {"diffusion": {"kind": "sd15", "epochs": 200, "learning_rate": 1e-4}},
+}
+"""Settings that a preset changes; what the source file says itself wins."""
+
+
 class SourceSettings(Model):
     """Everything that source training depends on, but the data and the signing key."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     seed: int = Field(default=0, ge=0)
+    preset: Literal["default", "paper"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
     classes: Literal[2] = Field(default=2, description="benign and malignant; normals are dropped")
     classifiers: tuple[str, ...] = Field(default=("efficientnet_lite0",), min_length=1)
@@ -68,6 +76,11 @@ class SourceSettings(Model):
     data: SourceData
     training: ClassifierTraining = ClassifierTraining()
     diffusion: DiffusionTraining = DiffusionTraining()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return with_preset(values, PRESETS)
 
     @field_validator("classifiers")
     @classmethod

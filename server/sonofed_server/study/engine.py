@@ -113,9 +113,11 @@ def _run_phase(run: StudyRun, phase: Phase) -> None:
     }
     for site, reason in run.exchange.missing.items():
         run.site_facts(site)["missing"] = f"{phase}: {reason}"
-    phases = [p for p in run.state.facts["phases"] if p["name"] != phase]
-    run.state.facts["phases"] = [*phases, cost]
-    run.state.done = [p for p in run.state.done if p != phase] + [phase]
-    run.state.position = {}
+    costs = {p["name"]: p for p in run.state.facts["phases"]} | {phase: cost}
+    run.state.facts["phases"] = [costs[name] for name in run.study.phases if name in costs]
+    # A repeated enrolment leaves alone where the interrupted phase stands.
+    if phase not in run.state.done:
+        run.state.done.append(phase)
+        run.state.position = {}
     run.save()
     run.events.emit("phase-finished", phase=phase, seconds=cost["seconds"])

@@ -185,7 +185,7 @@ def _follow(
     events: Events,
     seen: int,
 ) -> None:
-    settled: float | None = None
+    quiet_since, patience = time.monotonic(), START_SECONDS
     while True:
         seen = _read_events(workspace, events, seen)
         if (reason := failure(workspace)) is not None:
@@ -195,22 +195,22 @@ def _follow(
             return
         if process.poll() is not None:
             raise EngineError(f"Flower's SuperLink died; see {home / 'superlink.log'}")
-        if settled is None and _run_ended(process):
-            settled = time.monotonic()
-        if settled is not None and time.monotonic() - settled > SETTLE_SECONDS:
+        if _simulating(process):
+            quiet_since, patience = time.monotonic(), SETTLE_SECONDS
+        elif time.monotonic() - quiet_since > patience:
             raise EngineError(f"Flower's run ended without a result; see {home / 'superlink.log'}")
         time.sleep(POLL_SECONDS)
 
 
-def _run_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the SuperLink has no simulation process: before the start, or after the end."""
+def _simulating(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the SuperLink has a simulation process: not before the start, nor after the end."""
     try:
         names = [
             " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)
         ]
     except psutil.Error:
-        return False
-    return not any("flwr-simulation" in name for name in names)
+        return True
+    return any("flwr-simulation" in name for name in names)
 
 
 def _read_events(workspace: Workspace, events: Events, seen: int) -> int:

@@ -6,12 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.study import Study
+from sonofed_common.data.readers import READERS
 from sonofed_server.source.settings import SourceSettings
+from sonofed_simulations.phantoms.scanner import SCANNERS
 
 
 class PhantomData(Model):
@@ -20,6 +22,13 @@ class PhantomData(Model):
     scanner: str
     images: int = Field(ge=2)
     malignant_fraction: float = Field(default=0.4, gt=0, lt=1)
+
+    @field_validator("scanner")
+    @classmethod
+    def _known(cls, scanner: str) -> str:
+        if scanner not in SCANNERS:
+            raise ValueError(f"'{scanner}' is not known; choose from {', '.join(SCANNERS)}")
+        return scanner
 
 
 class Hospital(Model):
@@ -30,6 +39,13 @@ class Hospital(Model):
     devices: tuple[str, ...] = ()
     phantoms: PhantomData | None = None
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str | None) -> str | None:
+        if kind is not None and kind not in READERS:
+            raise ValueError(f"'{kind}' is not known; choose from {', '.join(READERS)}")
+        return kind
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

@@ -14,7 +14,7 @@ from sonofed_common.contract.records import Records, grouped
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.runtime import derive_seed, seed_everything
 
-BATCH_NORM_IMAGES = 256
+BATCH_NORM_IMAGES = 128
 
 
 def train_classifier(site: Site, parameters: TrainClassifier, request: Records) -> Records:

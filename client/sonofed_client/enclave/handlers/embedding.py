@@ -18,9 +18,10 @@ from sonofed_client.enclave.handlers.reconstruction import reconstructions
 from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.contract.actions import Cluster, Embed, Encode
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.records import Records, from_bytes, grouped
+from sonofed_common.contract.records import Array, Records, from_bytes, grouped
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import derive_seed
+from sonofed_common.security import sha256
 
 BATCH = 64
 
@@ -72,24 +73,50 @@ def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
     kept = site.study_artifact(parameters.study, "embedding")
     if "centroids" in request.arrays:
         embedding = torch.from_numpy(np.array(site.need(kept, "embedding").arrays["embedding"]))
-        sums, counts = cluster_sums(
-            embedding, torch.from_numpy(np.array(request.arrays["centroids"]))
-        )
+        sums, counts = cluster_sums(embedding, received_centroids(request, embedding))
         return Records({"sums": sums.numpy(), "counts": counts.numpy()})
-    _, images = site.images("pool", parameters.image_size)
-    student, _ = _networks(site, parameters)
-    load_weights(student, request.group("student"))
-    embedding = embed(student, images)
-    distance = _representativeness(site, parameters, student, images, embedding)
-    site.store.put(
-        kept, Records({"embedding": embedding.numpy(), "representativeness": distance.numpy()})
-    )
+    arrays = _embedding(site, parameters, request)
+    site.store.put(kept, Records(arrays))
+    embedding = torch.from_numpy(np.array(arrays["embedding"]))
     total, second, count = moments(embedding)
     return Records(
         {"sum": total.numpy(), "second": second.numpy()},
         config={"examples": count},
         metrics=dict(collapse_statistics(embedding)),
     )
+
+
+def received_centroids(request: Records, embedding: Tensor) -> Tensor:
+    """Return the centroids (k, d) of a request, for vectors (N, d).
+
+    Raises
+    ------
+    ParameterError
+        There are none, or they do not fit the vectors.
+    """
+    centroids = request.arrays.get("centroids")
+    if centroids is None:
+        raise ParameterError("this action needs the centroids; cluster first")
+    fit = centroids.ndim == 2 and len(centroids) > 1 and centroids.shape[1] == embedding.shape[1]
+    if not fit or not np.isfinite(centroids).all():
+        raise ParameterError("the centroids do not fit this site's embedding; cluster again")
+    return torch.from_numpy(np.array(centroids))
+
+
+def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, Array]:
+    """Embed the pool, or find what the same student made of it before."""
+    made_of = parameters.model_dump_json(exclude={"study"})
+    key = sha256(f"{made_of} {request.digest()} {site.snapshot}".encode())
+    before = site.store.get(f"embedding/{key}")
+    if before is None:
+        _, images = site.images("pool", parameters.image_size)
+        student, _ = _networks(site, parameters)
+        load_weights(student, request.group("student"))
+        embedding = embed(student, images)
+        distance = _representativeness(site, parameters, student, images, embedding)
+        before = Records({"embedding": embedding.numpy(), "representativeness": distance.numpy()})
+        site.store.put(f"embedding/{key}", before)
+    return before.arrays
 
 
 def _networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predictor]:

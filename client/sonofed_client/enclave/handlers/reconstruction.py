@@ -32,8 +32,6 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
         todo = [n for n in batch if rows[n].id not in done]
         if not todo:
             continue
-        if time.monotonic() > until:
-            break
         seeds = [derive_seed(name, rows[n].id) for n in todo]
         stack = site.diffusion(parameters.bundle)
         output = reconstruct(stack, images[todo].to(site.device), parameters.settings, seeds)
@@ -42,6 +40,9 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
             {f"{name}/{rows[n].id}": Records({"image": kept[i]}) for i, n in enumerate(todo)}
         )
         done.update(rows[n].id for n in todo)
+        # Asked only now: the shortest slice still brings the work forward by a batch.
+        if time.monotonic() > until:
+            break
     finished = sum(row.id in done for row in rows)
     config = {"done": finished, "total": len(rows)}
     if finished < len(rows):

@@ -11,6 +11,7 @@ import torch
 
 from sonofed_client.adaptation.scoring import uncertainty
 from sonofed_client.adaptation.selector import PoolSelector
+from sonofed_client.enclave.handlers.embedding import received_centroids
 from sonofed_client.enclave.site import Site
 from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
 from sonofed_common.contract.errors import ParameterError
@@ -24,11 +25,9 @@ def score(site: Site, parameters: Score, request: Records) -> Records:
     settings = parameters.selection
     scores: dict[str, Any] = {}
     if settings.strategy == "dual_score":
-        if "centroids" not in request.arrays:
-            raise ParameterError("the dual score needs the final centroids; cluster first")
         kept = site.need(site.study_artifact(parameters.study, "embedding"), "embedding").arrays
         embedding = torch.from_numpy(np.array(kept["embedding"]))
-        centroids = torch.from_numpy(np.array(request.arrays["centroids"]))
+        centroids = received_centroids(request, embedding)
         scores = {
             "uncertainty": uncertainty(embedding, centroids, settings.uncertainty).numpy(),
             "representativeness": np.array(kept["representativeness"]),

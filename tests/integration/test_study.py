@@ -1,0 +1,399 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import numpy as np
+import psutil
+import pytest
+import tomli_w
+from safetensors.numpy import load
+
+from sonofed_client.app import SITES_VARIABLE
+from sonofed_client.enclave.store import Store
+from sonofed_client.settings import read_site
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.errors import (
+    CollapseError,
+    DataMissingError,
+    DivergenceError,
+    ParameterError,
+    SonoFedError,
+)
+from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.results import read_results
+from sonofed_common.contract.study import NEEDS_GIVES, Study
+from sonofed_common.runtime import Events
+from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_server.study.engine import run_study
+from sonofed_simulations.engines.flower import run_flower
+from sonofed_simulations.engines.inline import InlineGrid, run_inline
+
+NETWORK = "shufflenet_v2"
+
+
+def lay_out(laboratory, root, **changes):
+    """A fresh workspace and fresh sites for the tiny study, or one like it."""
+    values = laboratory.scenario.study.model_dump(mode="json")
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    study = Study.model_validate(values)
+    sites = laboratory.prepare_sites(0, root / "sites")
+    return laboratory.workspace(study, laboratory.root / "source", root / "study"), sites
+
+
+def checkpoint(workspace):
+    return from_bytes(workspace.checkpoint.read_bytes())
+
+
+def selection(site):
+    store = Store(read_site(site).store)
+    return store.get("study/tiny/selected").config["ids"]
+
+
+def events(workspace):
+    return [json.loads(line) for line in workspace.events.read_text().splitlines()]
+
+
+def spoil(site):
+    """Take a site's store and data away."""
+    values = tomllib.loads(site.read_text())
+    values["store"] += "-lost"
+    values["data"]["path"] += "-lost"
+    site.write_text(tomli_w.dumps(values))
+
+
+@pytest.fixture(scope="session")
+def inline(laboratory, tmp_path_factory):
+    """The tiny study, run to its end in this process."""
+    workspace, sites = lay_out(laboratory, tmp_path_factory.mktemp("inline"))
+    return workspace, sites, run_inline(workspace, sites, Events())
+
+
+def test_results_hold_every_phase_and_every_number(inline, laboratory):
+    workspace, _, results = inline
+    assert read_results(workspace.results) == results
+    assert not workspace.failure.exists()
+    assert [phase.name for phase in results.phases] == list(NEEDS_GIVES)
+    for phase in results.phases:
+        assert phase.seconds > 0 and phase.bytes_to_sites > 0 and phase.bytes_from_sites > 0
+    assert results.seconds == pytest.approx(sum(phase.seconds for phase in results.phases))
+    assert list(results.sites) == ["riverside", "hillview"] and results.missing_sites == ()
+    for site in results.sites.values():
+        assert site.images + site.test_images == 20
+        assert site.selected == site.selected_by_budget[-1] and site.missing_reason is None
+        classifier = site.classifiers[NETWORK]
+        assert [point.budget for point in classifier.curve] == [0.3, 0.6]
+        for measures in (classifier.source, classifier.bn_adapted, classifier.adapted):
+            assert 0 <= measures["auroc_low"] <= measures["auroc"] <= measures["auroc_high"] <= 1
+        assert site.reconstruction.ssim is not None
+    pool = sum(site.images for site in results.sites.values())
+    chosen = np.sum([s.selected_by_budget for s in results.sites.values()], axis=0).tolist()
+    assert chosen == [round(0.3 * pool), round(0.6 * pool)]
+    assert sum(results.clusters) == pool
+
+
+def test_weights_travel_once_and_only_in_their_phases(inline, laboratory):
+    _, _, results = inline
+    cost = {phase.name: phase for phase in results.phases}
+    bundle = Bundle.open(laboratory.root / "source")
+    blobs = sum(bundle.manifest.blobs.values())
+    assert 2 * blobs < cost["ship"].bytes_to_sites < 2 * blobs + 100_000
+    assert all(cost[name].bytes_from_sites < 10_000 for name in ("enrol", "ship", "annotate"))
+    assert cost["publish"].bytes_to_sites < cost["classifier"].bytes_to_sites
+
+
+def test_the_selection_is_nested_and_labelled_at_the_sites(inline):
+    _, sites, results = inline
+    for site, name in zip(sites, results.sites, strict=True):
+        small, large = selection(site)
+        assert set(small) < set(large) and len(large) == results.sites[name].selected
+        assert set(large) == set(Store(read_site(site).store).annotations())
+
+
+def test_the_published_bundle_holds_the_averaged_weights(inline, laboratory):
+    workspace, sites, _ = inline
+    key = public_hex(load_or_create_signing_key(laboratory.key))
+    bundle = Bundle.open(workspace.final_bundle, key)
+    assert bundle.manifest.kind == "final"
+    assert bundle.paths == ["MODEL_CARD.md", f"classifiers/{NETWORK}.safetensors"]
+    averaged = checkpoint(workspace).group(f"classifier/{NETWORK}/1")
+    published = load(bundle.read(f"classifiers/{NETWORK}.safetensors"))
+    assert published.keys() == averaged.keys()
+    assert all(np.array_equal(published[k], averaged[k]) for k in averaged)
+    for site in sites:
+        assert f"bundle/{bundle.id}" in Store(read_site(site).store).names("bundle/")
+
+
+def test_nothing_of_an_image_is_in_what_the_coordinator_keeps(inline):
+    workspace, sites, _ = inline
+    kept = b"".join(p.read_bytes() for p in sorted(workspace.root.rglob("*")) if p.is_file())
+    for site in sites:
+        settings = read_site(site)
+        for row in Store(settings.store).images():
+            assert row.id.encode() not in kept and row.group.encode() not in kept
+        assert str(settings.data.path).encode() not in kept
+
+
+def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
+    workspace, sites, results = inline
+    before = checkpoint(workspace)
+    again = run_inline(workspace, sites, Events())
+    phases = [e["phase"] for e in events(workspace) if e["event"] == "phase-started"]
+    assert phases == [*NEEDS_GIVES, "enrol"]
+    assert again.sites == results.sites and again.started == results.started
+    assert before.digest() == checkpoint(workspace).digest()
+
+
+def test_the_same_study_anew_ends_bit_for_bit_the_same(inline, laboratory, tmp_path):
+    workspace, sites, results = inline
+    second, other = lay_out(laboratory, tmp_path)
+    again = run_inline(second, other, Events())
+    assert checkpoint(second).digest() == checkpoint(workspace).digest()
+    assert [selection(s) for s in other] == [selection(s) for s in sites]
+    assert again.sites == results.sites
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from sonofed_common.runtime import Events
+from sonofed_server.study.workspace import Workspace
+from sonofed_simulations.engines.inline import run_inline
+run_inline(Workspace(Path(sys.argv[1])), [Path(p) for p in sys.argv[2:]], Events())
+"""
+
+
+def kill_in(phase, workspace, sites, until):
+    """Run a study in a process of its own and kill that once ``until`` of a phase's event holds."""
+    command = [sys.executable, "-c", KILLED, str(workspace.root), *map(str, sites)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    try:
+        while time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read().decode()
+            log = events(workspace) if workspace.events.exists() else []
+            if any(e["event"] == "progress" and until in e["task"] for e in log):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"phase {phase} was not reached")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_killed_study_resumes_to_the_same_bits(inline, laboratory, tmp_path):
+    workspace, sites, results = inline
+    broken, other = lay_out(laboratory, tmp_path)
+    for phase, task in (("embed", "embed, round 2"), ("classifier", "classifier")):
+        kill_in(phase, broken, other, task)
+        assert not broken.results.exists() and not broken.failure.exists()
+        assert phase not in checkpoint(broken).config["done"]
+    again = run_inline(broken, other, Events())
+    assert checkpoint(broken).digest() == checkpoint(workspace).digest()
+    assert [selection(s) for s in other] == [selection(s) for s in sites]
+    assert again.sites == results.sites
+    assert [phase.name for phase in again.phases] == list(NEEDS_GIVES)
+    assert not list(broken.root.glob(".*.tmp"))
+
+
+def test_without_a_quorum_the_sites_reason_ends_the_study(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path)
+    spoil(sites[1])
+    workspace.results.write_text("{}")
+    with pytest.raises(DataMissingError, match=r"1 of 2 sites.*hillview.*node: ") as error:
+        run_inline(workspace, sites, Events())
+    assert error.value.exit_code == 10
+    assert json.loads(workspace.failure.read_text()) == {
+        "error": "data-missing",
+        "message": error.value.message,
+    }
+    assert not workspace.results.exists()
+    assert events(workspace)[-1]["event"] == "study-failed"
+
+
+def test_with_a_quorum_the_study_goes_on_and_names_the_missing_site(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path, cohort={"quorum": 1}, **SHORT)
+    spoil(sites[1])
+    results = run_inline(workspace, sites, Events())
+    assert read_results(workspace.results).missing_sites == results.missing_sites == ("hillview",)
+    assert "[data-missing]" in results.sites["hillview"].missing_reason
+    assert results.sites["riverside"].classifiers[NETWORK].adapted is not None
+    assert not results.sites["hillview"].classifiers
+
+
+SHORT = {
+    "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
+    "selection": {"strategy": "random", "budgets": [0.5]},
+    "finetuning": {"rounds": 1},
+}
+
+
+class Failing(InlineGrid):
+    """A grid whose first site comes to harm once an action is asked for."""
+
+    def __init__(self, action, site, silent):
+        super().__init__(2)
+        self._action, self._site, self._silent = action, site, silent
+        self._harmed = False
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        if any(m.metadata.message_type == self._action for m in messages) and not self._harmed:
+            self._harmed = True
+            if not self._silent:
+                damage(self._site)
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        ids = list(message_ids)
+        if self._harmed and self._silent:
+            ids = [i for i in ids if self._waiting[i].metadata.dst_node_id != 1]
+        return super().pull_messages(ids)
+
+
+def damage(site):
+    for blob in (read_site(site).store / "blobs").rglob("*"):
+        if blob.is_file():
+            blob.write_bytes(b"")
+
+
+@pytest.mark.parametrize("action", ["query.missing", "train.classifier"])
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_site_that_fails_in_the_middle(laboratory, tmp_path, monkeypatch, action, silent):
+    cohort = {"quorum": 1, "deadline_seconds": 1.0 if silent else 60.0}
+    workspace, sites = lay_out(laboratory, tmp_path, cohort=cohort, **SHORT)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    results = run_study(workspace, Failing(action, sites[0], silent), "inline")
+    assert results.missing_sites == ("riverside",)
+    reason = results.sites["riverside"].missing_reason
+    assert ("deadline" if silent else "damaged") in reason
+    assert results.sites["hillview"].classifiers[NETWORK].adapted is not None
+    failed = [e for e in events(workspace) if e["event"] == "site-failed"]
+    assert failed and {e["site"] for e in failed} == {"riverside"}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_site_that_fails_without_a_quorum(laboratory, tmp_path, monkeypatch, silent):
+    cohort = {"deadline_seconds": 1.0 if silent else 60.0}
+    workspace, sites = lay_out(laboratory, tmp_path, cohort=cohort, **SHORT)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    with pytest.raises(SonoFedError, match="below the quorum of 2; riverside: ") as error:
+        run_study(workspace, Failing("train.classifier", sites[0], silent), "inline")
+    assert ("deadline" if silent else "damaged") in error.value.message
+    assert json.loads(workspace.failure.read_text())["message"] == error.value.message
+    assert not workspace.results.exists()
+
+
+def test_a_site_that_does_not_connect_is_waited_for_until_the_deadline(laboratory, tmp_path):
+    cohort = {"quorum": 1, "deadline_seconds": 3.0}
+    workspace, sites = lay_out(laboratory, tmp_path, cohort=cohort, **SHORT)
+    results = run_inline(workspace, sites[:1], Events())
+    assert results.missing_sites == ("hillview",)
+    assert "deadline" in results.sites["hillview"].missing_reason
+
+
+def test_without_reconstruction(laboratory, tmp_path):
+    phases = [p for p in NEEDS_GIVES if p != "reconstruct"]
+    workspace, sites = lay_out(laboratory, tmp_path, phases=phases)
+    results = run_inline(workspace, sites, Events())
+    assert [phase.name for phase in results.phases] == phases
+    for site in results.sites.values():
+        assert site.reconstruction is None and site.classifiers[NETWORK].adapted is not None
+
+
+def test_random_selection_with_few_phases(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
+    results = run_inline(workspace, sites, Events())
+    assert [phase.name for phase in results.phases] == SHORT["phases"]
+    assert results.clusters == ()
+    pool = sum(site.images for site in results.sites.values())
+    assert sum(site.selected for site in results.sites.values()) == round(pool / 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scope": "per_site"},
+        {"scope": "global_with_site_floor"},
+        {"combine": "radians", "uncertainty": "range"},
+    ],
+)
+def test_selection_settings_run(laboratory, tmp_path, settings):
+    phases = [p for p in NEEDS_GIVES if p not in ("reconstruct", "classifier", "publish")]
+    small = {"embedding": {"rounds": 1}, "selection": settings}
+    workspace, sites = lay_out(laboratory, tmp_path, phases=phases, **small)
+    results = run_inline(workspace, sites, Events())
+    assert sum(site.selected for site in results.sites.values()) > 0
+
+
+def test_a_study_of_another_classifier_than_the_sources_is_refused(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path, **{**SHORT, "classifiers": ["mobilenet_v2"]})
+    with pytest.raises(ParameterError, match="mobilenet_v2"):
+        run_inline(workspace, sites, Events())
+    assert workspace.failure.exists()
+
+
+def test_training_that_diverges_ends_the_study_readably(laboratory, tmp_path):
+    rate = {**SHORT, "finetuning": {"rounds": 2, "learning_rate": 1e30}}
+    workspace, sites = lay_out(laboratory, tmp_path, **rate)
+    with pytest.raises((DivergenceError, CollapseError)):
+        run_inline(workspace, sites, Events())
+    assert json.loads(workspace.failure.read_text())["error"] == "divergence"
+
+
+def flower_processes(workspace):
+    """Living processes that were started for a workspace: they inherit its Flower home."""
+    home = str(workspace.root / "flower")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME") == home:
+                found.append(" ".join(process.cmdline()) or process.name())
+        except psutil.Error:
+            continue
+    return found
+
+
+def ended(workspace):
+    until = time.monotonic() + 5
+    while (left := flower_processes(workspace)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left == [] or left
+
+
+@pytest.mark.slow
+def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
+    workspace, sites, results = inline
+    other, others = lay_out(laboratory, tmp_path)
+    seen = []
+    federated = run_flower(other, others, Events(listeners=[seen.append]), 1)
+    assert ended(other) is True
+    assert [selection(s) for s in others] == [selection(s) for s in sites]
+    first, second = checkpoint(workspace).arrays, checkpoint(other).arrays
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert array.dtype == second[name].dtype
+        np.testing.assert_allclose(second[name], array, rtol=0, atol=1e-6, err_msg=name)
+    assert federated.engine == "flower" and federated.missing_sites == ()
+    assert [e["phase"] for e in seen if e["event"] == "phase-finished"] == list(NEEDS_GIVES)
+    assert [p.bytes_to_sites for p in federated.phases] == pytest.approx(
+        [p.bytes_to_sites for p in results.phases], rel=0.01, abs=2000
+    )
+
+
+@pytest.mark.slow
+def test_flower_ends_readably_and_leaves_no_process(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
+    spoil(sites[0])
+    with pytest.raises(DataMissingError) as error:
+        run_flower(workspace, sites, Events(), 1)
+    assert error.value.exit_code == 10
+    assert ended(workspace) is True
+    assert json.loads(workspace.failure.read_text())["error"] == "data-missing"
+    assert not workspace.results.exists()

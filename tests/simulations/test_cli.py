@@ -1,0 +1,143 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sonofed_client.enclave.store import Store
+from sonofed_client.settings import read_site
+from sonofed_common.contract.results import read_results
+from sonofed_simulations.cli import app
+
+TINY = Path(__file__).parents[1] / "integration" / "tiny.toml"
+REAL = "breast_three_countries"
+
+
+def lab(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def sentence(result, code):
+    """The one sentence of a command that failed: no traceback, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in result.stderr
+    assert sum(text.startswith("error: ") for text in result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+    return line
+
+
+def tiny(tmp_path, old, new):
+    """The tiny scenario with one change, as a file of its own."""
+    text = TINY.read_text()
+    assert old in text
+    path = tmp_path / "scenario.toml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_help_and_no_arguments():
+    assert lab("--help").exit_code == 0
+    assert {"demo", "run", "compare", "scenarios"} <= set(lab("--help").stdout.split())
+
+
+def test_scenarios_are_listed():
+    result = lab("scenarios")
+    assert result.exit_code == 0
+    assert "demo" in result.stdout and REAL in result.stdout
+
+
+def test_an_unknown_scenario(tmp_path):
+    line = sentence(lab("run", "breast_three", "--out", tmp_path / "out"), 20)
+    assert "breast_three" in line and REAL in line and "demo" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "nearest"),
+    [
+        ("threads = 1\n\n[source]", "thread = 1\n\n[source]", "thread", "threads"),
+        ("budgets", "budget", "study.selection.budget", "budgets"),
+        ('scanner = "riverside"', 'scaner = "riverside"', "phantoms.scaner", "scanner"),
+        ("epochs = 1, learning_rate = 1e-3, batch_size = 16", "epoch = 1", "epoch", "epochs"),
+    ],
+)
+def test_an_unknown_key_in_a_scenario(tmp_path, old, new, key, nearest):
+    scenario = tiny(tmp_path, old, new)
+    line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)
+    assert "scenario.toml" in line and f"{key}'" in line and f"did you mean '{nearest}'?" in line
+
+
+def test_an_unknown_scanner(tmp_path):
+    scenario = tiny(tmp_path, 'scanner = "riverside"', 'scanner = "riverbank"')
+    line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)
+    assert "riverbank" in line and "riverside" in line
+
+
+def test_real_data_that_was_not_given(tmp_path):
+    line = sentence(lab("run", REAL, "--out", tmp_path / "out"), 10)
+    assert "--data" in line and REAL in line
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_data_that_is_not_there(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    line = sentence(lab("run", REAL, "--out", tmp_path / "out", "--data", tmp_path / folder), 10)
+    assert "Dataset_BUSI_with_GT" in line
+
+
+@pytest.mark.parametrize("arguments", [("--engine", "magic"), ("--seed", "-1"), ()])
+def test_arguments_that_do_not_fit(tmp_path, arguments):
+    out = ("--out", tmp_path / "out") if arguments else ()
+    result = lab("run", TINY, *out, *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+
+
+def test_the_program_is_installed_and_exits_with_the_code(tmp_path):
+    program = Path(sys.executable).with_name("sonofed-lab")
+    if not program.exists():
+        pytest.skip("the package is not installed")
+    done = subprocess.run(
+        [program, "run", "nowhere", "--out", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 20
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith("[configuration]") and not done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_corrupt_image_and_reports_it_on_site(tmp_path, laboratory):
+    out = tmp_path / "out"
+    for part in ("source", "phantoms"):
+        shutil.copytree(laboratory.root / part, out / part)
+    shutil.copy(laboratory.key, out / "coordinator.pem")
+    images = out / "phantoms" / "hillview" / "images"
+    bad = sorted(images.glob("*.png"))[2]
+    bad.write_bytes(b"no image")
+    result = lab("run", TINY, "--out", out)
+    assert result.exit_code == 0, result.output
+    store = Store(read_site(out / "sites" / "hillview" / "site-0.toml").store)
+    (skipped,) = store.get("intake").config["skipped"]
+    assert skipped["name"] == f"images/{bad.name}"
+    results = read_results(out / "results.json")
+    hillview = results.sites["hillview"]
+    assert hillview.images + hillview.test_images == 19 and results.engine == "inline"
+    assert (out / "report.html").stat().st_size > 0
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert "study-completed" in {event["event"] for event in events}
+    assert bad.name not in result.output
+
+
+def test_a_site_of_one_class_ends_the_run_with_its_sentence(tmp_path, laboratory):
+    out = tmp_path / "out"
+    for part in ("source", "phantoms"):
+        shutil.copytree(laboratory.root / part, out / part)
+    shutil.copy(laboratory.key, out / "coordinator.pem")
+    table = out / "phantoms" / "hillview" / "table.csv"
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join([rows[0], *(r for r in rows[1:] if r.split(",")[2] == "0")]))
+    assert "hillview" in sentence(lab("run", TINY, "--out", out), 12)
+    assert not (out / "results.json").exists()
