@@ -339,6 +339,22 @@ JOB_REQUESTS = {
 }
 
 
+@pytest.mark.parametrize("merge", ["fedavg", "fedema"])
+def test_a_second_study_shares_jobs_unless_they_build_on_the_first(site, bundle, merge):
+    enclave = InProcessEnclave(site)
+    install(enclave, bundle)
+    values = encode(bundle) | {
+        "pairs": "augmentation",
+        "settings": Embedding(dimension=8, rounds=2, merge=merge),
+    }
+    for study in ("first", "second"):
+        enclave.perform("train.embed", request(actions.Embed(**values | {"study": study}, round=0)))
+    store = Store(site.store)
+    assert len(store.names("job/")) == {"fedavg": 1, "fedema": 2}[merge]
+    kept = {"study/first/student", "study/second/student"} if merge == "fedema" else set()
+    assert store.names("study/") == kept
+
+
 def test_a_job_of_other_labels_is_another_job(site, bundle):
     enclave = InProcessEnclave(site)
     talk(enclave, bundle)

@@ -15,7 +15,7 @@ from sonofed_client.enclave.handlers import (
 )
 from sonofed_client.enclave.site import Site
 from sonofed_client.settings import SiteSettings
-from sonofed_common.contract.actions import Parameters, TrainClassifier, parse
+from sonofed_common.contract.actions import Embed, Parameters, TrainClassifier, parse
 from sonofed_common.contract.records import Records
 from sonofed_common.runtime import set_threads
 from sonofed_common.security import sha256
@@ -92,9 +92,11 @@ class InProcessEnclave:
 
     def _job_id(self, action: str, parameters: Parameters, request: Records) -> str:
         site = self._site
+        # FedEMA goes on from weights that the same study kept here; nothing else does.
+        bound = isinstance(parameters, Embed) and parameters.settings.merge == "fedema"
         parts: list[Any] = [
             action,
-            parameters.model_dump(mode="json", exclude={"study"}),
+            parameters.model_dump(mode="json", exclude=None if bound else {"study"}),
             request.digest(),
             site.snapshot,
         ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -114,6 +113,7 @@ def _superlink(
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     port = _free_port()
     command = [
+        *(sys.executable, "-m", "sonofed_simulations.engines.guard"),
         *("flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"),
         *("--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"),
     ]
@@ -227,21 +227,10 @@ def _read_events(workspace: Workspace, events: Events, seen: int) -> int:
     return seen
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and everything that it started."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        family = []
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for relative in alive:
-        relative.kill()
+def _end(guard: subprocess.Popen[bytes]) -> None:
+    """End the guard, which ends the SuperLink and everything that it started."""
+    guard.terminate()
+    guard.wait()
 
 
 def _free_port() -> int:
