@@ -19,6 +19,9 @@ from sonofed_simulations.report.table import tabulate
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
 from sonofed_simulations.simulation import Engine, simulate
 
+PLAIN_WIDTH = 110
+"""Columns of a table that goes to a file or a log."""
+
 app = application("Simulate federated ultrasound studies on one machine.")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for everything the run writes.")]
@@ -64,8 +67,8 @@ def compare(
         run_comparison(chosen, scenario, out, data, tuple(seed or chosen.seeds), events)
     summary = summarise(chosen, finished_cells(chosen, scenario, out))
     write_summary(summary, out)
-    Console().print(summary_table(summary))
-    Console().print(f"summary: {out / 'comparison.md'}")
+    _console().print(summary_table(summary))
+    _console().print(f"summary: {out / 'comparison.md'}")
 
 
 @app.command()
@@ -75,13 +78,18 @@ def scenarios() -> None:
     for name in built_in():
         scenario = read_scenario(name)
         table.add_row(name, str(len(scenario.hospitals)), scenario.title)
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
 def _run(name: str, data: Path | None, out: Path, engine: Engine, seed: int) -> Results:
     scenario = read_scenario(name)
     with progress_listener() as listener:
         results = simulate(scenario, out, data, engine, seed, Events(listeners=[listener]))
-    Console().print(tabulate(results))
-    Console().print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    _console().print(tabulate(results))
+    _console().print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return results
