@@ -15,6 +15,9 @@ from sonofed_common.data.readers import READERS
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.phantoms.scanner import SCANNERS
 
+SHARED = ("image_size", "classifiers")
+"""What a study takes over from its source unless it says otherwise."""
+
 
 class PhantomData(Model):
     """A simulated hospital's images."""
@@ -60,7 +63,8 @@ class Scenario(Model):
     Notes
     -----
     ``source`` is a source file without its name and data where ``source_phantoms`` is given;
-    ``study`` is a study file without its cohort's sites, which are the hospitals.
+    ``study`` is a study file without its cohort's sites, which are the hospitals; image size and
+    classifiers are the source's unless it says otherwise.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -84,11 +88,21 @@ class Scenario(Model):
         }
         name, hospitals = values.get("name"), values.get("hospitals", {})
         cohort = {"sites": list(hospitals), **values["study"].get("cohort", {})}
-        values["study"] = {"name": name, **values["study"], "cohort": cohort}
+        shared = {k: values["source"][k] for k in SHARED if k in values["source"]}
+        values["study"] = {"name": name, **shared, **values["study"], "cohort": cohort}
         if "source_phantoms" in values:
             values["source"].setdefault("data", {"kind": "table", "path": "source"})
         values["source"] = {"name": name, **values["source"]}
         return values
+
+    @model_validator(mode="after")
+    def _source_serves(self) -> Self:
+        untrained = sorted(set(self.study.classifiers) - set(self.source.classifiers))
+        if untrained:
+            raise ValueError(f"the study uses classifier '{untrained[0]}'; name it in [source] too")
+        if "reconstruct" in self.study.phases and self.source.diffusion.kind == "none":
+            raise ValueError("phase 'reconstruct' needs a diffusion model; the source trains none")
+        return self
 
     @property
     def needs_data(self) -> bool:
