@@ -14,7 +14,7 @@ from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.memory import MemoryWatch
 from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario
-from sonofed_simulations.views import site_views, source_view
+from sonofed_simulations.views import site_views, source_quality, source_view
 
 Engine = Literal["inline", "flower"]
 
@@ -59,16 +59,20 @@ def simulate(
                 results = run_inline(workspace, sites, events)
     finally:
         events.listeners.remove(watch.listen)
+    identity = Bundle.open(bundle, check_blobs=False).id
+    place = (scenario, laboratory.source_data, sites, study, identity)
+    redrawn = source_quality(*place) if "reconstruct" in study.phases else None
     results = results.model_copy(
-        update={"phases": _with_memory(results, watch), "notes": scenario.notes, "engine": engine}
+        update={
+            "phases": _with_memory(results, watch),
+            "notes": scenario.notes,
+            "source_reconstruction": redrawn,
+        }
     )
     write_results(results, out / "results.json")
     events.progress("report", 0, 1)
-    identity = Bundle.open(bundle, check_blobs=False).id
     views = site_views(workspace, study, identity, sites)
-    source = (
-        source_view(scenario, laboratory.source_data, sites, study, identity) if views else None
-    )
+    source = source_view(*place) if views else None
     build_report(results, out, views, source)
     events.progress("report", 1, 1)
     return results

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sonofed_client.adaptation.reconstruction import quality, reconstruct
 from sonofed_client.adaptation.scoring import uncertainty
-from sonofed_client.enclave.handlers.embedding import source_features
 from sonofed_client.enclave.handlers.reconstruction import reconstructions
 from sonofed_client.enclave.handlers.selection import selected
 from sonofed_client.enclave.site import Site
 from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import Encode
+from sonofed_common.contract.results import ReconstructionQuality
 from sonofed_common.contract.study import Study
+from sonofed_common.runtime import derive_seed
 from sonofed_server.source.data import load_source
 from sonofed_server.study.workspace import StudyState, Workspace
 from sonofed_simulations.report.view import SiteView, SourceView
@@ -40,7 +43,23 @@ def source_view(
     """Features of the source's training images under the shipped classifier."""
     site = Site(read_site(sites[0]))
     images = load_source(scenario.source, data).pool.images
-    return SourceView(source_features(site, _parameters(study, bundle), images).numpy())
+    return SourceView(site.source_features(bundle, study.classifiers[0], images).numpy())
+
+
+def source_quality(
+    scenario: Scenario, data: Path, sites: list[Path], study: Study, bundle: str
+) -> ReconstructionQuality:
+    """How well held-out source images are redrawn: what the sites' quality is measured against."""
+    site = Site(read_site(sites[0]))
+    images = load_source(scenario.source, data).test.images
+    seeds = [derive_seed(bundle, number) for number in range(len(images))]
+    redrawn = reconstruct(
+        site.diffusion(bundle), images.to(site.device), study.reconstruction, seeds
+    )
+    features = partial(site.source_features, bundle, study.classifiers[0])
+    return ReconstructionQuality.model_validate(
+        quality(images, redrawn, features(images), features(redrawn))
+    )
 
 
 def _parameters(study: Study, bundle: str) -> Encode:
@@ -64,15 +83,14 @@ def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> Si
     if "reconstruct" in study.phases:
         redrawn = reconstructions(site, parameters, study.reconstruction)
     chosen = set(selected(site, study.name)[-1])
+    features = partial(site.source_features, parameters.bundle, parameters.classifier)
     return SiteView(
         name=site.settings.name,
         images=_pictures(images),
         reconstructions=None if redrawn is None else _pictures(redrawn),
         embeddings=embedding.numpy(),
-        features=source_features(site, parameters, images).numpy(),
-        reconstruction_features=(
-            None if redrawn is None else source_features(site, parameters, redrawn).numpy()
-        ),
+        features=features(images).numpy(),
+        reconstruction_features=(None if redrawn is None else features(redrawn).numpy()),
         uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
         representativeness=np.array(kept["representativeness"]),
         selected=np.array([row.id in chosen for row in rows]),

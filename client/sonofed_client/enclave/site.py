@@ -26,6 +26,7 @@ from sonofed_common.runtime import device
 
 T = TypeVar("T")
 WARM_MODELS = 4
+FEATURE_BATCH = 64
 
 
 class Site:
@@ -107,6 +108,16 @@ class Site:
                 target.write_bytes(self.blob(bundle, path))
             stack = DiffusionStack.load(Path(folder))
         return stack.to(self.device).eval().requires_grad_(False)
+
+    def source_features(self, bundle: str, name: str, images: Tensor) -> Tensor:
+        """Unit-length features (N, F) of images (N, 1, S, S) under a source-trained classifier."""
+        backbone = self.classifier(bundle, name).eval()
+        with torch.inference_mode():
+            batches = [
+                backbone.features(images[start : start + FEATURE_BATCH].to(self.device)).cpu()
+                for start in range(0, len(images), FEATURE_BATCH)
+            ]
+        return torch.nn.functional.normalize(torch.cat(batches), dim=1)
 
     def facts(self, bundle: str) -> dict[str, Any]:
         """Return the facts of a bundle's manifest."""

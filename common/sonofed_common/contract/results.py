@@ -94,7 +94,7 @@ class ReconstructionQuality(Model):
 
     ssim: Number = None
     psnr: Number = Field(default=None, description="decibels")
-    feature_distance: Number = Field(default=None, description="Frechet, backbone features")
+    feature_distance: Number = Field(default=None, description="mean of one minus cosine")
 
 
 class SiteResults(Model):

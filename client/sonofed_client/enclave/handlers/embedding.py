@@ -23,8 +23,6 @@ from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import derive_seed
 from sonofed_common.security import sha256
 
-BATCH = 64
-
 
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     """One federated round of hypersphere contrastive learning on the pool."""
@@ -138,16 +136,5 @@ def _representativeness(
     centroids = from_bytes(site.blob(parameters.bundle, path)).arrays.get("centroids")
     if centroids is None:
         raise ParameterError("the bundle holds no source centroids; train the source again")
-    features = source_features(site, parameters, images)
+    features = site.source_features(parameters.bundle, parameters.classifier, images)
     return distance_to_centroids(features, torch.from_numpy(np.array(centroids)))
-
-
-def source_features(site: Site, parameters: Encode, images: Tensor) -> Tensor:
-    """Unit-length features (N, F) of images under the source-trained classifier."""
-    backbone = site.classifier(parameters.bundle, parameters.classifier).eval()
-    with torch.inference_mode():
-        batches = [
-            backbone.features(images[start : start + BATCH].to(site.device)).cpu()
-            for start in range(0, len(images), BATCH)
-        ]
-    return torch.nn.functional.normalize(torch.cat(batches), dim=1)

@@ -48,7 +48,9 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
     if finished < len(rows):
         return Records(config={**config, "state": "running"})
     redrawn = reconstructions(site, parameters, parameters.settings)
-    return Records(config={**config, "state": "done"}, metrics=dict(quality(images, redrawn)))
+    return Records(
+        config={**config, "state": "done"}, metrics=_quality(site, parameters, images, redrawn)
+    )
 
 
 def reconstructions(site: Site, parameters: Pooled, settings: Reconstruction) -> Tensor:
@@ -65,6 +67,14 @@ def reconstructions(site: Site, parameters: Pooled, settings: Reconstruction) ->
         for row in site.store.images("pool")
     ]
     return torch.from_numpy(np.stack(images)).to(torch.float32) / 255
+
+
+def _quality(
+    site: Site, parameters: Reconstruct, images: Tensor, redrawn: Tensor
+) -> dict[str, int | float]:
+    name = next(iter(site.facts(parameters.bundle)["classifiers"]))
+    features = (site.source_features(parameters.bundle, name, i) for i in (images, redrawn))
+    return dict(quality(images, redrawn, *features))
 
 
 def artifact(site: Site, parameters: Pooled, settings: Reconstruction) -> str:
