@@ -2,42 +2,84 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from PIL import Image
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
+from sonofed_client.cli import app as site
+from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import CATALOGUE
-from sonofed_common.contract.study import PRESETS, Cohort, Study
+from sonofed_common.contract.results import ClassifierResults, Results, SiteResults
+from sonofed_common.contract.study import NEEDS_GIVES, PRESETS, Study
+from sonofed_common.data.readers import READERS, read
 from sonofed_common.models.classifiers import CLASSIFIERS
 from sonofed_server.cli import app as coordinator
+from sonofed_server.source.settings import PRESETS as SOURCE_PRESETS
+from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.cli import app as lab
+from sonofed_simulations.phantoms.scanner import SCANNERS
+from sonofed_simulations.scenarios.scenario import Hospital
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESEARCHER = (ROOT / "docs" / "researcher.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+PROGRAMS = {"sonofed-lab": lab, "sonofed-coordinator": coordinator, "sonofed-site": site}
+
+RUN_EXAMPLE = "sonofed-lab run two_phantoms.toml --out runs/two_phantoms"
+INTAKE_EXAMPLE = "sonofed-site intake runs/two_phantoms/sites/north/site-0.toml"
+COMPARE_EXAMPLE = "sonofed-lab compare margin_or_random.toml --out runs/margin_or_random"
 
 COVERED = {
-    "make demo": "tests/integration/test_study.py runs both engines on a smaller scenario",
+    "make demo": "tests/integration/test_demo.py",
     "make test": "this is it",
     "sonofed-lab scenarios": "here",
-    "sonofed-lab run demo --out runs/demo-inline --engine inline": "options, here",
-    "sonofed-lab run breast_three_countries --data DATA --out runs/breast": "options, here",
-    "sonofed-lab compare breast_selection --data DATA --out runs/selection": "options, here",
-    "sonofed-lab run two_phantoms.toml --out runs/two_phantoms": "here",
+    "sonofed-lab run demo --out runs/demo-inline --engine inline": (
+        "options, here; a smaller scenario runs inline in tests/simulations/test_cli.py"
+    ),
+    "sonofed-lab run breast_three_countries --data DATA --out runs/breast": (
+        "options, here; its data is read in tests/common/data"
+    ),
+    "sonofed-lab compare breast_selection --data DATA --out runs/selection": (
+        "options, here; validated in tests/simulations/test_comparison.py"
+    ),
+    RUN_EXAMPLE: "here",
+    INTAKE_EXAMPLE: "here",
+    COMPARE_EXAMPLE: "here",
     "sonofed-coordinator source train SOURCE.toml --data DATA --out bundle": (
-        "options, here; runs in tests/server/test_source.py"
+        "options and settings, here; runs in tests/server/test_source.py"
     ),
 }
+"""How each command of the pages is kept working."""
 
 
 def commands() -> list[str]:
-    blocks = [
-        b for page in PAGES for b in re.findall(r"```console\n(.*?)```", page.read_text(), re.S)
-    ]
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    blocks = [b for page in pages for b in re.findall(r"```(?:console|sh)\n(.*?)```", page, re.S)]
     return [line for block in blocks for line in block.splitlines() if line]
+
+
+def blocks(language: str) -> list[str]:
+    found: list[str] = re.findall(rf"```{language}\n(.*?)```", RESEARCHER, re.S)
+    return found
+
+
+def example(line: str) -> str:
+    (block,) = [block for block in blocks("toml") if line in block.splitlines()]
+    return block
+
+
+def invoke(command: str) -> str:
+    program, *words = shlex.split(command)
+    result = CliRunner().invoke(PROGRAMS[program], words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def test_every_command_is_covered() -> None:
@@ -47,33 +89,56 @@ def test_every_command_is_covered() -> None:
 def test_options_are_known() -> None:
     for command in commands():
         program, *words = shlex.split(command)
-        app = {"sonofed-lab": lab, "sonofed-coordinator": coordinator}.get(program)
-        if app is None:
+        if program not in PROGRAMS:
             continue
         verbs = [w for w in words if not w.startswith("-")]
         depth = 2 if program == "sonofed-coordinator" else 1
-        help_text = CliRunner().invoke(app, [*verbs[:depth], "--help"], env={"COLUMNS": "200"})
+        arguments = [*verbs[:depth], "--help"]
+        help_text = CliRunner().invoke(PROGRAMS[program], arguments, env={"COLUMNS": "200"})
         assert help_text.exit_code == 0, command
         for option in (w for w in words if w.startswith("--")):
             assert option in re.sub(r"\x1b\[[0-9;]*m", "", help_text.output), command
 
 
 def test_scenarios_are_listed() -> None:
-    result = CliRunner().invoke(lab, ["scenarios"])
-    assert result.exit_code == 0
-    assert "demo" in result.output and "breast_three_countries" in result.output
+    output = invoke("sonofed-lab scenarios")
+    assert "demo" in output and "breast_three_countries" in output
 
 
 @pytest.mark.slow
-def test_the_example_scenario_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", RESEARCHER, re.S)
-    (tmp_path / "two_phantoms.toml").write_text(example, encoding="utf-8")
-    out = tmp_path / "runs"
-    result = CliRunner().invoke(
-        lab, ["run", str(tmp_path / "two_phantoms.toml"), "--out", str(out)]
-    )
-    assert result.exit_code == 0, result.output
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("two_phantoms", "margin_or_random"):
+        (tmp_path / f"{name}.toml").write_text(example(f'name = "{name}"'), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    invoke(RUN_EXAMPLE)
+    out = tmp_path / "runs" / "two_phantoms"
     assert (out / "report.html").is_file() and (out / "results.json").is_file()
+    assert "images of" in invoke(INTAKE_EXAMPLE)
+    assert "margin" in invoke(COMPARE_EXAMPLE)
+    out = tmp_path / "runs" / "margin_or_random"
+    assert (out / "comparison.md").is_file() and (out / "comparison.json").is_file()
+
+
+def test_the_example_of_own_images_is_read(tmp_path: Path) -> None:
+    (table,) = blocks("csv")
+    (tmp_path / "table.csv").write_text(table, encoding="utf-8")
+    for file in re.findall(r"\w+/\d+\.png", table):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / file)
+    reading = read("table", tmp_path)
+    assert reading.skipped == () and [s.label for s in reading.samples] == [0, 1, None]
+    values = tomllib.loads(example("[hospitals.mine]"))["hospitals"]["mine"]
+    hospital = validate(Hospital, values, "mine")
+    assert {s.device for s in reading.samples} >= set(hospital.devices)
+
+
+def test_the_example_of_a_source_is_valid() -> None:
+    validate(SourceSettings, tomllib.loads(example('name = "cairo"')), "cairo")
+
+
+def test_names_that_can_be_chosen_are_documented() -> None:
+    assert all(f"`{name}`" in RESEARCHER for name in (*READERS, *SCANNERS))
+    assert all(f"`{name}`" in METHODS for name in CLASSIFIERS)
 
 
 def test_exit_codes_are_the_catalogue() -> None:
@@ -83,27 +148,55 @@ def test_exit_codes_are_the_catalogue() -> None:
     }
 
 
-def test_option_table_is_the_model() -> None:
-    rows = re.findall(r"^\| `([a-z_]+)\.([a-z_]+)` \| (.*?) \| (.*?) ?\|$", METHODS, re.M)
-    study = Study(name="x", cohort=Cohort(sites=("a",)))
-    sections = {section: getattr(study, section) for section in dict.fromkeys(r[0] for r in rows)}
-    documented = {(section, key) for section, key, _, _ in rows}
-    assert documented == {
-        (s, key) for s, model in sections.items() for key in type(model).model_fields
-    }
-    for section, key, default, paper in rows:
-        value: Any = getattr(sections[section], key)
-        if value is not None:
-            assert default == f"`{value}`", (section, key)
-        assert paper == (
-            f"`{PRESETS['paper'][section][key]}`"
-            if key in PRESETS["paper"].get(section, {})
-            else ""
-        ), (section, key)
+def test_fields_of_the_results_are_the_schema() -> None:
+    section = RESEARCHER.split("## Read the results")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.M)
+    documented = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(documented) == sorted(Results.model_fields)
+    for model in (SiteResults, ClassifierResults):
+        assert all(f"`{name}`" in section for name in model.model_fields)
 
 
-def test_classifiers_are_documented() -> None:
-    assert all(f"`{name}`" in METHODS for name in CLASSIFIERS)
+def fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every option of a model and of the models inside it, by its dotted key."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if inner:
+            found |= fields(inner[0], f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+@pytest.mark.parametrize(
+    ("title", "model", "presets"),
+    [
+        ("Of the study", Study, PRESETS),
+        ("Of the source", SourceSettings, SOURCE_PRESETS),
+        ("Of a scenario's hospital", Hospital, {"paper": {}}),
+    ],
+)
+def test_option_tables_are_the_models(
+    title: str, model: type[BaseModel], presets: dict[str, Any]
+) -> None:
+    table = METHODS.split(f"\n{title}")[1].split("\n\n")[1]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \|(?: (.*?) ?\|)?$", table, re.M)
+    known = fields(model)
+    assert [key for key, _, _ in rows] == list(dict.fromkeys(key for key, _, _ in rows))
+    assert {key for key, _, _ in rows} == known.keys()
+    paper = {f"{s}.{k}": v for s, values in presets["paper"].items() for k, v in values.items()}
+    assert paper.keys() <= known.keys()
+    for key, default, by_paper in rows:
+        field = known[key]
+        if key == "phases":
+            assert re.findall(r"`(\w+)`", default) == list(field.default) == list(NEEDS_GIVES)
+        elif field.is_required() or field.default is None:
+            assert "`" not in default or "with" in default, key
+        else:
+            assert default == f"`{field.default}`", key
+        assert by_paper == (f"`{paper[key]}`" if key in paper else ""), key
 
 
 def test_links_resolve() -> None:

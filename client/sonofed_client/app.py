@@ -34,8 +34,7 @@ def relay(message: Message, context: Context) -> Message:
         Its node configuration says which simulated site this is.
     """
     try:
-        enclave = _enclave(_settings(context))
-        reply = enclave.perform(message.metadata.message_type, from_recorddict(message.content))
+        reply = _perform(message, context)
     except SonoFedError as error:
         reply = Records(config={"error": error.code, "message": error.message})
     except Exception:
@@ -44,6 +43,19 @@ def relay(message: Message, context: Context) -> Message:
         sentence = "the site could not do the work; its own log says why"
         reply = Records(config={"error": SonoFedError.code, "message": sentence})
     return Message(to_recorddict(reply), reply_to=message)
+
+
+def _perform(message: Message, context: Context) -> Records:
+    try:
+        enclave = _enclave(_settings(context))
+    except SonoFedError as error:
+        # What opening a site says names its folders: that is for the site alone.
+        log.error("the site cannot be opened: %s", error)
+        raise type(error)("this site is not ready; its own log says why") from None
+    reply: Records = enclave.perform(
+        message.metadata.message_type, from_recorddict(message.content)
+    )
+    return reply
 
 
 def _settings(context: Context) -> str:

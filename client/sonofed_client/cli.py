@@ -24,15 +24,18 @@ def site() -> None:
 def intake(
     settings: Annotated[Path, typer.Argument(help="The site's settings, a TOML file.")],
 ) -> None:
-    """Take in the site's images and report what is usable and what was passed over, and why."""
+    """Read the site's images anew and report what is usable and what was passed over, and why."""
     read = read_site(settings)
     store = Store(read.store)
-    take_in(read, store)
+    take_in(read, store, again=True)
     for part, use in (("pool", "to choose from"), ("test", "to test on")):
         images = store.images(part)
         patients = len({image.group for image in images})
         malignant = sum(image.label == 1 for image in images)
         print(f"{len(images)} images of {patients} patients {use}, {malignant} malignant")
     kept = store.get("intake")
-    for skipped in kept.config["skipped"] if kept else ():
+    facts = kept.config if kept else {"skipped": [], "excluded": {}}
+    for reason, count in facts["excluded"].items():
+        print(f"left out {count} images: {reason}")
+    for skipped in facts["skipped"]:
         print(f"skipped {skipped['name']}: {skipped['reason']}")

@@ -9,11 +9,11 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from sonofed_common.contract.errors import SonoFedError
+from sonofed_common.contract.errors import ConfigurationError, SonoFedError
 
 
 class Commands(TyperGroup):
-    """A group of commands that turns `SonoFedError` into a sentence on stderr and its exit code."""
+    """A group of commands that turns what a user can act on into a sentence and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that the arguments name.
@@ -21,13 +21,19 @@ class Commands(TyperGroup):
         Raises
         ------
         typer.Exit
-            The command failed with an error of the catalogue.
+            The command failed with an error of the catalogue, or could not use a file.
         """
         try:
             return super().invoke(ctx)
         except SonoFedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
+            failure = error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = ": ".join(str(part) for part in (error.strerror, error.filename) if part)
+            failure = ConfigurationError(f"{what or error}; check the path and its permissions")
+        print(f"error: {failure}", file=sys.stderr)
+        raise typer.Exit(failure.exit_code)
 
 
 def application(help: str) -> typer.Typer:
@@ -41,6 +47,12 @@ def application(help: str) -> typer.Typer:
     Notes
     -----
     An interrupt ends the program with exit code 130, which is Typer's own behaviour. A defect of
-    ours still shows its traceback.
+    ours still shows its traceback, without the values of variables: those may be a site's data.
     """
-    return typer.Typer(cls=Commands, help=help, no_args_is_help=True, add_completion=False)
+    return typer.Typer(
+        cls=Commands,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )

@@ -56,12 +56,24 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or absent: temporary file, fsync, rename."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file so that it is either whole or absent: temporary file, fsync, rename.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder is made if absent.
+    data : bytes
+        The whole content.
+    mode : int
+        Permissions from the first byte on, less the process's umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

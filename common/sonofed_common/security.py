@@ -25,9 +25,24 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def image_id(key: bytes, name: str) -> str:
-    """Opaque id of an image: HMAC-SHA256 of its name under the site's key, 64 bits as hex."""
-    return hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:16]
+def image_id(key: bytes, name: str, content: str) -> str:
+    """Opaque id of an image, the same for the same name, content and key only.
+
+    Parameters
+    ----------
+    key : bytes
+        The site's secret.
+    name : str
+        Unique within the site.
+    content : str
+        SHA-256 of the image file: an image that was replaced under its name is another image.
+
+    Returns
+    -------
+    str
+        64 bits of an HMAC-SHA256 as hex.
+    """
+    return hmac.new(key, f"{content} {name}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
 def load_or_create_signing_key(path: Path) -> Ed25519PrivateKey:
@@ -54,8 +69,8 @@ def load_or_create_signing_key(path: Path) -> Ed25519PrivateKey:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         ),
+        mode=0o600,
     )
-    path.chmod(0o600)
     return key
 
 

@@ -65,7 +65,7 @@ def compare(
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         run_comparison(chosen, scenario, out, data, tuple(seed or chosen.seeds), events)
-    summary = summarise(chosen, finished_cells(chosen, scenario, out))
+    summary = summarise(chosen, finished_cells(chosen, out))
     write_summary(summary, out)
     _console().print(summary_table(summary))
     _console().print(f"summary: {out / 'comparison.md'}")

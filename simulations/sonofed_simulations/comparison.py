@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,14 +20,16 @@ from sonofed_common.contract.actions import EvaluateClassifier
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.records import Records, from_bytes, grouped, to_bytes
+from sonofed_common.contract.records import Array, Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.results import Results, read_results
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events, write_atomically
-from sonofed_server.study.workspace import StudyState, Workspace
+from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+
+PREDICTIONS = "predictions.safetensors"
 
 
 class Comparison(Model):
@@ -48,14 +49,30 @@ class Comparison(Model):
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
+CONTROLS: dict[str, Literal["global", "site"]] = {"source-only": "global", "bn-adapted": "site"}
+"""What needs no label: weights as shipped, and with normalisation re-estimated on site."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One variant under one seed, with its finished results and test predictions."""
+    """One variant, or one control, under one seed.
+
+    Attributes
+    ----------
+    variant : str
+        Its name.
+    seed : int
+        Seed of study and splits.
+    predictions : dict of str to tuple
+        Labels (N,), P(malignant) (N,) and patients (N,) of each site's test images.
+    results : Results or None
+        The study's results; None for a control.
+    """
 
     variant: str
     seed: int
-    results: Results
     predictions: dict[str, tuple[Any, Any, Any]]
+    results: Results | None = None
 
 
 def built_in() -> dict[str, Path]:
@@ -117,6 +134,8 @@ def run_comparison(
     events : Events
         Progress.
     """
+    if unknown := sorted(set(seeds) - set(comparison.seeds)):
+        raise ConfigurationError(f"seed {unknown[0]} is not one of the comparison's seeds")
     laboratory = Laboratory(scenario, out, data, events)
     bundle = laboratory.prepare_source()
     _redraw_once(laboratory, bundle, comparison, events)
@@ -135,18 +154,20 @@ def run_comparison(
             folder = out / f"seed-{seed}" / variant
             cells.append(_cell(laboratory, study, bundle, sites, folder, variant))
             events.progress("cells", len(cells), total, variant=variant, seed=seed)
+        # After the cells: they have shipped the bundle to the sites.
+        _controls(comparison, scenario, bundle, sites, out / f"seed-{seed}", seed)
     return cells
 
 
-def finished_cells(comparison: Comparison, scenario: Scenario, out: Path) -> list[Cell]:
-    """Return every cell that is finished on disk."""
+def finished_cells(comparison: Comparison, out: Path) -> list[Cell]:
+    """Return every finished cell and control that was made from the bundle as it is now."""
+    bundle = Bundle.open(out / "source", check_blobs=False).id
     return [
-        _read_cell(out / f"seed-{seed}" / variant, variant, seed)
+        _read_cell(folder, name, seed)
         for seed in comparison.seeds
-        for variant in comparison.variants
-        if _is_finished(
-            out / f"seed-{seed}" / variant, study_of(comparison, scenario, variant, seed)
-        )
+        for name in (*CONTROLS, *comparison.variants)
+        if (folder := out / f"seed-{seed}" / name).joinpath(PREDICTIONS).exists()
+        and from_bytes((folder / PREDICTIONS).read_bytes()).config["origin"]["bundle"] == bundle
     ]
 
 
@@ -169,8 +190,23 @@ def _redraw_once(
     values |= {"phases": ["enrol", "ship", "reconstruct"], "name": "redraw"}
     study = validate(Study, values, "redraw")
     folder = laboratory.root / "redraw"
-    if not (folder / "results.json").exists():
-        run_inline(laboratory.workspace(study, bundle, folder), sites, events)
+    run_inline(laboratory.workspace(study, bundle, folder), sites, events)
+
+
+def _controls(
+    comparison: Comparison,
+    scenario: Scenario,
+    bundle: Path,
+    sites: list[Path],
+    folder: Path,
+    seed: int,
+) -> None:
+    study = study_of(comparison, scenario, next(iter(comparison.variants)), seed)
+    origin = _origin(study, bundle, sites)
+    for name, batch_norm in CONTROLS.items():
+        if not _is_finished(folder / name, origin):
+            predictions = _predict(study, bundle, sites, {}, batch_norm)
+            _keep(folder / name, predictions, origin)
 
 
 def _cell(
@@ -181,24 +217,42 @@ def _cell(
     folder: Path,
     variant: str,
 ) -> Cell:
-    if not _is_finished(folder, study):
+    origin = _origin(study, bundle, sites)
+    if not _is_finished(folder, origin):
         workspace = laboratory.workspace(study, bundle, folder)
         run_inline(workspace, sites, laboratory.events)
         identity = Bundle.open(bundle, check_blobs=False).id
-        _keep_predictions(workspace, study, identity, sites)
+        state = StudyState.load(workspace.checkpoint, identity_of(study, identity))
+        last = len(study.selection.budgets) - 1
+        weights = state.group(f"classifier/{study.classifiers[0]}/{last}")
+        predictions = _predict(study, bundle, sites, weights, study.finetuning.batch_norm)
+        _keep(folder, predictions, origin)
         shutil.rmtree(workspace.final_bundle, ignore_errors=True)
         workspace.checkpoint.unlink()
     return _read_cell(folder, variant, study.seed)
 
 
-def _is_finished(folder: Path, study: Study) -> bool:
-    if not (folder / "predictions.safetensors").exists():
-        return False
-    return read_results(folder / "results.json").study_digest == study.digest()
+def _origin(study: Study, bundle: Path, sites: list[Path]) -> dict[str, Any]:
+    """What a cell was made of: it is made anew when any of it changes."""
+    return {
+        "study": study.digest(),
+        "bundle": Bundle.open(bundle, check_blobs=False).id,
+        "sites": [Site(read_site(path)).snapshot for path in sites],
+    }
+
+
+def _is_finished(folder: Path, origin: dict[str, Any]) -> bool:
+    path = folder / PREDICTIONS
+    return path.exists() and bool(from_bytes(path.read_bytes()).config["origin"] == origin)
+
+
+def _keep(folder: Path, predictions: Records, origin: dict[str, Any]) -> None:
+    kept = Records(predictions.arrays, {**predictions.config, "origin": origin})
+    write_atomically(folder / PREDICTIONS, to_bytes(kept))
 
 
 def _read_cell(folder: Path, variant: str, seed: int) -> Cell:
-    records = from_bytes((folder / "predictions.safetensors").read_bytes())
+    records = from_bytes((folder / PREDICTIONS).read_bytes())
     predictions = {
         site: (
             records.arrays[f"{site}/labels"],
@@ -207,31 +261,35 @@ def _read_cell(folder: Path, variant: str, seed: int) -> Cell:
         )
         for site, groups in records.config["groups"].items()
     }
-    return Cell(variant, seed, read_results(folder / "results.json"), predictions)
+    results = None if variant in CONTROLS else read_results(folder / "results.json")
+    return Cell(variant, seed, predictions, results)
 
 
-def _keep_predictions(workspace: Workspace, study: Study, bundle: str, sites: list[Path]) -> None:
-    """Keep each test image's prediction, as only a laboratory that owns all data may."""
-    state = StudyState.load(workspace.checkpoint, study.digest())
-    name, last = study.classifiers[0], len(study.selection.budgets) - 1
-    weights = Records(grouped("weights", state.group(f"classifier/{name}/{last}")))
+def _predict(
+    study: Study,
+    bundle: Path,
+    sites: list[Path],
+    weights: dict[str, Array],
+    batch_norm: Literal["site", "global"],
+) -> Records:
+    """Predict each test image, as only a laboratory that owns all data may."""
     parameters = EvaluateClassifier(
         study=study.name,
         seed=study.seed,
-        bundle=bundle,
+        bundle=Bundle.open(bundle, check_blobs=False).id,
         image_size=study.image_size,
-        classifier=name,
-        batch_norm=study.finetuning.batch_norm,
+        classifier=study.classifiers[0],
+        batch_norm=batch_norm,
     )
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
     groups = {}
     for path in sites:
         site = Site(read_site(path))
         rows, images = site.images("test", study.image_size)
         _, pool = site.images("pool", study.image_size)
-        model = starting_model(site, parameters, weights, pool, parameters.batch_norm)
+        request = Records(grouped("weights", weights))
+        model = starting_model(site, parameters, request, pool, batch_norm)
         arrays[f"{site.settings.name}/probabilities"] = predict(model, images)
         arrays[f"{site.settings.name}/labels"] = np.array([row.label for row in rows])
         groups[site.settings.name] = [row.group for row in rows]
-    records = Records(arrays, {"groups": json.loads(json.dumps(groups))})
-    write_atomically(workspace.root / "predictions.safetensors", to_bytes(records))
+    return Records(arrays, {"groups": groups})

@@ -11,34 +11,44 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from sonofed_common.contract.configuration import Model
-from sonofed_common.contract.results import Machine, Results
+from sonofed_common.contract.results import Machine
 from sonofed_common.metrics import weighted_auroc
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.comparison import Cell, Comparison
+from sonofed_simulations.comparison import CONTROLS, Cell, Comparison
 
 REPLICATES = 2000
+BASELINE = "bn-adapted"
 Floats = NDArray[np.float64]
 
 
 class Interval(Model):
-    """A number with its 95% interval, in AUROC or accuracy units."""
+    """A number with its 95% interval."""
 
     value: float
     low: float
     high: float
 
 
+class Contrast(Interval):
+    """A difference of AUROC in the same bootstrap samples."""
+
+    p: float
+    p_holm: float | None = None
+
+
 class Row(Model):
-    """One variant over all finished seeds."""
+    """One variant or control over its finished seeds."""
 
     variant: str
     seeds: tuple[int, ...]
     labels: float
     auroc: Interval
-    accuracy: float
     worst_site_auroc: float
+    accuracy: float
+    balanced_accuracy: float
     sites: dict[str, Interval]
-    gain: Interval | None
+    over_reference: Contrast | None = None
+    over_baseline: Contrast | None = None
 
 
 class Summary(Model):
@@ -46,14 +56,18 @@ class Summary(Model):
 
     Notes
     -----
-    ``auroc`` is the mean over sites and seeds of each site's own AUROC. Intervals come from 2,000
-    bootstrap samples of patients: a patient's images, in all seeds' test sets, are drawn together.
-    ``gain`` is the difference to the mean of the reference variants in the same samples.
+    ``auroc`` is the mean over seeds and sites of each site's own AUROC. Intervals come from 2,000
+    bootstrap samples of patients: a patient's images, in the test sets of all seeds, are drawn
+    together, and a sample that leaves a site with one class is left out. They cover the choice of
+    patients, not of seeds. ``over_reference`` is the difference to the mean of the reference
+    variants and ``over_baseline`` to normalisation re-estimated without labels, in the same
+    samples and seeds; p is two-sided, and Holm's correction is over the variants' contrasts with
+    the reference.
     """
 
     name: str
     machine: Machine
-    seconds: float
+    study_seconds: float
     reference: tuple[str, ...]
     rows: tuple[Row, ...]
 
@@ -61,27 +75,25 @@ class Summary(Model):
 def summarise(comparison: Comparison, cells: Sequence[Cell]) -> Summary:
     """Summarise finished cells; a variant counts with the seeds that are finished."""
     drawn = _draw(cells)
-    replicates = {(c.variant, c.seed): _replicates(c, drawn) for c in cells}
-    rows = [*_untrained(cells)]
-    for variant in comparison.variants:
+    curves = {(cell.variant, cell.seed): _replicates(cell, drawn) for cell in cells}
+    rows = []
+    for variant in [*CONTROLS, *comparison.variants]:
         own = [cell for cell in cells if cell.variant == variant]
         if own:
-            rows.append(_row(variant, own, replicates, comparison.reference))
-    first = cells[0].results if cells else None
+            rows.append(_row(variant, own, curves, comparison.reference))
+    results = [cell.results for cell in cells if cell.results is not None]
     return Summary(
         name=comparison.name,
-        machine=first.machine if first else Machine(),
-        seconds=sum(cell.results.seconds for cell in cells),
+        machine=results[0].machine if results else Machine(),
+        study_seconds=sum(result.seconds for result in results),
         reference=comparison.reference,
-        rows=tuple(rows),
+        rows=_holm(rows),
     )
 
 
 def summary_table(summary: Summary) -> Table:
     """Return the summary for a terminal."""
-    table = Table(
-        "variant", "seeds", "labels", "AUROC", "worst site", "accuracy", "gain over reference"
-    )
+    table = Table(*HEADER)
     for row in summary.rows:
         table.add_row(*_cells(row))
     return table
@@ -91,27 +103,45 @@ def write_summary(summary: Summary, out: Path) -> None:
     """Write ``comparison.json`` and ``comparison.md``."""
     text = json.dumps(summary.model_dump(mode="json"), indent=2)
     write_atomically(out / "comparison.json", f"{text}\n".encode())
-    header = ["variant", "seeds", "labels", "AUROC (95%)", "worst site", "accuracy", "gain (95%)"]
+    sites = list(summary.rows[0].sites) if summary.rows else []
     lines = [
         f"Machine: {summary.machine.cpu}, {summary.machine.cores} cores, {summary.machine.device}; "
-        f"{summary.seconds / 3600:.1f} hours of studies.",
+        f"{summary.study_seconds / 3600:.1f} hours of studies.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(_cells(row)) + " |" for row in summary.rows),
+        *_table(HEADER, [_cells(row) for row in summary.rows]),
         "",
         "AUROC by site:",
         "",
+        *_table(
+            ("variant", *sites),
+            [[row.variant, *(_text(row.sites[site]) for site in sites)] for row in summary.rows],
+        ),
     ]
-    sites = list(summary.rows[0].sites) if summary.rows else []
-    lines += ["| variant | " + " | ".join(sites) + " |", "|" + "---|" * (len(sites) + 1)]
-    for row in summary.rows:
-        lines.append("| " + " | ".join([row.variant, *(_text(row.sites[s]) for s in sites)]) + " |")
     write_atomically(out / "comparison.md", ("\n".join(lines) + "\n").encode())
 
 
+HEADER = (
+    "variant",
+    "seeds",
+    "labels",
+    "AUROC (95%)",
+    "worst site",
+    "accuracy",
+    "balanced accuracy",
+    "over reference (95%), p Holm",
+    "over BN-adapted (95%)",
+)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def _cells(row: Row) -> list[str]:
-    gain = "" if row.gain is None else _text(row.gain, "+")
+    reference = "" if row.over_reference is None else _text(row.over_reference, "+")
+    if row.over_reference is not None and row.over_reference.p_holm is not None:
+        reference += f", {row.over_reference.p_holm:.2f}"
     return [
         row.variant,
         str(len(row.seeds)),
@@ -119,7 +149,9 @@ def _cells(row: Row) -> list[str]:
         _text(row.auroc),
         f"{row.worst_site_auroc:.3f}",
         f"{row.accuracy:.3f}",
-        gain,
+        f"{row.balanced_accuracy:.3f}",
+        reference,
+        "" if row.over_baseline is None else _text(row.over_baseline, "+"),
     ]
 
 
@@ -156,36 +188,64 @@ def _replicates(cell: Cell, drawn: dict[str, tuple[dict[str, int], Floats]]) -> 
 def _row(
     variant: str,
     cells: Sequence[Cell],
-    replicates: dict[tuple[str, int], dict[str, Floats]],
+    curves: dict[tuple[str, int], dict[str, Floats]],
     reference: Sequence[str],
 ) -> Row:
     seeds = [cell.seed for cell in cells]
     sites = list(cells[0].predictions)
-    by_site = {
-        site: np.nanmean([replicates[variant, seed][site] for seed in seeds], axis=0)
-        for site in sites
-    }
+    by_site = {s: np.mean([curves[variant, seed][s] for seed in seeds], axis=0) for s in sites}
     mean = np.mean(list(by_site.values()), axis=0)
-    gain = None
-    paired = [
-        np.mean(
-            [np.nanmean([replicates[r, s][site] for s in seeds], axis=0) for site in sites], axis=0
-        )
-        for r in reference
-        if all((r, s) in replicates for s in seeds)
-    ]
-    if paired and variant not in reference:
-        gain = _interval(mean - np.mean(paired, axis=0))
+    correct = [_accuracies(cell) for cell in cells]
     return Row(
         variant=variant,
         seeds=tuple(seeds),
-        labels=float(np.mean([_labels(cell.results) for cell in cells])),
+        labels=float(np.mean([_labels(cell) for cell in cells])),
         auroc=_interval(mean),
-        accuracy=float(np.mean([_accuracy(cell) for cell in cells])),
         worst_site_auroc=float(min(values[0] for values in by_site.values())),
+        accuracy=float(np.mean([plain for plain, _ in correct])),
+        balanced_accuracy=float(np.mean([balanced for _, balanced in correct])),
         sites={site: _interval(values) for site, values in by_site.items()},
-        gain=gain,
+        over_reference=_contrast(mean, variant, reference, seeds, curves),
+        over_baseline=_contrast(mean, variant, [BASELINE], seeds, curves),
     )
+
+
+def _contrast(
+    mean: Floats,
+    variant: str,
+    others: Sequence[str],
+    seeds: Sequence[int],
+    curves: dict[tuple[str, int], dict[str, Floats]],
+) -> Contrast | None:
+    """Difference to the mean of other variants, where they are finished for the same seeds."""
+    paired = [
+        np.mean([np.mean(list(curves[o, s].values()), axis=0) for s in seeds], axis=0)
+        for o in others
+        if all((o, s) in curves for s in seeds)
+    ]
+    if variant in others or variant in CONTROLS or len(paired) < len(others):
+        return None
+    difference = mean - np.mean(paired, axis=0)
+    drawn = difference[1:][~np.isnan(difference[1:])]
+    tail = min(np.mean(drawn <= 0), np.mean(drawn >= 0))
+    p = min(1.0, 2 * max(float(tail), 1 / (len(drawn) + 1)))
+    return Contrast(**_interval(difference).model_dump(), p=p)
+
+
+def _holm(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Correct the contrasts with the reference (Holm, Scandinavian Journal of Statistics, 1979)."""
+    tested = sorted(
+        (row.over_reference.p, n) for n, row in enumerate(rows) if row.over_reference is not None
+    )
+    corrected = list(rows)
+    largest = 0.0
+    for rank, (p, n) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        contrast = rows[n].over_reference
+        assert contrast is not None
+        contrast = contrast.model_copy(update={"p_holm": largest})
+        corrected[n] = rows[n].model_copy(update={"over_reference": contrast})
+    return tuple(corrected)
 
 
 def _interval(values: Floats) -> Interval:
@@ -193,55 +253,15 @@ def _interval(values: Floats) -> Interval:
     return Interval(value=float(values[0]), low=float(low), high=float(high))
 
 
-def _labels(results: Results) -> int:
-    return sum(site.selected for site in results.sites.values())
+def _labels(cell: Cell) -> int:
+    return sum(s.selected for s in cell.results.sites.values()) if cell.results else 0
 
 
-def _accuracy(cell: Cell) -> float:
-    return float(
-        np.mean([np.mean((p >= 0.5) == (y == 1)) for y, p, _ in cell.predictions.values()])
-    )
-
-
-def _untrained(cells: Sequence[Cell]) -> list[Row]:
-    """Rows without labels: weights as shipped, and with re-estimated normalisation."""
-    seeds = {cell.seed: cell for cell in cells}
-    rows = []
-    for stage in ("source", "bn_adapted"):
-        measured: dict[str, list[dict[str, float | None]]] = {}
-        for cell in seeds.values():
-            for name, site in cell.results.sites.items():
-                classifier = next(iter(site.classifiers.values()))
-                measured.setdefault(name, []).append(getattr(classifier, stage))
-        sites = {name: _pooled([_measure(m, "auroc") for m in ms]) for name, ms in measured.items()}
-        if sites:
-            values = [site.value for site in sites.values()]
-            rows.append(
-                Row(
-                    variant=stage,
-                    seeds=tuple(seeds),
-                    labels=0,
-                    auroc=_pooled(list(sites.values())),
-                    accuracy=float(
-                        np.mean(
-                            [_measure(m, "accuracy").value for ms in measured.values() for m in ms]
-                        )
-                    ),
-                    worst_site_auroc=min(values),
-                    sites=sites,
-                    gain=None,
-                )
-            )
-    return rows
-
-
-def _measure(metrics: dict[str, float | None], name: str) -> Interval:
-    value, low, high = (metrics.get(k) for k in (name, f"{name}_low", f"{name}_high"))
-    return Interval(value=value or 0.0, low=low or 0.0, high=high or 0.0)
-
-
-def _pooled(intervals: Sequence[Interval]) -> Interval:
-    """Mean of estimates on different patients; standard errors add in squares."""
-    value = float(np.mean([i.value for i in intervals]))
-    half = float(np.sqrt(np.sum([((i.high - i.low) / 2) ** 2 for i in intervals])) / len(intervals))
-    return Interval(value=value, low=value - half, high=value + half)
+def _accuracies(cell: Cell) -> tuple[float, float]:
+    """Accuracy and balanced accuracy at 0.5, each the mean over sites."""
+    plain, balanced = [], []
+    for labels, probabilities, _ in cell.predictions.values():
+        correct = (probabilities >= 0.5) == (labels == 1)
+        plain.append(np.mean(correct))
+        balanced.append(np.mean([np.mean(correct[labels == label]) for label in (0, 1)]))
+    return float(np.mean(plain)), float(np.mean(balanced))

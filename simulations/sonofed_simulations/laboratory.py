@@ -13,6 +13,7 @@ from sonofed_client.enclave.opening import open_enclave
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract.errors import DataMissingError
 from sonofed_common.contract.study import Study
+from sonofed_common.data.readers import read
 from sonofed_common.runtime import Events, derive_seed, write_atomically
 from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
 from sonofed_server.source.training import train_source
@@ -56,12 +57,9 @@ class Laboratory:
         Raises
         ------
         DataMissingError
-            The scenario uses real data sets and none were given.
+            The scenario uses real data sets and one of them is not there.
         """
-        if self.scenario.needs_data and self.data is None:
-            raise DataMissingError(
-                f"scenario '{self.scenario.name}' uses real data; give its folder with --data"
-            )
+        self._check_data()
         if self.scenario.source_phantoms is not None:
             self._phantoms("source", self.scenario.source_phantoms)
         key = load_or_create_signing_key(self.key)
@@ -90,7 +88,13 @@ class Laboratory:
         -------
         list of Path
             Settings files in the order of the cohort.
+
+        Raises
+        ------
+        DataMissingError
+            The scenario uses real data sets and one of them is not there.
         """
+        self._check_data()
         key = public_hex(load_or_create_signing_key(self.key))
         paths = []
         names = self.scenario.hospitals
@@ -125,6 +129,21 @@ class Laboratory:
             workspace.bundle.unlink()
         workspace.bundle.symlink_to(bundle.resolve())
         return workspace
+
+    def _check_data(self) -> None:
+        if not self.scenario.needs_data:
+            return
+        if self.data is None:
+            raise DataMissingError(
+                f"scenario '{self.scenario.name}' uses real data; give its folder with --data"
+            )
+        source = self.scenario.source.data
+        wanted = [] if self.scenario.source_phantoms is not None else [(source.kind, source.path)]
+        wanted += [(h.kind, h.path) for h in self.scenario.hospitals.values() if h.kind is not None]
+        for kind, path in wanted:
+            if not (self.data / path).exists():
+                # The reader knows best what it misses.
+                read(kind, self.data / path)
 
     def _site_data(self, name: str, hospital: Hospital, seed: int) -> SiteData:
         if hospital.phantoms is not None:

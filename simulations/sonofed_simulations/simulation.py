@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from sonofed_client.settings import read_site
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.results import PhaseCost, Results, write_results
+from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import run_inline
@@ -44,9 +46,11 @@ def simulate(
     SonoFedError
         Bad data, or the study failed.
     """
+    (out / "results.json").unlink(missing_ok=True)
     laboratory = Laboratory(scenario, out, data, events)
-    bundle = laboratory.prepare_source()
+    # Sites first: bad data of a hospital is then met before the source is trained.
     sites = laboratory.prepare_sites(seed)
+    bundle = laboratory.prepare_source()
     study = scenario.study.model_copy(update={"seed": seed})
     workspace = laboratory.workspace(study, bundle, out / "study")
     watch = MemoryWatch()
@@ -60,8 +64,9 @@ def simulate(
     finally:
         events.listeners.remove(watch.listen)
     identity = Bundle.open(bundle, check_blobs=False).id
+    sites = [path for path in sites if _took_part(results, study, read_site(path).name)]
     place = (scenario, laboratory.source_data, sites, study, identity)
-    redrawn = source_quality(*place) if "reconstruct" in study.phases else None
+    redrawn = source_quality(*place) if sites and "reconstruct" in study.phases else None
     results = results.model_copy(
         update={
             "phases": _with_memory(results, watch),
@@ -76,6 +81,11 @@ def simulate(
     build_report(results, out, views, source)
     events.progress("report", 1, 1)
     return results
+
+
+def _took_part(results: Results, study: Study, site: str) -> bool:
+    selected = results.sites[site].selected_by_budget or "select" not in study.phases
+    return site not in results.missing_sites and bool(selected)
 
 
 def _with_memory(results: Results, watch: MemoryWatch) -> tuple[PhaseCost, ...]:

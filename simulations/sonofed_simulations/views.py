@@ -20,7 +20,7 @@ from sonofed_common.contract.results import ReconstructionQuality
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import derive_seed
 from sonofed_server.source.data import load_source
-from sonofed_server.study.workspace import StudyState, Workspace
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.report.view import SiteView, SourceView
 from sonofed_simulations.scenarios.scenario import Scenario
 
@@ -28,10 +28,10 @@ from sonofed_simulations.scenarios.scenario import Scenario
 def site_views(
     workspace: Workspace, study: Study, bundle: str, sites: list[Path]
 ) -> list[SiteView]:
-    """Assemble the views of a finished study; none where it did not score its images."""
+    """Assemble the views of a finished study's sites; none where it did not score its images."""
     if study.selection.strategy != "dual_score" or "select" not in study.phases:
         return []
-    state = StudyState.load(workspace.checkpoint, study.digest())
+    state = StudyState.load(workspace.checkpoint, identity_of(study, bundle))
     centroids = torch.from_numpy(np.array(state.arrays["centroids"]))
     parameters = _parameters(study, bundle)
     return [_view(Site(read_site(path)), study, parameters, centroids) for path in sites]
@@ -77,6 +77,7 @@ def _parameters(study: Study, bundle: str) -> Encode:
 
 def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> SiteView:
     rows, images = site.images("pool", study.image_size)
+    labels = [row.label for row in rows if row.label is not None]
     kept = site.need(site.study_artifact(study.name, "embedding"), "embedding").arrays
     embedding = torch.from_numpy(np.array(kept["embedding"]))
     redrawn = None
@@ -94,7 +95,7 @@ def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> Si
         uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
         representativeness=np.array(kept["representativeness"]),
         selected=np.array([row.id in chosen for row in rows]),
-        labels=np.array([row.label for row in rows]),
+        labels=np.array(labels) if len(labels) == len(rows) else None,
     )
 
 

@@ -3,9 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from sonofed_client.adaptation.evaluation import evaluate
+from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.site import load_weights, weights_of
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import SiteData, SiteSettings, read_site
 from sonofed_common.contract import actions
@@ -16,16 +21,19 @@ from sonofed_common.contract.errors import (
     ConfigurationError,
     DataMissingError,
     DataUnreadableError,
+    DivergenceError,
     OneClassError,
     OrderError,
     ParameterError,
     SiteEmptyError,
     UnknownActionError,
 )
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.selection import WHOLE
 from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
 from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_simulations.engines.inline import InlineGrid
 from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
 
@@ -114,7 +122,7 @@ def encode(bundle):
 
 def conversation(bundle, selection):
     """The requests of a whole study of one site, each made from the reply before it."""
-    reply = yield "query.describe", request(actions.Describe(**COMMON, study_digest="0"))
+    reply = yield "query.describe", request(actions.Describe(**COMMON, study_digest="0" * 64))
     reply = yield "query.missing", request(actions.Missing(**COMMON), **signed(bundle))
     yield (
         "train.install",
@@ -131,7 +139,7 @@ def conversation(bundle, selection):
     yield "query.cluster", request(ask, centroids=centroids)
     scoring = actions.Score(**encode(bundle), selection=selection)
     yield "train.score", request(scoring, centroids=centroids)
-    for column in ("uncertainty", "informativeness", "identity"):
+    for column in ("uncertainty", "informativeness"):
         question = actions.Histogram(**COMMON, column=column, split=8)
         yield "query.histogram", request(question, edges=WHOLE[column], cuts=NO_CUTS)
     yield "train.select", request(actions.Select(**COMMON, stage="mark"), cuts=WHOLE_POOL)
@@ -167,8 +175,10 @@ def talk(enclave, bundle, selection=RADIANS):
 
 def test_description_rounds_its_counts(site):
     enclave = InProcessEnclave(site)
-    reply = enclave.perform("query.describe", request(actions.Describe(**COMMON, study_digest="7")))
-    assert reply.config["site"] == "north" and reply.config["study"] == "7"
+    reply = enclave.perform(
+        "query.describe", request(actions.Describe(**COMMON, study_digest="7" * 64))
+    )
+    assert reply.config["site"] == "north" and reply.config["study"] == "7" * 64
     store = Store(site.store)
     assert len(store.images()) == IMAGES
     for part, count in reply.metrics.items():
@@ -393,6 +403,28 @@ def test_two_sites_of_the_same_images_do_the_same(site, bundle, tmp_path):
             "query.histogram",
             lambda b: request(actions.Histogram(**COMMON, column="identity", split=2)),
         ),
+        (
+            "query.histogram",
+            lambda b: request(
+                actions.Histogram(**COMMON, column="identity", split=2),
+                edges=WHOLE["identity"],
+                cuts=NO_CUTS,
+            ),
+        ),
+        (
+            "train.select",
+            lambda b: request(actions.Select(**COMMON, stage="mark"), cuts=np.array(np.uint64(1))),
+        ),
+        (
+            "query.cluster",
+            lambda b: request(actions.Cluster(**encode(b)), centroids=2 * np.eye(2, 8)),
+        ),
+        (
+            "query.cluster",
+            lambda b: request(
+                actions.Cluster(**encode(b)), centroids=np.tile(np.eye(1, 8), (65, 1))
+            ),
+        ),
     ],
 )
 def test_records_that_do_not_fit_are_refused(talked, bundle, action, make):
@@ -541,9 +573,8 @@ def test_a_missing_folder(own):
     assert error.value.exit_code == 10
 
 
-@pytest.mark.parametrize("label", ["normal", ""])
-def test_a_site_without_usable_images(own, label):
-    rewrite(own.data.path, lambda row: {**row, "label": label})
+def test_a_site_without_usable_images(own):
+    rewrite(own.data.path, lambda row: {**row, "label": "normal"})
     with pytest.raises(SiteEmptyError, match="north") as error:
         intake(own)
     assert error.value.exit_code == 11
@@ -566,6 +597,112 @@ def test_one_class(own):
     with pytest.raises(OneClassError, match="north") as error:
         intake(own)
     assert error.value.exit_code == 12
+
+
+def test_a_class_of_one_patient_cannot_be_tested(own):
+    malignant = iter([{"label": "1", "patient": "only"}])
+
+    def one_malignant_patient(row):
+        return row if row["label"] == "0" else next(({**row, **m} for m in malignant), None)
+
+    rewrite(own.data.path, one_malignant_patient)
+    with pytest.raises(OneClassError, match="two patients"):
+        intake(own)
+
+
+def test_unlabelled_images_join_the_pool_unless_their_patient_is_tested(own):
+    lines = (own.data.path / "table.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+    images, seen = {}, set()
+    for row in rows:
+        images.setdefault(row["patient"], []).append(row["image"])
+    assert any(len(names) > 1 for names in images.values())
+
+    def forget(row):
+        first = row["patient"] not in seen
+        seen.add(row["patient"])
+        return row if first else {**row, "label": ""}
+
+    rewrite(own.data.path, forget)
+    store = intake(own)
+    held = store.images("test")
+    tested = {row.group for row in held}
+    assert {row.label for row in held} == {0, 1}
+    pool = store.images("pool")
+    assert {row.label for row in pool} == {0, 1, None}
+    assert not tested & {row.group for row in pool}
+    excluded = store.get("intake").config["excluded"]
+    assert sum(excluded.values()) == len(rows) - len(pool) - len(held)
+
+
+def test_images_left_out_are_counted(own):
+    first = iter(["normal"])
+    rewrite(own.data.path, lambda row: {**row, "label": next(first, row["label"])})
+    assert intake(own).get("intake").config["excluded"] == {"normal, without a lesion": 1}
+
+
+def test_an_image_replaced_under_its_name_is_another_image(own, bundle):
+    enclave = InProcessEnclave(own)
+    install(enclave, bundle)
+    enclave.perform("evaluate.classifier", request(evaluation(bundle)))
+    store = Store(own.store)
+    before = {row.name: row.id for row in store.images()}
+    name = store.images("test")[0].name
+    other = next(n for n in before if n != name)
+    (own.data.path / name).write_bytes((own.data.path / other).read_bytes())
+    assert {row.name: row.id for row in intake(own).images()} == before
+    take_in(own, store, again=True)
+    after = {row.name: row.id for row in store.images()}
+    assert {n for n in before if before[n] != after[n]} == {name}
+    enclave.perform("evaluate.classifier", request(evaluation(bundle)))
+    assert len(store.names("job/")) == 2
+    rows = {row.name: row.position for row in store.images()}
+    kept = store.get("pixels/32").arrays["pixels"]
+    assert np.array_equal(kept[rows[name]], kept[rows[other]])
+
+
+def test_an_image_that_changed_without_an_intake_is_noticed(own, bundle):
+    enclave = InProcessEnclave(own)
+    install(enclave, bundle)
+    first, second, *_ = sorted((own.data.path / "images").glob("*.png"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(DataUnreadableError, match="intake"):
+        enclave.perform("evaluate.classifier", request(evaluation(bundle)))
+
+
+def test_weights_of_another_type_or_with_a_negative_variance_are_refused():
+    model = torch.nn.BatchNorm1d(2)
+    good = weights_of(model)
+    load_weights(model, good)
+    bad = {
+        "weight": good["weight"].astype(np.float64),
+        "running_var": np.array([1, -1], dtype=np.float32),
+    }
+    for name, array in bad.items():
+        with pytest.raises(ParameterError):
+            load_weights(model, {**good, name: array})
+
+
+def test_predictions_that_are_no_numbers_are_a_divergence():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    torch.nn.init.constant_(model[1].bias, float("nan"))
+    with pytest.raises(DivergenceError):
+        evaluate(model, torch.zeros(2, 1, 2, 2), [0, 1], ["a", "b"], None, 0, 0)
+
+
+def test_a_site_that_cannot_be_opened_keeps_its_paths(tmp_path, monkeypatch):
+    missing = tmp_path / "secret-ward.toml"
+    monkeypatch.setenv(SITES_VARIABLE, str(missing))
+    grid = InlineGrid(1)
+    content = to_recorddict(request(actions.Annotations(**COMMON)))
+    (node,) = grid.get_node_ids()
+    message = grid.create_message(content, "query.annotations", node, "0")
+    (reply,) = grid.send_and_receive([message])
+    assert from_recorddict(reply.content).config == {
+        "error": "configuration",
+        "message": "this site is not ready; its own log says why",
+    }
 
 
 def test_settings_are_read_strictly(tmp_path, site):

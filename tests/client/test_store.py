@@ -1,3 +1,4 @@
+import os
 import time
 
 import numpy as np
@@ -7,6 +8,7 @@ from sonofed_client.enclave import store as store_module
 from sonofed_client.enclave.store import CataloguedImage, Store
 from sonofed_common.contract.errors import SonoFedError
 from sonofed_common.contract.records import Records
+from sonofed_common.runtime import write_atomically
 
 
 @pytest.fixture
@@ -129,3 +131,13 @@ def test_only_the_owner_may_read_and_the_key_stays(store):
     assert len(key) == 32 and Store(store.folder).image_key() == key
     assert store.folder.stat().st_mode & 0o777 == 0o700
     assert (store.folder / "image.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_has_its_permissions_from_the_first_byte_on(tmp_path, monkeypatch):
+    path, seen = tmp_path / "key", []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (seen.append(os.fstat(fd).st_mode & 0o777), fsync(fd))
+    )
+    write_atomically(path, b"secret", mode=0o600)
+    assert seen == [0o600] and path.stat().st_mode & 0o777 == 0o600

@@ -39,6 +39,16 @@ def test_other_commands_and_other_errors_are_untouched():
     assert CliRunner().invoke(app, ["wrok"]).exit_code == 2
 
 
+def test_a_file_that_cannot_be_used_is_one_sentence():
+    error = PermissionError(13, "Permission denied", "/data/results.json")
+    result = CliRunner().invoke(app_that_raises(error), ["work"])
+    assert result.exit_code == 20
+    assert result.stderr == (
+        "error: Permission denied: /data/results.json; check the path and its permissions "
+        "[configuration]\n"
+    )
+
+
 def test_an_interrupt_ends_with_130():
     assert CliRunner().invoke(app_that_raises(KeyboardInterrupt()), ["work"]).exit_code == 130
 

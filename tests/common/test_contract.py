@@ -13,8 +13,11 @@ from hypothesis.extra import numpy as arrays
 from sonofed_common.contract.actions import (
     ACTIONS,
     Annotations,
+    Describe,
+    Embed,
     EvaluateClassifier,
     Histogram,
+    TrainClassifier,
     parse,
     request,
 )
@@ -28,7 +31,15 @@ from sonofed_common.contract.errors import (
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, from_bytes, grouped, to_bytes
-from sonofed_common.contract.study import NEEDS_GIVES, PRESETS, Study, read_study
+from sonofed_common.contract.study import (
+    NEEDS_GIVES,
+    PRESETS,
+    Embedding,
+    Finetuning,
+    Reconstruction,
+    Study,
+    read_study,
+)
 
 MINIMAL = {"name": "trial", "cohort": {"sites": ["north", "south"]}}
 
@@ -342,3 +353,27 @@ def test_an_error_crosses_a_border(code):
 
 def test_an_unknown_code_gives_the_base_class():
     assert type(error_from_code("from-the-future", "what")) is SonoFedError
+
+
+def test_a_key_from_the_wire_is_cut_and_escaped():
+    with pytest.raises(ParameterError) as error:
+        parse("query.annotations", Records(config={"study": "t", "seed": 0, "a\n" + "b" * 200: 1}))
+    assert "unknown key 'a\\nbbb" in error.value.message and "\n" not in error.value.message
+    assert "b" * 62 in error.value.message and "b" * 63 not in error.value.message
+
+
+def test_a_round_beyond_the_study_and_a_digest_that_is_none_are_refused():
+    common = {"study": "trial", "seed": 0}
+    pooled = {**common, "bundle": "0" * 64, "image_size": 32, "classifier": "resnet18"}
+    embed = {**pooled, "pairs": "augmentation", "reconstruction": Reconstruction()}
+    for make in (
+        lambda number: Embed(**embed, settings=Embedding(rounds=2), round=number),
+        lambda number: TrainClassifier(
+            **pooled, settings=Finetuning(rounds=2), budget=0, round=number
+        ),
+    ):
+        assert make(1).round == 1
+        with pytest.raises(ValueError, match="round 2 is not one of the study's 2"):
+            make(2)
+    with pytest.raises(ValueError, match="study_digest"):
+        Describe(**common, study_digest="/etc/passwd")

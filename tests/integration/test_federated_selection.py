@@ -254,9 +254,16 @@ def test_site_refuses_questions_out_of_order_and_bad_scores() -> None:
         selector.counts("informativeness", WHOLE["informativeness"], 2, NONE)
     with pytest.raises(ParameterError):
         selector.set_ranks({})
-    for cuts in (np.zeros((1, 2)), np.zeros((1, 3), dtype=np.uint64), NONE):
-        with pytest.raises(ParameterError):
+    bad_cuts = (np.zeros((1, 2)), np.zeros((1, 3), dtype=np.uint64), np.uint64(0), np.uint64([0]))
+    for cuts in map(np.asarray, bad_cuts):
+        with pytest.raises(ParameterError, match="cuts"):
+            selector.counts("uncertainty", WHOLE["uncertainty"], 2, cuts)
+        with pytest.raises(ParameterError, match="cuts"):
             selector.select(cuts)
+    with pytest.raises(ParameterError, match="number of cuts"):
+        selector.select(NONE)
+    with pytest.raises(ParameterError, match="tied"):
+        selector.counts("identity", WHOLE["identity"], 2, NONE)
     foreign = RankTable(np.array([2**31], dtype=np.uint64), np.array([0, 1]))
     with pytest.raises(ParameterError):
         selector.set_ranks({"uncertainty": foreign, "representativeness": foreign})

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sonofed_client.settings import read_site
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import (
     CollapseError,
+    ConfigurationError,
     DataMissingError,
     DivergenceError,
     ParameterError,
@@ -29,8 +31,10 @@ from sonofed_common.contract.study import NEEDS_GIVES, Study
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.study.engine import run_study
+from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import InlineGrid, run_inline
+from sonofed_simulations.simulation import simulate
 
 NETWORK = "shufflenet_v2"
 
@@ -237,16 +241,19 @@ SHORT = {
 class Failing(InlineGrid):
     """A grid whose first site comes to harm once an action is asked for."""
 
-    def __init__(self, action, site, silent):
+    def __init__(self, action, site, silent, calls=1):
         super().__init__(2)
+        self._left = calls
         self._action, self._site, self._silent = action, site, silent
         self._harmed = False
 
     def push_messages(self, messages):
         messages = list(messages)
-        if any(m.metadata.message_type == self._action for m in messages) and not self._harmed:
-            self._harmed = True
-            if not self._silent:
+        asked = any(m.metadata.message_type == self._action for m in messages)
+        if asked and messages[0].metadata.dst_node_id == 1 and not self._harmed:
+            self._left -= 1
+            self._harmed = self._left == 0
+            if self._harmed and not self._silent:
                 damage(self._site)
         return super().push_messages(messages)
 
@@ -276,6 +283,111 @@ def test_a_site_that_fails_in_the_middle(laboratory, tmp_path, monkeypatch, acti
     assert results.sites["hillview"].classifiers[NETWORK].adapted is not None
     failed = [e for e in events(workspace) if e["event"] == "site-failed"]
     assert failed and {e["site"] for e in failed} == {"riverside"}
+
+
+def test_a_site_lost_while_selecting_leaves_no_trace_in_the_selection(
+    laboratory, tmp_path, monkeypatch
+):
+    # Two budgets: the third query is the first of its kind, and shows no change of a count.
+    change = {
+        "phases": ["enrol", "ship", "select"],
+        "selection": {"strategy": "random", "budgets": [0.3, 0.6]},
+        "cohort": {"quorum": 1},
+    }
+    absent, others = lay_out(laboratory, tmp_path / "absent", **change)
+    spoil(others[0])
+    run_inline(absent, others, Events())
+    workspace, sites = lay_out(laboratory, tmp_path / "lost", **change)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    results = run_study(workspace, Failing("query.histogram", sites[0], False, calls=3), "inline")
+    assert "selection-restarted" in {e["event"] for e in events(workspace)}
+    assert selection(sites[1]) == selection(others[1])
+    assert results.missing_sites == ("riverside",)
+    assert results.sites["riverside"].selected == 0
+
+
+class Hiccup(InlineGrid):
+    """A grid that loses the first site's answer to one action."""
+
+    def __init__(self, action):
+        super().__init__(2)
+        self._action = action
+
+    def pull_messages(self, message_ids):
+        kept = [(i, self._waiting[i].metadata) for i in message_ids if i in self._waiting]
+        lost = (self._action, 1)
+        return super().pull_messages(
+            [i for i, m in kept if (m.message_type, m.dst_node_id) != lost]
+        )
+
+
+def test_a_site_that_comes_back_is_not_missing(laboratory, tmp_path, monkeypatch):
+    cohort = {"quorum": 1, "deadline_seconds": 1.0}
+    workspace, sites = lay_out(laboratory, tmp_path, cohort=cohort, **SHORT)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    results = run_study(workspace, Hiccup("query.annotations"), "inline")
+    assert {e["event"] for e in events(workspace)} >= {"site-failed", "study-completed"}
+    assert results.missing_sites == ()
+    assert results.sites["riverside"].classifiers[NETWORK].adapted is not None
+
+
+def test_a_simulation_that_lost_a_site_still_writes_its_report(laboratory, tmp_path):
+    for part in ("phantoms", "source"):
+        shutil.copytree(laboratory.root / part, tmp_path / part)
+    shutil.copy(laboratory.key, tmp_path / "coordinator.pem")
+    study = laboratory.scenario.study
+    cohort = study.cohort.model_copy(update={"quorum": 1})
+    scenario = laboratory.scenario.model_copy(
+        update={"study": study.model_copy(update={"cohort": cohort})}
+    )
+
+    def lose(event):
+        if event["event"] == "phase-started" and event["phase"] == "embed":
+            damage(tmp_path / "sites" / "riverside" / "site-0.toml")
+
+    results = simulate(scenario, tmp_path, None, "inline", 0, Events(None, [lose]))
+    assert results.missing_sites == ("riverside",)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_changed_images_start_the_study_anew(laboratory, tmp_path):
+    change = {**SHORT, "phases": ["enrol", "ship", "select"]}
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
+    before = run_inline(workspace, sites, Events())
+    values = tomllib.loads(sites[0].read_text())
+    values["data"]["test_fraction"] = 0.2
+    # A name of its own: in one process an enclave stays open under its settings' path.
+    sites[0] = sites[0].with_name("changed.toml")
+    sites[0].write_text(tomli_w.dumps(values))
+    after = run_inline(workspace, sites, Events())
+    (restart,) = [e for e in events(workspace) if e["event"] == "study-restarted"]
+    assert restart["sites"] == ["riverside"]
+    assert after.sites["riverside"].images > before.sites["riverside"].images
+    assert len(selection(sites[0])[-1]) == after.sites["riverside"].selected
+
+
+def test_a_state_belongs_to_one_study_and_one_bundle(laboratory, tmp_path):
+    study, path = laboratory.scenario.study, tmp_path / "checkpoint"
+    StudyState(done=["enrol"]).save(path, identity_of(study, "a"))
+    assert StudyState.load(path, identity_of(study, "a")).done == ["enrol"]
+    assert StudyState.load(path, identity_of(study, "b")).done == []
+    other = study.model_copy(update={"seed": 1})
+    assert StudyState.load(path, identity_of(other, "a")).done == []
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ConfigurationError, match=r"checkpoint .* delete it"):
+        StudyState.load(path, identity_of(study, "a"))
+
+
+def test_an_error_of_the_program_is_recorded_without_its_text(laboratory, tmp_path, monkeypatch):
+    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    grid = InlineGrid(2)
+    monkeypatch.setattr(grid, "get_node_ids", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_study(workspace, grid, "inline")
+    reason = json.loads(workspace.failure.read_text())
+    assert reason["error"] == "internal" and "division" not in reason["message"]
+    assert events(workspace)[-1]["event"] == "study-failed"
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -340,8 +452,8 @@ def test_a_study_of_another_classifier_than_the_sources_is_refused(laboratory, t
 
 
 def test_training_that_diverges_ends_the_study_readably(laboratory, tmp_path):
-    rate = {**SHORT, "finetuning": {"rounds": 2, "learning_rate": 1e30}}
-    workspace, sites = lay_out(laboratory, tmp_path, **rate)
+    change = {"phases": ["enrol", "ship", "embed"], "embedding": {"margin": 1e39}}
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
     with pytest.raises((DivergenceError, CollapseError)):
         run_inline(workspace, sites, Events())
     assert json.loads(workspace.failure.read_text())["error"] == "divergence"

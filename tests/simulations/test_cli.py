@@ -87,6 +87,7 @@ def test_data_that_is_not_there(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     line = sentence(lab("run", REAL, "--out", tmp_path / "out", "--data", tmp_path / folder), 10)
     assert "Dataset_BUSI_with_GT" in line
+    assert not (tmp_path / "out" / "coordinator.pem").exists()
 
 
 @pytest.mark.parametrize("arguments", [("--engine", "magic"), ("--seed", "-1"), ()])

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from sonofed_common.contract.errors import DivergenceError
 from sonofed_common.metrics import classification_metrics, clustered_intervals
 
 
@@ -77,8 +78,17 @@ def evaluate(
     dict of str to float
         The metrics of `classification_metrics`, ``<metric>_low`` and ``<metric>_high`` (95%,
         patient-clustered) and ``images``. What one class alone cannot tell is NaN.
+
+    Raises
+    ------
+    DivergenceError
+        The model predicts what is not a number.
     """
     probabilities = predict(model, images)
+    if not np.isfinite(probabilities).all():
+        raise DivergenceError(
+            "the classifier's predictions are not finite; lower the learning rate and train again"
+        )
     metrics = classification_metrics(labels, probabilities, threshold_at_specificity_90)
     result = dict(metrics)
     if replicates:

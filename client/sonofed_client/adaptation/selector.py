@@ -125,7 +125,7 @@ class PoolSelector:
         column : str
             ``uncertainty`` and ``representativeness`` count all images; ``informativeness`` counts
             the candidates of the next cut; ``identity`` counts those of them whose informativeness
-            key is ``tied``, or all images where that is None.
+            key is ``tied``, so that nobody can list the ids of a pool.
         edges : ndarray of uint64 (m, 2)
             Intervals as for `interval_counts`.
         split : int
@@ -133,7 +133,7 @@ class PoolSelector:
         cuts : ndarray of uint64 (c, 2)
             The cuts made so far.
         tied : int, optional
-            A key of the informativeness.
+            A key of the informativeness; ``identity`` needs it.
 
         Returns
         -------
@@ -146,8 +146,9 @@ class PoolSelector:
         OrderError
             The informativeness is asked for before the pooled ranks are known.
         """
+        _check_cuts(cuts)
         if column == "identity" and tied is None:
-            return interval_counts(self._identity, edges, split)
+            raise ParameterError("ids are counted among tied images only; name their key")
         if column in ("informativeness", "identity"):
             plan = stages(self.settings)
             if len(cuts) >= len(plan):
@@ -178,6 +179,7 @@ class PoolSelector:
         OrderError
             The pooled ranks are not known yet.
         """
+        _check_cuts(cuts)
         if len(cuts) != len(stages(self.settings)):
             raise ParameterError("the number of cuts does not fit the study's scope and budgets")
         if self.settings.scope == "per_site":
@@ -208,8 +210,6 @@ class PoolSelector:
 
     def _taken(self, cuts: Keys) -> tuple[Mask, list[Mask]]:
         """Replay the cuts: what is taken now, and what was taken when each budget was full."""
-        if cuts.dtype != np.uint64 or cuts.ndim != 2 or cuts.shape[1] != 2:
-            raise ParameterError("the cuts are not (c, 2) uint64 pairs of key and identity")
         taken = np.zeros(len(self.ids), dtype=np.bool_)
         after: dict[int, Mask] = {}
         for stage, (key, identity) in zip(stages(self.settings), cuts, strict=False):
@@ -218,3 +218,8 @@ class PoolSelector:
             taken = taken | (self._candidates(stage, taken) & inside)
             after[stage[1]] = taken
         return taken, [after[b] for b in sorted(after)]
+
+
+def _check_cuts(cuts: Keys) -> None:
+    if cuts.dtype != np.uint64 or cuts.ndim != 2 or cuts.shape[1] != 2:
+        raise ParameterError("the cuts are not (c, 2) uint64 pairs of key and identity")

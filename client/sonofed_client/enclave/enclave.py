@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from sonofed_client.enclave.handlers import (
@@ -95,6 +96,7 @@ class InProcessEnclave:
         # FedEMA goes on from weights that the same study kept here; nothing else does.
         bound = isinstance(parameters, Embed) and parameters.settings.merge == "fedema"
         parts: list[Any] = [
+            version("sonofed"),
             action,
             parameters.model_dump(mode="json", exclude=None if bound else {"study"}),
             request.digest(),

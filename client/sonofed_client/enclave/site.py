@@ -35,20 +35,26 @@ class Site:
     Parameters
     ----------
     settings : SiteSettings
-        The images are taken in on first use.
+        The images are taken in at once.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings = settings
         self.store = Store(settings.store)
-        self.snapshot = take_in(settings, self.store)
+        take_in(settings, self.store)
         self.device = device()
         self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
+    @property
+    def snapshot(self) -> str:
+        """Digest of the catalogue, which an intake beside this process may have replaced."""
+        return take_in(self.settings, self.store)
+
     def images(self, part: str, image_size: int) -> tuple[list[CataloguedImage], Tensor]:
         """Return one part (``pool`` or ``test``): rows, and images (N, 1, S, S) in [0, 1]."""
+        key = ("pixels", self.snapshot, str(image_size))
         rows = self.store.images(part)
-        whole = self._keep_warm(("pixels", str(image_size)), lambda: pixels(self.store, image_size))
+        whole = self._keep_warm(key, lambda: pixels(self.store, image_size))
         chosen = whole[torch.tensor([row.position for row in rows], dtype=torch.long)]
         return rows, chosen.to(torch.float32) / 255
 
@@ -155,17 +161,23 @@ def load_weights(model: nn.Module, arrays: Mapping[str, Array]) -> None:
     Raises
     ------
     ParameterError
-        Names or shapes do not fit, or a value is not finite.
+        Names, shapes or types do not fit, a value is not finite or a variance is negative.
     """
     state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     if any(not bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point()):
         raise ParameterError("the received weights are not finite; the round was not started")
+    if any(n.endswith("running_var") and bool((t < 0).any()) for n, t in state.items()):
+        raise ParameterError("the received weights hold a negative variance; check the aggregation")
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    misfit = ParameterError(
+        "the received weights do not fit the model; check the study's classifier"
+    )
+    if any(types.get(name) != tensor.dtype for name, tensor in state.items()):
+        raise misfit
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise ParameterError(
-            "the received weights do not fit the model; check the study's classifier"
-        ) from None
+        raise misfit from None
 
 
 def weights_of(model: nn.Module) -> dict[str, Array]:

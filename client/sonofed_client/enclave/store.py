@@ -89,8 +89,7 @@ class Store:
         """Return the site's secret for image ids, made on first use."""
         path = self.folder / "image.key"
         if not path.exists():
-            write_atomically(path, secrets.token_bytes(32))
-            path.chmod(0o600)
+            write_atomically(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()
 
     def catalogue(self, images: Sequence[CataloguedImage]) -> None:

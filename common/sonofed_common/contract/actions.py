@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, UnknownActionError
@@ -24,7 +24,7 @@ class Parameters(Model):
 class Describe(Parameters):
     """Name, versions, device and rounded counts of a site."""
 
-    study_digest: str
+    study_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Missing(Parameters):
@@ -66,6 +66,11 @@ class Embed(Encode):
     """
 
     round: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _round_of_the_study(self) -> Self:
+        _check_round(self.round, self.settings.rounds)
+        return self
 
 
 class Cluster(Encode):
@@ -110,6 +115,11 @@ class TrainClassifier(Pooled):
     budget: int = Field(ge=0, description="index into the study's budgets")
     settings: Finetuning
 
+    @model_validator(mode="after")
+    def _round_of_the_study(self) -> Self:
+        _check_round(self.round, self.settings.rounds)
+        return self
+
 
 class EvaluateClassifier(Pooled):
     """Test a classifier on the site's own test images. Arrays: ``weights/...`` or none (source)."""
@@ -117,6 +127,11 @@ class EvaluateClassifier(Pooled):
     classifier: str
     batch_norm: Literal["site", "global"]
     replicates: int = Field(default=2000, ge=0, le=20000)
+
+
+def _check_round(number: int, rounds: int) -> None:
+    if number >= rounds:
+        raise ValueError(f"round {number} is not one of the study's {rounds}, counted from 0")
 
 
 ACTIONS: dict[str, type[Parameters]] = {
@@ -149,7 +164,7 @@ def parse(action: str, request: Records) -> Parameters:
     model = ACTIONS.get(action)
     if model is None:
         raise UnknownActionError(
-            f"'{action[:64]}' is not an action of this site; known: {', '.join(ACTIONS)}"
+            f"{action[:64]!r} is not an action of this site; known: {', '.join(ACTIONS)}"
         )
     try:
         return validate(model, request.config, action)

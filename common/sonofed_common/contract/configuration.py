@@ -87,14 +87,15 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     # A misspelt key is also a missing one; the first is what helps.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = [part for part in first["loc"] if isinstance(part, str | int)]
-    key = ".".join(str(part) for part in location)
+    # A key of the wire is a stranger's text: no line breaks or control codes, and not too long.
+    key = repr(".".join(str(part) for part in location)[:64])
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}"
+        return f"unknown key {key}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"'{key}': {message}" if key else message
+    return f"{key}: {message}" if location else message
 
 
 def _known_keys(model: type[BaseModel], location: list[Any]) -> list[str]:

@@ -75,7 +75,7 @@ class Reconstruction(Model):
     sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     steps: int = Field(default=10, ge=1, le=1000)
     guidance: float = Field(
-        default=1.0, ge=0, description="classifier-free guidance; 1 switches it off"
+        default=1.0, ge=0, le=100, description="classifier-free guidance; 1 switches it off"
     )
     batch_size: int = Field(default=16, ge=1)
 
@@ -86,11 +86,11 @@ class Embedding(Model):
     pairs: Literal["reconstruction", "augmentation"] | None = Field(
         default=None, description="default: reconstruction where the study has that phase"
     )
-    rounds: int = Field(default=2, ge=1)
-    local_epochs: int = Field(default=1, ge=1)
-    dimension: int = Field(default=256, ge=2)
+    rounds: int = Field(default=2, ge=1, le=1000)
+    local_epochs: int = Field(default=1, ge=1, le=1000)
+    dimension: int = Field(default=256, ge=2, le=4096)
     margin: float = Field(default=4.0, gt=0, description="m of the loss; only scales it")
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0, le=1)
     batch_size: int = Field(default=16, ge=2)
     teacher_momentum: float = Field(
         default=0.99, ge=0, le=1, description="start of the cosine to 1"
@@ -137,9 +137,9 @@ class Selection(Model):
 class Finetuning(Model):
     """Fine-tuning of the classifiers on the labelled selection."""
 
-    rounds: int = Field(default=4, ge=1)
-    local_epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    rounds: int = Field(default=4, ge=1, le=1000)
+    local_epochs: int = Field(default=2, ge=1, le=1000)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     batch_size: int = Field(default=8, ge=2)
     batch_norm: Literal["site", "global"] = Field(
         default="site", description="site: statistics re-estimated on each site's own images"
@@ -160,8 +160,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reconstruction": {"init": "noise", "sampler": "ddim", "steps": 50, "guidance": 9.0},
         "embedding": {"loss": "matched", "margin": 4.0, "teacher_momentum": 0.99},
         "clustering": {"clusters": 4},
-        "selection": {"uncertainty": "range", "distance_order": "near", "combine": "radians"},
-        "finetuning": {"rounds": 14, "local_epochs": 10, "batch_norm": "global", "balanced": False},
+        "selection": {
+            "uncertainty": "range",
+            "distance_order": "near",
+            "combine": "radians",
+            "omega": 1.0,
+        },
+        "finetuning": {
+            "rounds": 14,
+            "local_epochs": 10,
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "batch_norm": "global",
+            "balanced": False,
+        },
     },
 }
 """Settings that a preset changes; what the study file says itself wins."""

@@ -6,6 +6,7 @@ import time
 
 from sonofed_common.contract.actions import Describe, request
 from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
+from sonofed_common.contract.records import Records
 from sonofed_server.study.run import StudyRun
 
 RETRY_SECONDS = 0.5
@@ -13,6 +14,8 @@ RETRY_SECONDS = 0.5
 
 def enrol(run: StudyRun) -> None:
     """Ask every node for its name until the whole cohort has answered or the deadline has passed.
+
+    A resumed study starts anew where a site's images are not those that it enrolled with.
 
     Raises
     ------
@@ -25,6 +28,7 @@ def enrol(run: StudyRun) -> None:
     until = time.monotonic() + cohort.deadline_seconds
     asked: set[int] = set()
     failures: list[SonoFedError] = []
+    replies: dict[str, Records] = {}
     # A node that fails has no name; it counts as one of the cohort, which need not wait for it.
     while len(exchange.nodes) + len(failures) < len(cohort.sites):
         fresh = sorted(set(exchange.grid.get_node_ids()) - asked)
@@ -35,13 +39,23 @@ def enrol(run: StudyRun) -> None:
                 run.events.emit("node-failed", reason=str(reply))
             elif (site := str(reply.config["site"])) in cohort.sites:
                 exchange.nodes[site] = node
-                run.site_facts(site).update(description=reply.config, rounded=reply.metrics)
+                replies[site] = reply
                 run.events.progress("enrol", len(exchange.nodes), len(cohort.sites), site=site)
         if time.monotonic() > until:
             break
         if len(exchange.nodes) + len(failures) < len(cohort.sites):
             time.sleep(RETRY_SECONDS)
+    if changed := [site for site, reply in replies.items() if _changed(run, site, reply)]:
+        run.state.clear()
+        run.events.emit("study-restarted", reason="the images changed", sites=changed)
+    for site, reply in replies.items():
+        run.site_facts(site).update(description=reply.config, rounded=reply.metrics)
     _check_quorum(run, failures)
+
+
+def _changed(run: StudyRun, site: str, reply: Records) -> bool:
+    before = run.site_facts(site).get("description", {}).get("snapshot")
+    return before is not None and before != reply.config.get("snapshot")
 
 
 def _check_quorum(run: StudyRun, failures: list[SonoFedError]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from safetensors.numpy import save
 
 from sonofed_common.contract.bundle import BundleWriter
@@ -29,15 +27,24 @@ def publish(run: StudyRun) -> None:
         if weights:
             writer.add(f"classifiers/{name}.safetensors", save(dict(weights)))
     writer.add("MODEL_CARD.md", _model_card(run).encode())
-    facts: dict[str, Any] = dict(source.facts)
-    writer.facts = {**facts, "source_bundle": run.bundle.id, "study": run.study.name}
+    # The source's metrics and thresholds are not those of the adapted weights.
+    writer.facts = {
+        "source": dict(source.facts),
+        "source_bundle": run.bundle.id,
+        "study": run.study.name,
+    }
     bundle = writer.sign(load_or_create_signing_key(run.workspace.key))
     run.state.facts["final_bundle"] = bundle.id
     install_everywhere(run, bundle, "publish")
 
 
 def _model_card(run: StudyRun) -> str:
-    sites = site_results(run)
+    missing = run.exchange.missing
+    sites = {
+        name: site
+        for name, site in site_results(run).items()
+        if site.missing_reason is None and name not in missing
+    }
     lines = [
         f"# {run.study.name}",
         "",

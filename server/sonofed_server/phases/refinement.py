@@ -166,7 +166,10 @@ def select_federated(
     plan = stages(settings)
     if not plan:
         return cuts
-    images = int(_ask(count, "identity", cuts)(WHOLE["identity"], 1).sum())
+    # After floors that take nothing, all images are candidates of the first cut of the pool.
+    floors = np.zeros([kind for kind, _ in plan].index("pool"), dtype=np.uint64)
+    no_cuts = np.stack([floors, floors], axis=1)
+    images = int(_ask(count, "informativeness", no_cuts)(WHOLE["informativeness"], 1).sum())
     taken = 0
     for kind, budget in plan:
         room = budget_count(settings.budgets[budget], images) - taken

@@ -7,19 +7,44 @@ from collections.abc import Mapping
 import numpy as np
 
 from sonofed_common.contract.actions import Histogram, Score, Select, request
+from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.selection import Counts, RankTable
 from sonofed_server.phases.refinement import CountRequest, select_federated
 from sonofed_server.study.run import StudyRun
 
 
 def select(run: StudyRun) -> None:
-    """Score on site, refine summed histograms, and let each site mark its own share."""
+    """Score on site, refine summed histograms, and let each site mark its own share.
+
+    Counts of different sites add up to no selection, so a site that is lost on the way makes the
+    selection start again with those that are left.
+
+    Raises
+    ------
+    QuorumError
+        Too few sites are left, or their counts keep changing.
+    """
+    for attempts_left in reversed(range(len(run.study.cohort.sites))):
+        for site in run.study.cohort.sites:
+            run.site_facts(site).pop("selected", None)
+        try:
+            _select(run)
+            return
+        except QuorumError as error:
+            enough = len(run.exchange.sites()) >= run.study.cohort.smallest
+            if not (enough and attempts_left):
+                raise
+            run.events.emit("selection-restarted", reason=error.message)
+
+
+def _select(run: StudyRun) -> None:
     exchange, state, settings = run.exchange, run.state, run.study.selection
     arrays = {"centroids": state.arrays["centroids"]} if settings.strategy == "dual_score" else {}
     queries = 0
     scoring = request(Score(**run.encode, selection=settings), **arrays)
     for site, reply in exchange.ask("train.score", scoring):
         run.site_facts(site)["images"] = int(reply.config["examples"])
+    sites = exchange.sites()
 
     def count(question: CountRequest) -> Counts:
         nonlocal queries
@@ -30,6 +55,7 @@ def select(run: StudyRun) -> None:
         total = np.zeros((len(question.edges), question.split), dtype=np.int64)
         for _, reply in exchange.ask("query.histogram", message):
             total += reply.arrays["counts"]
+        _check_same(run, sites)
         queries += 1
         run.events.emit("query", task="select", number=queries, column=question.column)
         return total
@@ -44,10 +70,16 @@ def select(run: StudyRun) -> None:
             "train.select", request(Select(**run.common, stage="rank"), ranks=ranks)
         ):
             pass
+        _check_same(run, sites)
 
     cuts = select_federated(settings, count, send_ranks)
-    sites = exchange.sites()
     marking = request(Select(**run.common, stage="mark"), cuts=cuts)
     for done, (site, reply) in enumerate(exchange.ask("train.select", marking), start=1):
         run.site_facts(site)["selected"] = [int(n) for n in reply.config["selected"]]
         run.events.progress("select", done, len(sites), site=site, queries=queries)
+    _check_same(run, sites)
+
+
+def _check_same(run: StudyRun, sites: list[str]) -> None:
+    if lost := [site for site in sites if site not in run.exchange.sites()]:
+        raise QuorumError(f"{', '.join(lost)} left during the selection; repeat it without")

@@ -39,9 +39,12 @@ def install_everywhere(run: StudyRun, bundle: Bundle, task: str) -> None:
     }
     run.events.progress(task, 0, len(lacking))
     for done, (site, digests) in enumerate(lacking.items(), start=1):
+        left = digests
         for message in _messages(run, bundle, signed, digests):
             for _, reply in run.exchange.ask("train.install", message, [site]):
                 left = reply.config["missing"]
+            if site in run.exchange.missing:
+                break
         if site not in run.exchange.missing and left:
             raise BundleError(f"site {site} still lacks blobs of the bundle; ship it again")
         run.events.progress(task, done, len(lacking), site=site)

@@ -82,6 +82,8 @@ def train_source(
     if _is_done(out, provenance, signing_key):
         events.emit("source bundle", state="already there")
         return out
+    # Built first, so that a bad folder of weights is found before hours of training.
+    stack = None if settings.diffusion.kind == "none" else _build(settings, data_root)
     # Named by data and settings: a changed run never goes on from weights of another one.
     run = f"{settings.digest()[:16]}-{source.provenance.digest[:16]}"
     checkpoints = out / CHECKPOINTS / run
@@ -91,8 +93,10 @@ def train_source(
         name: _add_classifier(writer, name, settings, source, checkpoints, events)
         for name in settings.classifiers
     }
-    writer.facts["diffusion"] = _add_diffusion(
-        writer, settings, data_root, source.pool, checkpoints, events
+    writer.facts["diffusion"] = (
+        None
+        if stack is None
+        else _add_diffusion(writer, settings, stack, source.pool, checkpoints, events)
     )
     bundle = writer.sign(signing_key)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
@@ -146,14 +150,12 @@ def _plain(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _add_diffusion(
     writer: BundleWriter,
     settings: SourceSettings,
-    data_root: Path,
+    stack: DiffusionStack,
     pool: Part,
     checkpoints: Path,
     events: Events,
-) -> dict[str, Any] | None:
-    if settings.diffusion.kind == "none":
-        return None
-    stack = _build(settings, data_root).to(device())
+) -> dict[str, Any]:
+    stack.to(device())
     images = pool.images
     if stack.image_size != settings.image_size:
         images, _, _ = load_images(list(pool.samples), stack.image_size)

@@ -28,7 +28,9 @@ from sonofed_server.phases.ship import ship
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.report import study_results
 from sonofed_server.study.run import StudyRun
-from sonofed_server.study.workspace import StudyState, Workspace
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
+
+INTERNAL = "the coordinator met an error of its own; see its log, and run the study again to go on"
 
 PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "enrol": enrol,
@@ -69,8 +71,11 @@ def run_study(
     workspace.results.unlink(missing_ok=True)
     try:
         results = _run(workspace, grid, engine, events)
-    except SonoFedError as error:
-        reason = {"error": error.code, "message": error.message}
+    except Exception as error:
+        # The text of an error that is not of the catalogue may hold anything; it stays in the log.
+        message = error.message if isinstance(error, SonoFedError) else INTERNAL
+        code = error.code if isinstance(error, SonoFedError) else SonoFedError.code
+        reason = {"error": code, "message": message}
         write_atomically(workspace.failure, json.dumps(reason).encode())
         events.emit("study-failed", **reason)
         raise
@@ -82,7 +87,7 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
     study = read_study(workspace.study)
     key = load_or_create_signing_key(workspace.key)
     bundle = Bundle.open(workspace.bundle, public_hex(key))
-    state = StudyState.load(workspace.checkpoint, study.digest())
+    state = StudyState.load(workspace.checkpoint, identity_of(study, bundle.id))
     state.facts.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
     state.facts.setdefault("phases", [])
     state.facts["engine"] = engine
@@ -117,6 +122,9 @@ def _run_phase(run: StudyRun, phase: Phase) -> None:
     run.state.facts["phases"] = [costs[name] for name in run.study.phases if name in costs]
     # A repeated enrolment leaves alone where the interrupted phase stands.
     if phase not in run.state.done:
+        # Who only receives the final bundle has not come back to the study.
+        for site in run.exchange.sites() if phase != "publish" else ():
+            run.site_facts(site).pop("missing", None)
         run.state.done.append(phase)
         run.state.position = {}
     run.save()

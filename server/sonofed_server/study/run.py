@@ -9,7 +9,7 @@ from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_server.study.exchange import Exchange
-from sonofed_server.study.workspace import StudyState, Workspace
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 
 @dataclass
@@ -52,4 +52,4 @@ class StudyRun:
 
     def save(self) -> None:
         """Save the state: called after every round."""
-        self.state.save(self.workspace.checkpoint, self.study.digest())
+        self.state.save(self.workspace.checkpoint, identity_of(self.study, self.bundle.id))

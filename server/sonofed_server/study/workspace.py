@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sonofed_common.contract.errors import ConfigurationError, ParameterError
 from sonofed_common.contract.records import Array, Records, from_bytes, to_bytes
+from sonofed_common.contract.study import Study
 from sonofed_common.runtime import write_atomically
+from sonofed_common.security import sha256
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Workspace:
         return self.root / "failure.json"
 
 
+def identity_of(study: Study, bundle: str) -> str:
+    """Return what a state belongs to: SHA-256 of the study's digest and the source bundle's id."""
+    return sha256(f"{study.digest()} {bundle}".encode())
+
+
 @dataclass
 class StudyState:
     """What a study knows so far; saved after every round.
@@ -93,10 +101,16 @@ class StudyState:
         self.arrays = {k: v for k, v in self.arrays.items() if not k.startswith(f"{name}/")}
         self.arrays.update({f"{name}/{k}": v for k, v in arrays.items()})
 
-    def save(self, path: Path, study_digest: str) -> None:
+    def clear(self) -> None:
+        """Forget everything but when the study started and what runs its nodes."""
+        kept = {k: v for k, v in self.facts.items() if k in ("started", "engine")}
+        self.done, self.position, self.arrays = [], {}, {}
+        self.facts = {**kept, "phases": []}
+
+    def save(self, path: Path, identity: str) -> None:
         """Write the state atomically."""
         config = {
-            "study": study_digest,
+            "identity": identity,
             "done": self.done,
             "position": self.position,
             "facts": self.facts,
@@ -104,12 +118,23 @@ class StudyState:
         write_atomically(path, to_bytes(Records(self.arrays, config)))
 
     @classmethod
-    def load(cls, path: Path, study_digest: str) -> StudyState:
-        """Read a saved state; a missing one, or another study's, gives an empty state."""
+    def load(cls, path: Path, identity: str) -> StudyState:
+        """Read a saved state; a missing one, or one of another `identity_of`, gives an empty state.
+
+        Raises
+        ------
+        ConfigurationError
+            The checkpoint is damaged.
+        """
         if not path.exists():
             return cls()
-        records = from_bytes(path.read_bytes())
-        if records.config["study"] != study_digest:
-            return cls()
-        config = records.config
-        return cls(config["done"], config["position"], records.arrays, config["facts"])
+        try:
+            records = from_bytes(path.read_bytes())
+            config = records.config
+            if config.get("identity") != identity:
+                return cls()
+            return cls(config["done"], config["position"], records.arrays, config["facts"])
+        except (ParameterError, KeyError):
+            raise ConfigurationError(
+                f"the checkpoint {path} is damaged; delete it to start the study anew"
+            ) from None

@@ -90,9 +90,9 @@ class InlineGrid(Grid):
     def _handle(self, message: Message) -> Message:
         try:
             return client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:
+        except Exception:
             # As Flower does: whatever a ClientApp raises becomes an error reply.
-            return Message(Error(UNHANDLED, repr(error)), reply_to=message)
+            return Message(Error(UNHANDLED, "the site's app failed"), reply_to=message)
 
 
 def run_inline(workspace: Workspace, sites: list[Path], events: Events) -> Results:

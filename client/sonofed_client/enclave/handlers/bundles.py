@@ -24,6 +24,7 @@ def describe(site: Site, parameters: Describe, request: Records) -> Records:
         config={
             "site": site.settings.name,
             "study": parameters.study_digest,
+            "snapshot": site.snapshot,
             "versions": {
                 "python": platform.python_version(),
                 "torch": version("torch"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from sonofed_common.contract.records import Array, Records, from_bytes, grouped
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import derive_seed
 from sonofed_common.security import sha256
+
+MAX_CENTROIDS = 64
+UNIT_LENGTH_TOLERANCE = 1e-3
 
 
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
@@ -85,7 +90,7 @@ def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
 
 
 def received_centroids(request: Records, embedding: Tensor) -> Tensor:
-    """Return the centroids (k, d) of a request, for vectors (N, d).
+    """Return the centroids (k, d) of a request, for vectors (N, d): k unit vectors, 2 to 64.
 
     Raises
     ------
@@ -95,16 +100,26 @@ def received_centroids(request: Records, embedding: Tensor) -> Tensor:
     centroids = request.arrays.get("centroids")
     if centroids is None:
         raise ParameterError("this action needs the centroids; cluster first")
-    fit = centroids.ndim == 2 and len(centroids) > 1 and centroids.shape[1] == embedding.shape[1]
+    fit = (
+        centroids.dtype.kind == "f"
+        and centroids.ndim == 2
+        and centroids.shape[1] == embedding.shape[1]
+    )
     if not fit or not np.isfinite(centroids).all():
         raise ParameterError("the centroids do not fit this site's embedding; cluster again")
+    # Sums over a few images, as many centroids give them, are nearly the images' own vectors.
+    if not 2 <= len(centroids) <= MAX_CENTROIDS:
+        raise ParameterError(f"{len(centroids)} centroids; a site takes 2 to {MAX_CENTROIDS}")
+    if np.any(np.abs(np.linalg.norm(centroids, axis=1) - 1) > UNIT_LENGTH_TOLERANCE):
+        raise ParameterError("the centroids are not unit vectors; cluster again")
     return torch.from_numpy(np.array(centroids))
 
 
 def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, Array]:
     """Embed the pool, or find what the same student made of it before."""
     made_of = parameters.model_dump_json(exclude={"study"})
-    key = sha256(f"{made_of} {request.digest()} {site.snapshot}".encode())
+    facts = (version("sonofed"), made_of, request.digest(), site.snapshot)
+    key = sha256(" ".join(facts).encode())
     before = site.store.get(f"embedding/{key}")
     if before is None:
         _, images = site.images("pool", parameters.image_size)
