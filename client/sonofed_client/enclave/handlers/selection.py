@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +87,7 @@ def selected(site: Site, study: str) -> list[list[str]]:
         Nothing was selected yet.
     """
     chosen = site.need(site.study_artifact(study, "selected"), "selection").config["ids"]
-    return json.loads(json.dumps(chosen))  # type: ignore[no-any-return]
+    return [[str(i) for i in ids] for ids in chosen]
 
 
 def labelled(site: Site, study: str, budget: int) -> dict[str, int]:
