@@ -32,7 +32,7 @@ from sonofed_common.contract.errors import (
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.study import (
-    NEEDS_GIVES,
+    ACTIVE_LEARNING,
     PRESETS,
     Embedding,
     Finetuning,
@@ -119,7 +119,7 @@ def test_what_is_no_toml_is_refused(tmp_path, text):
 
 def test_the_shortest_study_runs_every_phase(tmp_path):
     read = study(tmp_path)
-    assert read.phases == tuple(NEEDS_GIVES)
+    assert read.phases == ACTIVE_LEARNING
     assert read.pairs == "reconstruction" and read.cohort.smallest == 2
 
 

@@ -17,10 +17,13 @@ from sonofed_client.enclave.intake import pixels, take_in
 from sonofed_client.enclave.store import CataloguedImage, Store
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.bundle import Manifest, verify_manifest
+from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import OrderError, ParameterError
 from sonofed_common.contract.records import Array, Records
+from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.models.diffusion import DiffusionStack
+from sonofed_common.models.segmenter import Segmenter, build_segmenter
 from sonofed_common.runtime import device
 
 T = TypeVar("T")
@@ -90,6 +93,32 @@ class Site:
         weights = self._keep_warm(
             ("classifier", bundle, name),
             lambda: load_safetensors(self.blob(bundle, f"classifiers/{name}.safetensors")),
+        )
+        model.load_state_dict(weights)
+        return model.to(self.device)
+
+    def segmentation(self, bundle: str) -> SegmentationFacts:
+        """Return what a bundle says of its segmenters.
+
+        Raises
+        ------
+        ParameterError
+            It holds none.
+        """
+        facts = self.facts(bundle).get("segmentation")
+        if facts is None:
+            raise ParameterError("the bundle holds no segmenter; train the source with one")
+        return validate(SegmentationFacts, facts, "the bundle's facts")
+
+    def segmenter(self, bundle: str, branch: str, image_size: int) -> Segmenter:
+        """Return a fresh copy of a branch of a bundle, on the site's device."""
+        facts = self.segmentation(bundle)
+        model = build_segmenter(
+            facts.encoder, facts.classes, image_size, facts.heads, pretrained=False
+        )
+        weights = self._keep_warm(
+            ("segmenter", bundle, branch),
+            lambda: load_safetensors(self.blob(bundle, f"segmenters/{branch}.safetensors")),
         )
         model.load_state_dict(weights)
         return model.to(self.device)

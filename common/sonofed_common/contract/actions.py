@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,15 @@ from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, UnknownActionError
 from sonofed_common.contract.records import Array, Records, grouped
 from sonofed_common.contract.selection import MAX_PARTS, Column
-from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
+from sonofed_common.contract.study import (
+    Embedding,
+    Finetuning,
+    Infusion,
+    Pretraining,
+    PseudoLabels,
+    Reconstruction,
+    Selection,
+)
 
 
 class Parameters(Model):
@@ -129,6 +137,56 @@ class EvaluateClassifier(Pooled):
     replicates: int = Field(default=2000, ge=0, le=20000)
 
 
+Branch = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,80}$")]
+"""Name of a segmenter in a bundle: ``segmenters/<branch>.safetensors``."""
+
+
+class Pretrain(Pooled):
+    """One round of target-informed pretraining.
+
+    Arrays: ``weights/...``; absent at round 0, where each site makes the same start.
+    """
+
+    round: int = Field(ge=0)
+    settings: Pretraining
+
+    @model_validator(mode="after")
+    def _round_of_the_study(self) -> Self:
+        _check_round(self.round, self.settings.rounds)
+        return self
+
+
+class TrainSegmenter(Pooled):
+    """One round of source-free adaptation. Arrays: ``weights/...``; absent for the bundle's."""
+
+    branch: Branch
+    round: int = Field(ge=0)
+    settings: PseudoLabels
+
+    @model_validator(mode="after")
+    def _round_of_the_study(self) -> Self:
+        _check_round(self.round, self.settings.rounds)
+        return self
+
+
+class TrainEnsemble(Pooled):
+    """Find each branch's temperature from the branches' consensus on the pool."""
+
+    branches: tuple[Branch, ...] = Field(min_length=1, max_length=64)
+
+
+class EvaluateSegmenter(Pooled):
+    """Test the infusion of branches on the site's own test masks.
+
+    Arrays: ``temperatures`` (K,) float64, or none for 1; ``gate/...`` for that rule.
+    """
+
+    branches: tuple[Branch, ...] = Field(min_length=1, max_length=64)
+    infusion: Infusion
+    batch_norm: Literal["site", "global"] = "site"
+    replicates: int = Field(default=2000, ge=0, le=20000)
+
+
 def _check_round(number: int, rounds: int) -> None:
     if number >= rounds:
         raise ValueError(f"round {number} is not one of the study's {rounds}, counted from 0")
@@ -147,6 +205,10 @@ ACTIONS: dict[str, type[Parameters]] = {
     "query.annotations": Annotations,
     "train.classifier": TrainClassifier,
     "evaluate.classifier": EvaluateClassifier,
+    "train.pretrain": Pretrain,
+    "train.segmenter": TrainSegmenter,
+    "train.ensemble": TrainEnsemble,
+    "evaluate.segmenter": EvaluateSegmenter,
 }
 """The named actions; a site does nothing else."""
 

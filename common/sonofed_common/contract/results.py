@@ -26,7 +26,31 @@ METRICS: tuple[str, ...] = (
 )
 """Names of the measures; ``<name>_low`` and ``<name>_high`` bound the 95% interval by patient."""
 
-LOWER_IS_BETTER: frozenset[str] = frozenset({"ece", "brier"})
+SEGMENTATION_METRICS: tuple[str, ...] = ("dice", "nsd", "hd95", "ece")
+"""Measures of masks, means over images: Dice and normalised surface Dice in [0, 1], 95%
+Hausdorff distance in pixels, calibration error of the pixels' probabilities."""
+
+MEASURES: tuple[str, ...] = tuple(dict.fromkeys(METRICS + SEGMENTATION_METRICS))
+"""All measures."""
+
+LOWER_IS_BETTER: frozenset[str] = frozenset({"ece", "brier", "hd95"})
+
+SegmentationStage = Literal[
+    "source", "bn_adapted", "target_informed", "mean", "infusion", "adapted", "ensemble"
+]
+SEGMENTATION_STAGES: tuple[SegmentationStage, ...] = (
+    "source",
+    "bn_adapted",
+    "target_informed",
+    "mean",
+    "infusion",
+    "adapted",
+    "ensemble",
+)
+"""Source weights as shipped; normalisation statistics re-estimated on site; the site's
+target-informed branch; plain mean and infusion of these branches; the source's branch after
+pseudo-labelling; infusion of all branches after pseudo-labelling. The last that a study has is its
+result."""
 
 Stage = Literal["source", "bn_adapted", "adapted"]
 STAGES: tuple[Stage, ...] = ("source", "bn_adapted", "adapted")
@@ -39,8 +63,8 @@ def _none_if_not_finite(value: Any) -> Any:
 
 def _known_measures(metrics: dict[str, float | None]) -> dict[str, float | None]:
     for key in metrics:
-        if key.removesuffix("_low").removesuffix("_high") not in METRICS:
-            raise ValueError(f"unknown measure '{key}'; known: {', '.join(METRICS)}")
+        if key.removesuffix("_low").removesuffix("_high") not in MEASURES:
+            raise ValueError(f"unknown measure '{key}'; known: {', '.join(MEASURES)}")
     return metrics
 
 
@@ -105,6 +129,8 @@ class SiteResults(Model):
     selected: int = Field(default=0, ge=0, description="images labelled at the last budget")
     selected_by_budget: tuple[int, ...] = ()
     classifiers: dict[str, ClassifierResults] = Field(default={})
+    test_masks: int = Field(default=0, ge=0, description="test images with a mask")
+    segmentation: dict[SegmentationStage, Metrics] = Field(default={})
     reconstruction: ReconstructionQuality | None = None
     missing_reason: str | None = Field(default=None, description="why the site is missing")
 

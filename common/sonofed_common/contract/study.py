@@ -20,8 +20,38 @@ Phase = Literal[
     "select",
     "annotate",
     "classifier",
+    "pretrain",
+    "supervise",
+    "pseudo_label",
+    "ensemble",
+    "evaluate",
     "publish",
 ]
+
+ACTIVE_LEARNING: tuple[Phase, ...] = (
+    "enrol",
+    "ship",
+    "reconstruct",
+    "embed",
+    "cluster",
+    "select",
+    "annotate",
+    "classifier",
+    "publish",
+)
+"""Classification: few labels, well chosen."""
+
+SEGMENTATION: tuple[Phase, ...] = (
+    "enrol",
+    "ship",
+    "pretrain",
+    "supervise",
+    "pseudo_label",
+    "ensemble",
+    "evaluate",
+    "publish",
+)
+"""Segmentation: no labels at all at the sites."""
 
 NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
     "enrol": (frozenset(), frozenset({"cohort"})),
@@ -31,8 +61,13 @@ NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
     "cluster": (frozenset({"embeddings"}), frozenset({"centroids"})),
     "select": (frozenset({"source weights"}), frozenset({"selection"})),
     "annotate": (frozenset({"selection"}), frozenset({"labels"})),
-    "classifier": (frozenset({"labels"}), frozenset({"classifiers"})),
-    "publish": (frozenset({"classifiers"}), frozenset()),
+    "classifier": (frozenset({"labels"}), frozenset({"adapted models"})),
+    "pretrain": (frozenset({"source weights"}), frozenset({"target-informed encoder"})),
+    "supervise": (frozenset({"target-informed encoder"}), frozenset({"branches"})),
+    "pseudo_label": (frozenset({"source weights"}), frozenset({"adapted models"})),
+    "ensemble": (frozenset({"source weights"}), frozenset({"adapted models"})),
+    "evaluate": (frozenset({"source weights"}), frozenset()),
+    "publish": (frozenset({"adapted models"}), frozenset()),
 }
 """What each phase needs from the phases before it, and what it gives."""
 
@@ -147,6 +182,87 @@ class Finetuning(Model):
     balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
 
 
+class Pretraining(Model):
+    """Target-informed pretraining of the segmenter's encoder, without labels."""
+
+    form: Literal["simmim", "mae"] = Field(default="simmim", description="mae: encoder 'vit' only")
+    start: Literal["pretrained", "source"] = Field(
+        default="pretrained",
+        description="pretrained: ImageNet weights or random ones; source: the shipped segmenter's",
+    )
+    patch_size: int = Field(default=16, ge=2, le=64, description="masked squares, pixels (simmim)")
+    mask_ratio: float = Field(
+        default=0.6, gt=0, lt=1, description="share of the patches inside the ultrasound sector"
+    )
+    contrastive: Literal["nt_xent", "byol", "none"] = "nt_xent"
+    temperature: float = Field(default=0.2, gt=0, le=10, description="of NT-Xent")
+    contrastive_weight: float = Field(default=1.0, ge=0, description="lambda, after its warm-up")
+    warmup: float = Field(default=0.1, ge=0, le=1, description="share of all steps")
+    rounds: int = Field(default=2, ge=1, le=1000)
+    local_epochs: int = Field(default=2, ge=1, le=1000)
+    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    batch_size: int = Field(default=16, ge=2)
+
+
+class Supervision(Model):
+    """Branch B: trained like the source's own segmenter, but from the target-informed encoder."""
+
+    branches: Literal["shared", "per_site"] = Field(
+        default="shared", description="one from the averaged encoder, or one from each site's"
+    )
+    style_augmentation: bool | None = Field(
+        default=None, description="default: as the source's own segmenter was trained"
+    )
+
+
+Strategy = Literal["apl", "threshold", "cbst", "mrnet", "batch_norm", "tent", "dpl", "upl_sfda"]
+"""Source-free adaptation strategies."""
+
+
+class PseudoLabels(Model):
+    """Source-free adaptation of the segmenters on unlabelled images."""
+
+    strategy: Strategy = "apl"
+    consistency: bool = Field(default=True, description="APL's L_con, minimised over the heads")
+    self_training: bool = Field(default=True, description="APL's L_ssl, over the encoder")
+    relevance: Literal["none", "count", "inverse"] = Field(
+        default="none", description="APL's W: weights of class pairs in L_con"
+    )
+    disagreement: float = Field(
+        default=0.0, ge=0, description="weight of the symmetric KL of the two heads"
+    )
+    class_mean_confidence: bool = Field(
+        default=True, description="confidence over its class mean, so that small lesions count"
+    )
+    class_prior: float = Field(
+        default=0.1, ge=0, description="weight of the KL to the source's class ratio"
+    )
+    teacher_momentum: float = Field(default=0.99, ge=0, le=1, description="EMA of the teacher")
+    threshold: float = Field(
+        default=0.9, gt=0, lt=1, description="least probability of a pseudo-label (threshold, dpl)"
+    )
+    quantile: float = Field(
+        default=0.5, gt=0, le=1, description="most confident share of each class (cbst)"
+    )
+    passes: int = Field(default=10, ge=2, le=100, description="dropout passes (dpl)")
+    perturbed_heads: int = Field(default=4, ge=2, le=16, description="copies of a head (upl_sfda)")
+    rounds: int = Field(default=2, ge=1, le=1000)
+    local_epochs: int = Field(default=1, ge=1, le=1000)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)
+    batch_size: int = Field(default=8, ge=2)
+
+
+class Infusion(Model):
+    """The confidence-aware ensemble of all branches."""
+
+    rule: Literal["entropy", "maxprob", "gate", "mean"] = "entropy"
+    tau: float = Field(default=0.1, gt=0, description="softness of the weights (entropy, maxprob)")
+    calibration: Literal["source", "consensus", "none"] = Field(
+        default="source",
+        description="temperatures from held-out source labels, or from the branches' consensus",
+    )
+
+
 class Aggregation(Model):
     """How updates become one model."""
 
@@ -174,6 +290,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_norm": "global",
             "balanced": False,
         },
+        "pretraining": {"patch_size": 32, "mask_ratio": 0.6, "temperature": 0.1},
+        "pseudo_labels": {
+            "relevance": "count",
+            "disagreement": 0.0,
+            "class_mean_confidence": False,
+            "class_prior": 0.0,
+        },
     },
 }
 """Settings that a preset changes; what the study file says itself wins."""
@@ -192,20 +315,31 @@ class Study(Model):
     seed: int = Field(default=0, ge=0)
     preset: Literal["default", "paper"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
-    classifiers: tuple[str, ...] = Field(default=("efficientnet_lite0",), min_length=1)
-    phases: tuple[Phase, ...] = tuple(NEEDS_GIVES)
+    classifiers: tuple[str, ...] = ("efficientnet_lite0",)
+    phases: tuple[Phase, ...] = ACTIVE_LEARNING
     cohort: Cohort
     reconstruction: Reconstruction = Reconstruction()
     embedding: Embedding = Embedding()
     clustering: Clustering = Clustering()
     selection: Selection = Selection()
     finetuning: Finetuning = Finetuning()
+    pretraining: Pretraining = Pretraining()
+    supervision: Supervision = Supervision()
+    pseudo_labels: PseudoLabels = PseudoLabels()
+    infusion: Infusion = Infusion()
     aggregation: Aggregation = Aggregation()
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
         return with_preset(values, PRESETS)
+
+    @model_validator(mode="after")
+    def _classifiers(self) -> Self:
+        needing = [p for p in self.phases if p in ("embed", "classifier")]
+        if needing and not self.classifiers:
+            raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
+        return self
 
     @model_validator(mode="after")
     def _order(self) -> Self:

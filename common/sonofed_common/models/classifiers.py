@@ -206,3 +206,8 @@ def build_classifier(
         torch.manual_seed(seed)
         backbone, feature_dim, dropout = _BACKBONES[name](pretrained)
         return Classifier(backbone, feature_dim, classes, dropout)
+
+
+def build_backbone(name: str, pretrained: bool) -> nn.Module:
+    """Build the network that a classifier of this name puts its head on."""
+    return _BACKBONES[name](pretrained)[0]
