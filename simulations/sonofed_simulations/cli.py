@@ -10,13 +10,26 @@ from rich.console import Console
 from rich.table import Table
 
 from sonofed_common.cli import application
+from sonofed_common.contract.configuration import read_toml
 from sonofed_common.contract.results import Results
 from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
+from sonofed_server.study.report import this_machine
+from sonofed_simulations.comparison import built_in as comparisons
 from sonofed_simulations.comparison import finished_cells, read_comparison, run_comparison
 from sonofed_simulations.comparison_summary import summarise, summary_table, write_summary
 from sonofed_simulations.report.table import tabulate
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
+from sonofed_simulations.segmentation_comparison import (
+    finished_scores,
+    read_mask_comparison,
+    run_mask_comparison,
+)
+from sonofed_simulations.segmentation_summary import (
+    mask_table,
+    summarise_masks,
+    write_mask_summary,
+)
 from sonofed_simulations.simulation import Engine, simulate
 
 PLAIN_WIDTH = 110
@@ -61,13 +74,12 @@ def compare(
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Only these seeds.")] = None,
 ) -> None:
     """Run the variants of a comparison cell by cell, and summarise every finished cell."""
-    chosen, scenario = read_comparison(comparison)
-    with progress_listener() as listener:
-        events = Events(listeners=[listener])
-        run_comparison(chosen, scenario, out, data, tuple(seed or chosen.seeds), events)
-    summary = summarise(chosen, finished_cells(chosen, out))
-    write_summary(summary, out)
-    _console().print(summary_table(summary))
+    path = comparisons().get(comparison, Path(comparison))
+    if "rows" in read_toml(path):
+        table = _compare_segmentation(path, out, data, seed)
+    else:
+        table = _compare_selection(path, out, data, seed)
+    _console().print(table)
     _console().print(f"summary: {out / 'comparison.md'}")
 
 
@@ -79,6 +91,28 @@ def scenarios() -> None:
         scenario = read_scenario(name)
         table.add_row(name, str(len(scenario.hospitals)), scenario.title)
     _console().print(table)
+
+
+def _compare_selection(path: Path, out: Path, data: Path | None, seeds: list[int] | None) -> Table:
+    chosen, scenario = read_comparison(path)
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        run_comparison(chosen, scenario, out, data, tuple(seeds or chosen.seeds), events)
+    summary = summarise(chosen, finished_cells(chosen, out))
+    write_summary(summary, out)
+    return summary_table(summary)
+
+
+def _compare_segmentation(
+    path: Path, out: Path, data: Path | None, seeds: list[int] | None
+) -> Table:
+    chosen, scenario = read_mask_comparison(path)
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        run_mask_comparison(chosen, scenario, out, data, tuple(seeds or chosen.seeds), events)
+    summary = summarise_masks(chosen, finished_scores(chosen, out), this_machine())
+    write_mask_summary(summary, out)
+    return mask_table(summary)
 
 
 def _console() -> Console:

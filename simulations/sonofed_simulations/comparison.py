@@ -81,7 +81,7 @@ def built_in() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read_comparison(name_or_path: str) -> tuple[Comparison, Scenario]:
+def read_comparison(path: Path) -> tuple[Comparison, Scenario]:
     """Read a comparison and its scenario, and check every variant.
 
     Raises
@@ -89,7 +89,6 @@ def read_comparison(name_or_path: str) -> tuple[Comparison, Scenario]:
     ConfigurationError
         Unknown key, unknown scenario or reference, or a variant that is no valid study.
     """
-    path = built_in().get(name_or_path, Path(name_or_path))
     comparison = validate(Comparison, read_toml(path), path.name)
     scenario = read_scenario(comparison.scenario)
     source = scenario.source.model_copy(update={"threads": comparison.threads})

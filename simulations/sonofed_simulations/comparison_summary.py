@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
 from sonofed_common.contract.configuration import Model
@@ -15,25 +14,17 @@ from sonofed_common.contract.results import Machine
 from sonofed_common.metrics import weighted_auroc
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.comparison import CONTROLS, Cell, Comparison
+from sonofed_simulations.paired import (
+    Contrast,
+    Floats,
+    Interval,
+    PatientDraws,
+    contrast,
+    holm,
+    interval,
+)
 
-REPLICATES = 2000
 BASELINE = "bn-adapted"
-Floats = NDArray[np.float64]
-
-
-class Interval(Model):
-    """A number with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Contrast(Interval):
-    """A difference of AUROC in the same bootstrap samples."""
-
-    p: float
-    p_holm: float | None = None
 
 
 class Row(Model):
@@ -74,8 +65,12 @@ class Summary(Model):
 
 def summarise(comparison: Comparison, cells: Sequence[Cell]) -> Summary:
     """Summarise finished cells; a variant counts with the seeds that are finished."""
-    drawn = _draw(cells)
-    curves = {(cell.variant, cell.seed): _replicates(cell, drawn) for cell in cells}
+    draws = PatientDraws(
+        (site, groups.tolist())
+        for cell in cells
+        for site, (_, _, groups) in cell.predictions.items()
+    )
+    curves = {(cell.variant, cell.seed): _replicates(cell, draws) for cell in cells}
     rows = []
     for variant in [*CONTROLS, *comparison.variants]:
         own = [cell for cell in cells if cell.variant == variant]
@@ -87,7 +82,7 @@ def summarise(comparison: Comparison, cells: Sequence[Cell]) -> Summary:
         machine=results[0].machine if results else Machine(),
         study_seconds=sum(result.seconds for result in results),
         reference=comparison.reference,
-        rows=_holm(rows),
+        rows=_corrected(rows),
     )
 
 
@@ -159,30 +154,12 @@ def _text(interval: Interval, sign: str = "") -> str:
     return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"
 
 
-def _draw(cells: Sequence[Cell]) -> dict[str, tuple[dict[str, int], Floats]]:
-    """For each site, how often each patient is drawn in each replicate."""
-    patients: dict[str, set[str]] = {}
-    for cell in cells:
-        for site, (_, _, groups) in cell.predictions.items():
-            patients.setdefault(site, set()).update(groups.tolist())
-    drawn = {}
-    for number, (site, names) in enumerate(sorted(patients.items())):
-        order = {name: n for n, name in enumerate(sorted(names))}
-        generator = np.random.default_rng(number)
-        counts = generator.multinomial(len(order), np.full(len(order), 1 / len(order)), REPLICATES)
-        drawn[site] = (order, counts.astype(np.float64))
-    return drawn
-
-
-def _replicates(cell: Cell, drawn: dict[str, tuple[dict[str, int], Floats]]) -> dict[str, Floats]:
+def _replicates(cell: Cell, draws: PatientDraws) -> dict[str, Floats]:
     """AUROC of each site: the estimate first, then one value a replicate."""
-    values = {}
-    for site, (labels, probabilities, groups) in cell.predictions.items():
-        order, counts = drawn[site]
-        weights = counts[:, [order[g] for g in groups.tolist()]]
-        weights = np.vstack([np.ones(len(labels)), weights])
-        values[site] = weighted_auroc(labels, probabilities, weights)
-    return values
+    return {
+        site: weighted_auroc(labels, probabilities, draws.weights(site, groups.tolist()))
+        for site, (labels, probabilities, groups) in cell.predictions.items()
+    }
 
 
 def _row(
@@ -200,11 +177,11 @@ def _row(
         variant=variant,
         seeds=tuple(seeds),
         labels=float(np.mean([_labels(cell) for cell in cells])),
-        auroc=_interval(mean),
+        auroc=interval(mean),
         worst_site_auroc=float(min(values[0] for values in by_site.values())),
         accuracy=float(np.mean([plain for plain, _ in correct])),
         balanced_accuracy=float(np.mean([balanced for _, balanced in correct])),
-        sites={site: _interval(values) for site, values in by_site.items()},
+        sites={site: interval(values) for site, values in by_site.items()},
         over_reference=_contrast(mean, variant, reference, seeds, curves),
         over_baseline=_contrast(mean, variant, [BASELINE], seeds, curves),
     )
@@ -225,32 +202,12 @@ def _contrast(
     ]
     if variant in others or variant in CONTROLS or len(paired) < len(others):
         return None
-    difference = mean - np.mean(paired, axis=0)
-    drawn = difference[1:][~np.isnan(difference[1:])]
-    tail = min(np.mean(drawn <= 0), np.mean(drawn >= 0))
-    p = min(1.0, 2 * max(float(tail), 1 / (len(drawn) + 1)))
-    return Contrast(**_interval(difference).model_dump(), p=p)
+    return contrast(mean, np.mean(paired, axis=0))
 
 
-def _holm(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Correct the contrasts with the reference (Holm, Scandinavian Journal of Statistics, 1979)."""
-    tested = sorted(
-        (row.over_reference.p, n) for n, row in enumerate(rows) if row.over_reference is not None
-    )
-    corrected = list(rows)
-    largest = 0.0
-    for rank, (p, n) in enumerate(tested):
-        largest = max(largest, min(1.0, p * (len(tested) - rank)))
-        contrast = rows[n].over_reference
-        assert contrast is not None
-        contrast = contrast.model_copy(update={"p_holm": largest})
-        corrected[n] = rows[n].model_copy(update={"over_reference": contrast})
-    return tuple(corrected)
-
-
-def _interval(values: Floats) -> Interval:
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return Interval(value=float(values[0]), low=float(low), high=float(high))
+def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
+    found = holm({r.variant: r.over_reference for r in rows if r.over_reference is not None})
+    return tuple(r.model_copy(update={"over_reference": found.get(r.variant)}) for r in rows)
 
 
 def _labels(cell: Cell) -> int:

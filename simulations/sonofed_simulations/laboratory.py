@@ -17,6 +17,7 @@ from sonofed_common.data.readers import read
 from sonofed_common.runtime import Events, derive_seed, write_atomically
 from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
 from sonofed_server.source.training import train_source
+from sonofed_server.study.source import write_source
 from sonofed_server.study.workspace import Workspace
 from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
@@ -34,7 +35,7 @@ class Laboratory:
     scenario : Scenario
         What is simulated.
     root : Path
-        Holds ``phantoms/``, ``source/``, ``sites/`` and the studies.
+        Holds ``phantoms/``, ``source/``, ``sites/``, ``branches/`` and the studies.
     data : Path or None
         Folder of the real data sets.
     events : Events
@@ -118,16 +119,21 @@ class Laboratory:
         return paths
 
     def workspace(self, study: Study, bundle: Path, root: Path) -> Workspace:
-        """Lay out the workspace of a study; an earlier one of the same study is kept, to resume."""
+        """Lay out the workspace of a study; an earlier one of the same study is kept, to resume.
+
+        All studies of the laboratory share the segmenters that they train at the coordinator.
+        """
         root.mkdir(parents=True, exist_ok=True)
         workspace = Workspace(root.resolve())
         values = study.model_dump(mode="json", exclude_none=True)
         write_atomically(workspace.study, tomli_w.dumps(values).encode())
         shutil.copyfile(self.key, workspace.key)
         workspace.key.chmod(0o600)
-        if workspace.bundle.is_symlink() or workspace.bundle.exists():
-            workspace.bundle.unlink()
-        workspace.bundle.symlink_to(bundle.resolve())
+        write_source(workspace, self.scenario.source, self.source_data)
+        shared = self.root / "branches"
+        shared.mkdir(exist_ok=True)
+        _link(workspace.bundle, bundle)
+        _link(workspace.cache, shared)
         return workspace
 
     def _check_data(self) -> None:
@@ -168,9 +174,15 @@ class Laboratory:
             derive_seed(self.scenario.name, name) % 2**31,
             PHANTOM_SIZE,
             wanted.malignant_fraction,
+            wanted.anatomy,
         )
         self.events.progress(f"phantoms {name}", 1, 1)
         return folder.resolve()
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve())
 
 
 def failure(workspace: Workspace) -> dict[str, str] | None:

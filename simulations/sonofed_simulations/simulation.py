@@ -16,6 +16,7 @@ from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.memory import MemoryWatch
 from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario
+from sonofed_simulations.segmentation_views import segmentation_views
 from sonofed_simulations.views import site_views, source_quality, source_view
 
 Engine = Literal["inline", "flower"]
@@ -78,7 +79,9 @@ def simulate(
     events.progress("report", 0, 1)
     views = site_views(workspace, study, identity, sites)
     source = source_view(*place) if views else None
-    build_report(results, out, views, source)
+    segmented = [path for path in sites if results.sites[read_site(path).name].segmentation]
+    masks = segmentation_views(workspace, study, identity, segmented)
+    build_report(results, out, views, source, masks)
     events.progress("report", 1, 1)
     return results
 

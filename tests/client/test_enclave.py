@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sonofed_client.adaptation.evaluation import evaluate
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.handlers import reconstruction
 from sonofed_client.enclave.intake import take_in
 from sonofed_client.enclave.site import load_weights, weights_of
 from sonofed_client.enclave.store import Store
@@ -40,6 +41,7 @@ from sonofed_simulations.phantoms.scanner import SCANNERS
 IMAGES = 20
 COMMON = {"study": "trial", "seed": 3}
 NETWORK = "shufflenet_v2"
+SEGMENTATION = {"train.pretrain", "train.segmenter", "train.ensemble", "evaluate.segmenter"}
 WHOLE_POOL = np.array([[2**63, 0]], dtype=np.uint64)
 NO_CUTS = np.empty((0, 2), dtype=np.uint64)
 
@@ -196,7 +198,7 @@ def test_every_action_has_a_handler_and_nothing_else_is_done(site):
 
 def test_no_name_patient_or_image_id_is_in_any_reply(site, bundle):
     replies = talk(InProcessEnclave(site), bundle)
-    assert {action for action, _ in replies} == set(ACTIONS)
+    assert {action for action, _ in replies} == set(ACTIONS) - SEGMENTATION
     rows = Store(site.store).images()
     secrets = {text for row in rows for text in (row.id, row.name, row.group)}
     secrets |= {str(site.data.path), str(site.store)}
@@ -514,6 +516,87 @@ def test_slices_do_not_change_reconstructions(site, bundle, tmp_path):
     assert done[0] == done[1]
 
 
+def test_old_reconstructions_go_but_none_of_the_pool_at_hand(site, bundle, monkeypatch):
+    monkeypatch.setattr(reconstruction, "JOB_CACHE_BYTES", 0)
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    install(enclave, bundle)
+    pool = len(store.images("pool"))
+    kept, models = set(), 8
+    for guidance in range(models):
+        settings = Reconstruction(steps=1, guidance=guidance)
+        before = kept
+        enclave.perform(
+            "train.reconstruct", request(actions.Reconstruct(**pooled(bundle), settings=settings))
+        )
+        kept = store.names("reconstruction/")
+        assert len(kept - before) == pool
+    assert pool <= len(kept) < models * pool
+    # The pool's images are a few bytes larger than their pixels, and floats four times as large.
+    assert len(kept) >= 3 * pool
+
+
+def test_old_embeddings_go(site, bundle, monkeypatch):
+    monkeypatch.setattr(Store.trim, "__defaults__", (2000,))
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    install(enclave, bundle)
+    seen = set()
+    for seed in range(4):
+        values = encode(bundle) | {"pairs": "augmentation", "seed": seed}
+        reply = enclave.perform("train.embed", request(actions.Embed(**values, round=0)))
+        ask = request(actions.Cluster(**values), student=reply.group("student"))
+        reply = enclave.perform("query.cluster", ask)
+        seen |= store.names("embedding/")
+        centroids = np.eye(2, 8, dtype=reply.arrays["sum"].dtype)
+        again = enclave.perform(
+            "query.cluster", request(actions.Cluster(**values), centroids=centroids)
+        )
+        assert again.arrays["counts"].sum() == reply.config["examples"]
+    assert 1 <= len(store.names("embedding/")) < len(seen) == 4
+
+
+def describe(enclave, digest):
+    message = request(actions.Describe(**COMMON, study_digest=digest * 64))
+    enclave.perform("query.describe", message)
+
+
+def test_another_study_of_the_same_name_finds_nothing_of_the_first(site, bundle):
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    talk(enclave, bundle)
+    kept = store.names("study/trial/")
+    assert {"study/trial/selected", "study/trial/embedding"} < kept
+    store.put("study/trial-2/selected", Records(config={"ids": []}))
+    describe(enclave, "0")
+    assert store.names("study/trial/") == kept
+    describe(enclave, "1")
+    assert store.names("study/") == {"study/trial/digest", "study/trial-2/selected"}
+
+
+def test_a_selection_that_begins_forgets_the_one_before(site, bundle):
+    enclave = InProcessEnclave(site)
+    talk(enclave, bundle)
+    scoring = actions.Score(**encode(bundle), selection=RADIANS)
+    enclave.perform("train.score", request(scoring, centroids=np.eye(2, 8)))
+    with pytest.raises(OrderError, match="selection"):
+        enclave.perform("query.annotations", request(actions.Annotations(**COMMON)))
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle):
+    own = own.model_copy(update={"oracle": oracle})
+    forget_labels(own.data.path)
+    enclave = InProcessEnclave(own)
+    install(enclave, bundle)
+    everything = Selection(strategy="random", scope="per_site", budgets=(1.0,))
+    enclave.perform("train.score", request(actions.Score(**encode(bundle), selection=everything)))
+    enclave.perform("train.select", request(actions.Select(**COMMON, stage="mark"), cuts=NO_CUTS))
+    pool = Store(own.store).images("pool")
+    known = sum(row.label is not None for row in pool)
+    assert 0 < known < len(pool)
+    reply = enclave.perform("query.annotations", request(actions.Annotations(**COMMON)))
+    expected = (known, known) if oracle else (0, len(pool))
+    assert (reply.metrics["done"], reply.metrics["total"]) == expected
+
+
 def intake(site):
     InProcessEnclave(site)
     return Store(site.store)
@@ -610,21 +693,27 @@ def test_a_class_of_one_patient_cannot_be_tested(own):
         intake(own)
 
 
-def test_unlabelled_images_join_the_pool_unless_their_patient_is_tested(own):
-    lines = (own.data.path / "table.csv").read_text().splitlines()
-    header = lines[0].split(",")
-    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
-    images, seen = {}, set()
-    for row in rows:
-        images.setdefault(row["patient"], []).append(row["image"])
-    assert any(len(names) > 1 for names in images.values())
+def forget_labels(folder):
+    """Take the label of every image but each patient's first."""
+    seen = set()
 
     def forget(row):
         first = row["patient"] not in seen
         seen.add(row["patient"])
         return row if first else {**row, "label": ""}
 
-    rewrite(own.data.path, forget)
+    rewrite(folder, forget)
+
+
+def test_unlabelled_images_join_the_pool_unless_their_patient_is_tested(own):
+    lines = (own.data.path / "table.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+    images = {}
+    for row in rows:
+        images.setdefault(row["patient"], []).append(row["image"])
+    assert any(len(names) > 1 for names in images.values())
+    forget_labels(own.data.path)
     store = intake(own)
     held = store.images("test")
     tested = {row.group for row in held}

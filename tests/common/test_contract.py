@@ -88,6 +88,7 @@ def test_a_key_that_resembles_none_lists_the_known_ones(tmp_path):
         ({"selection": {"budgets": [0.0]}}, "ascending"),
         ({"selection": {"budgets": [0.2, 1.1]}}, "ascending"),
         ({"selection": {"budgets": []}}, "selection.budgets"),
+        ({"clustering": {"clusters": 65}}, "clustering.clusters"),
         ({"image_size": 36}, "image_size"),
         ({"finetuning": {"learning_rate": float("nan")}}, "finetuning.learning_rate"),
         ({"reconstruction": {"init": "magic"}}, "reconstruction.init"),

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,6 +20,7 @@ from sonofed_client.enclave.store import Store
 from sonofed_client.settings import read_site
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import (
+    BundleError,
     CollapseError,
     ConfigurationError,
     DataMissingError,
@@ -25,14 +28,18 @@ from sonofed_common.contract.errors import (
     ParameterError,
     SonoFedError,
 )
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.results import read_results
-from sonofed_common.contract.study import NEEDS_GIVES, Study
+from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_server.phases import reconstruct, ship
+from sonofed_server.phases.annotate import POLL_SECONDS
 from sonofed_server.study.engine import run_study
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.flower import run_flower
+from sonofed_simulations.engines.guard import PREFIX
 from sonofed_simulations.engines.inline import InlineGrid, run_inline
 from sonofed_simulations.simulation import simulate
 
@@ -81,7 +88,7 @@ def test_results_hold_every_phase_and_every_number(inline, laboratory):
     workspace, _, results = inline
     assert read_results(workspace.results) == results
     assert not workspace.failure.exists()
-    assert [phase.name for phase in results.phases] == list(NEEDS_GIVES)
+    assert [phase.name for phase in results.phases] == list(ACTIVE_LEARNING)
     for phase in results.phases:
         assert phase.seconds > 0 and phase.bytes_to_sites > 0 and phase.bytes_from_sites > 0
     assert results.seconds == pytest.approx(sum(phase.seconds for phase in results.phases))
@@ -132,6 +139,14 @@ def test_the_published_bundle_holds_the_averaged_weights(inline, laboratory):
         assert f"bundle/{bundle.id}" in Store(read_site(site).store).names("bundle/")
 
 
+def test_the_published_bundle_names_its_source(inline, laboratory):
+    workspace, _, _ = inline
+    facts = Bundle.open(workspace.final_bundle).manifest.facts
+    source = Bundle.open(laboratory.root / "source")
+    assert facts["source"] == source.manifest.facts and NETWORK in facts["source"]["classifiers"]
+    assert facts["source_bundle"] == source.id and facts["study"] == "tiny"
+
+
 def test_nothing_of_an_image_is_in_what_the_coordinator_keeps(inline):
     workspace, sites, _ = inline
     kept = b"".join(p.read_bytes() for p in sorted(workspace.root.rglob("*")) if p.is_file())
@@ -147,7 +162,7 @@ def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
     before = checkpoint(workspace)
     again = run_inline(workspace, sites, Events())
     phases = [e["phase"] for e in events(workspace) if e["event"] == "phase-started"]
-    assert phases == [*NEEDS_GIVES, "enrol"]
+    assert phases == [*ACTIVE_LEARNING, "enrol"]
     assert again.sites == results.sites and again.started == results.started
     assert before.digest() == checkpoint(workspace).digest()
 
@@ -202,7 +217,7 @@ def test_a_killed_study_resumes_to_the_same_bits(inline, laboratory, tmp_path):
     assert checkpoint(broken).digest() == checkpoint(workspace).digest()
     assert [selection(s) for s in other] == [selection(s) for s in sites]
     assert again.sites == results.sites
-    assert [phase.name for phase in again.phases] == list(NEEDS_GIVES)
+    assert [phase.name for phase in again.phases] == list(ACTIVE_LEARNING)
     assert not list(broken.root.glob(".*.tmp"))
 
 
@@ -304,6 +319,196 @@ def test_a_site_lost_while_selecting_leaves_no_trace_in_the_selection(
     assert selection(sites[1]) == selection(others[1])
     assert results.missing_sites == ("riverside",)
     assert results.sites["riverside"].selected == 0
+
+
+class Deaf(InlineGrid):
+    """A grid that loses what the first site answered, once, to an action that it did."""
+
+    def __init__(self, action=None):
+        super().__init__(2)
+        self._lost = action
+        self.asked = set()
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.asked |= {(m.metadata.message_type, m.metadata.dst_node_id) for m in messages}
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        replies = []
+        for reply in super().pull_messages(message_ids):
+            if (reply.metadata.message_type, reply.metadata.src_node_id) == (self._lost, 1):
+                self._lost = None
+            else:
+                replies.append(reply)
+        return replies
+
+
+NEEDS_SELECTION = {("query.annotations", 1), ("train.classifier", 1)}
+
+
+def test_a_site_that_marked_a_selection_without_being_heard_trains_on_none(
+    laboratory, tmp_path, monkeypatch
+):
+    change = {**SHORT, "cohort": {"quorum": 1, "deadline_seconds": 1.0}}
+    absent, others = lay_out(laboratory, tmp_path / "absent", **change)
+    spoil(others[0])
+    run_inline(absent, others, Events())
+    workspace, sites = lay_out(laboratory, tmp_path / "lost", **change)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    grid = Deaf("train.select")
+    results = run_study(workspace, grid, "inline")
+    assert len(selection(sites[0])[-1]) > 0
+    assert not grid.asked & NEEDS_SELECTION
+    assert results.missing_sites == ("riverside",)
+    assert "no part in the selection" in results.sites["riverside"].missing_reason
+    group = f"classifier/{NETWORK}/0"
+    alone, together = (checkpoint(w).group(group) for w in (absent, workspace))
+    assert alone and alone.keys() == together.keys()
+    assert all(np.array_equal(alone[name], together[name]) for name in alone)
+
+
+def test_a_site_that_joins_a_resumed_study_after_the_selection_trains_on_none(
+    laboratory, tmp_path, monkeypatch
+):
+    change = {**SHORT, "cohort": {"quorum": 1, "deadline_seconds": 1.0}}
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
+    run_inline(workspace, sites, Events())
+    # A coordinator that lost its state selects anew, here without the first site.
+    workspace.checkpoint.unlink()
+    alone, grid = Deaf(), Deaf()
+    monkeypatch.setattr(alone, "get_node_ids", lambda: [2])
+
+    def stop(event):
+        if event["event"] == "phase-started" and event["phase"] == "annotate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(workspace, alone, "inline", Events(workspace.events, [stop]))
+    results = run_study(workspace, grid, "inline")
+    assert len(selection(sites[0])[-1]) > 0
+    assert ("query.describe", 1) in grid.asked and not grid.asked & NEEDS_SELECTION
+    assert "no part in the selection" in results.sites["riverside"].missing_reason
+    assert results.sites["hillview"].classifiers[NETWORK].adapted is not None
+
+
+def forget_labels(site):
+    """Take the label of every image but each patient's first; return the settings' new file."""
+    values = tomllib.loads(site.read_text())
+    folder = Path(shutil.copytree(values["data"]["path"], site.parent / "unlabelled"))
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seen = set()
+    for row in rows:
+        row["label"] = "" if row["patient"] in seen else row["label"]
+        seen.add(row["patient"])
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    values["data"]["path"] = str(folder)
+    site.write_text(tomli_w.dumps(values))
+
+
+def test_nobody_waits_for_labels_that_an_oracle_does_not_have(laboratory, tmp_path):
+    change = {**SHORT, "phases": ["enrol", "ship", "select", "annotate"]}
+    change["selection"] = {"strategy": "random", "budgets": [1.0]}
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
+    forget_labels(sites[0])
+    results = run_inline(workspace, sites, Events())
+    store = Store(read_site(sites[0]).store)
+    unlabelled = [row for row in store.images("pool") if row.label is None]
+    assert unlabelled and {row.id for row in unlabelled} <= set(selection(sites[0])[-1])
+    assert {p.name: p for p in results.phases}["annotate"].seconds < POLL_SECONDS
+
+
+class Slow(InlineGrid):
+    """A grid whose first site answers each slice of a reconstruction late, or as the first."""
+
+    def __init__(self, seconds, stalled):
+        super().__init__(2)
+        self._seconds, self._stalled = seconds, stalled
+        self._first = None
+
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        for n, reply in enumerate(replies):
+            if (reply.metadata.message_type, reply.metadata.src_node_id) == (
+                "train.reconstruct",
+                1,
+            ):
+                time.sleep(self._seconds)
+                self._first = self._first or reply
+                replies[n] = self._first if self._stalled else reply
+        return replies
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_reconstruction_may_take_as_long_as_it_goes_on(
+    laboratory, tmp_path, monkeypatch, stalled
+):
+    monkeypatch.setattr(reconstruct, "SLICE_SECONDS", 1e-3)
+    deadline = 1.0
+    change = {
+        "phases": ["enrol", "ship", "reconstruct"],
+        "cohort": {"quorum": 1, "deadline_seconds": deadline},
+        "reconstruction": {"steps": 1, "batch_size": 2},
+    }
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    results = run_study(workspace, Slow(0.3, stalled), "inline")
+    seconds = {p.name: p for p in results.phases}["reconstruct"].seconds
+    assert seconds > deadline
+    assert results.sites["hillview"].reconstruction is not None
+    if stalled:
+        assert "no image was redrawn" in results.sites["riverside"].missing_reason
+        assert results.missing_sites == ("riverside",)
+    else:
+        assert results.missing_sites == ()
+        assert results.sites["riverside"].reconstruction is not None
+
+
+class Lossy(InlineGrid):
+    """A grid that loses a blob of every bundle on its way to the first site."""
+
+    def __init__(self, digest):
+        super().__init__(2)
+        self._digest = digest
+        self.messages = 0
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.message_type == "train.install":
+                self.messages += 1
+                records = from_recorddict(message.content)
+                if message.metadata.dst_node_id == 1:
+                    records.arrays.pop(f"blobs/{self._digest}", None)
+                message.content = to_recorddict(records)
+        return super().push_messages(messages)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_bundle_in_many_messages_arrives_whole_or_not_at_all(
+    laboratory, tmp_path, monkeypatch, lost
+):
+    monkeypatch.setattr(ship, "MESSAGE_BYTES", 1000)
+    workspace, sites = lay_out(laboratory, tmp_path, phases=["enrol", "ship"])
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    bundle = Bundle.open(workspace.bundle)
+    digest = sorted(bundle.manifest.blobs)[0]
+    grid = Lossy(digest if lost else None)
+    if lost:
+        with pytest.raises(BundleError, match="riverside still lacks"):
+            run_study(workspace, grid, "inline")
+    else:
+        run_study(workspace, grid, "inline")
+        assert grid.messages > 2 * 2
+    for site in sites[: None if not lost else 1]:
+        names = Store(read_site(site).store).names("b")
+        held = {name.removeprefix("blob/") for name in names if name.startswith("blob/")}
+        assert held == set(bundle.manifest.blobs) - ({digest} if lost else set())
+        assert (f"bundle/{bundle.id}" in names) is not lost
 
 
 class Hiccup(InlineGrid):
@@ -411,7 +616,7 @@ def test_a_site_that_does_not_connect_is_waited_for_until_the_deadline(laborator
 
 
 def test_without_reconstruction(laboratory, tmp_path):
-    phases = [p for p in NEEDS_GIVES if p != "reconstruct"]
+    phases = [p for p in ACTIVE_LEARNING if p != "reconstruct"]
     workspace, sites = lay_out(laboratory, tmp_path, phases=phases)
     results = run_inline(workspace, sites, Events())
     assert [phase.name for phase in results.phases] == phases
@@ -437,7 +642,7 @@ def test_random_selection_with_few_phases(laboratory, tmp_path):
     ],
 )
 def test_selection_settings_run(laboratory, tmp_path, settings):
-    phases = [p for p in NEEDS_GIVES if p not in ("reconstruct", "classifier", "publish")]
+    phases = [p for p in ACTIVE_LEARNING if p not in ("reconstruct", "classifier", "publish")]
     small = {"embedding": {"rounds": 1}, "selection": settings}
     workspace, sites = lay_out(laboratory, tmp_path, phases=phases, **small)
     results = run_inline(workspace, sites, Events())
@@ -479,13 +684,19 @@ def ended(workspace):
     return left == [] or left
 
 
+def temporary():
+    """What Flower's engine and Ray keep in the folder for temporary files."""
+    return {*Path("/tmp").glob(f"{PREFIX}*"), *Path("/tmp/ray").glob("session_*")}
+
+
 @pytest.mark.slow
 def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
     workspace, sites, results = inline
     other, others = lay_out(laboratory, tmp_path)
-    seen = []
+    seen, before = [], temporary()
     federated = run_flower(other, others, Events(listeners=[seen.append]), 1)
     assert ended(other) is True
+    assert temporary() <= before
     assert [selection(s) for s in others] == [selection(s) for s in sites]
     first, second = checkpoint(workspace).arrays, checkpoint(other).arrays
     assert first.keys() == second.keys()
@@ -493,7 +704,7 @@ def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
         assert array.dtype == second[name].dtype
         np.testing.assert_allclose(second[name], array, rtol=0, atol=1e-6, err_msg=name)
     assert federated.engine == "flower" and federated.missing_sites == ()
-    assert [e["phase"] for e in seen if e["event"] == "phase-finished"] == list(NEEDS_GIVES)
+    assert [e["phase"] for e in seen if e["event"] == "phase-finished"] == list(ACTIVE_LEARNING)
     assert [p.bytes_to_sites for p in federated.phases] == pytest.approx(
         [p.bytes_to_sites for p in results.phases], rel=0.01, abs=2000
     )

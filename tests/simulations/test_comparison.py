@@ -18,6 +18,7 @@ from sonofed_simulations.comparison import (
     run_comparison,
 )
 from sonofed_simulations.comparison_summary import summarise, write_summary
+from sonofed_simulations.segmentation_comparison import read_mask_comparison
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
 CHEAP = 'phases = ["enrol", "ship", "select", "annotate", "classifier"]'
@@ -69,9 +70,10 @@ def test_a_variant_without_its_paired_reference_has_no_contrast() -> None:
 
 
 def test_built_in_comparisons_are_valid() -> None:
-    for name in built_in():
-        comparison, _ = read_comparison(name)
-        assert len(comparison.seeds) >= 3 and len(comparison.reference) >= 5
+    selection, _ = read_comparison(built_in()["breast_selection"])
+    assert len(selection.seeds) >= 3 and len(selection.reference) >= 5
+    segmentation, _ = read_mask_comparison(built_in()["breast_segmentation"])
+    assert len(segmentation.seeds) >= 3 and len(segmentation.plug_in) >= 3
 
 
 def test_a_variant_that_is_no_study_is_refused(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_a_variant_that_is_no_study_is_refused(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     with pytest.raises(ConfigurationError, match="uncertainty"):
-        read_comparison(str(file))
+        read_comparison(file)
 
 
 @pytest.mark.slow
@@ -95,7 +97,7 @@ def test_cells_run_once_and_again_after_a_change(tmp_path: Path) -> None:
     )
     file.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    comparison, scenario = read_comparison(str(file))
+    comparison, scenario = read_comparison(file)
     run_comparison(comparison, scenario, out, None, (0,), SILENT)
     kept = {p: p.stat().st_mtime_ns for p in out.rglob(PREDICTIONS)}
     assert len(kept) == 4
@@ -112,7 +114,7 @@ def test_cells_run_once_and_again_after_a_change(tmp_path: Path) -> None:
     assert "bn-adapted" in (out / "comparison.md").read_text(encoding="utf-8")
 
     file.write_text(text.replace("draw = 1", "draw = 2"), encoding="utf-8")
-    comparison, scenario = read_comparison(str(file))
+    comparison, scenario = read_comparison(file)
     run_comparison(comparison, scenario, out, None, (0,), SILENT)
     changed = {p.parent.name for p, t in kept.items() if p.stat().st_mtime_ns != t}
     assert changed == {"random-1"}

@@ -11,7 +11,10 @@ from sonofed_client.enclave.handlers import (
     bundles,
     classification,
     embedding,
+    ensemble,
+    pretraining,
     reconstruction,
+    segmentation,
     selection,
 )
 from sonofed_client.enclave.site import Site
@@ -36,9 +39,23 @@ HANDLERS: dict[str, Handler] = {
     "query.annotations": selection.count_annotations,
     "train.classifier": classification.train_classifier,
     "evaluate.classifier": classification.evaluate_classifier,
+    "train.pretrain": pretraining.pretrain,
+    "train.segmenter": segmentation.train_segmenter,
+    "train.ensemble": ensemble.train_ensemble,
+    "evaluate.segmenter": ensemble.evaluate_segmenter,
 }
 
-JOBS = frozenset({"train.embed", "train.classifier", "evaluate.classifier"})
+JOBS = frozenset(
+    {
+        "train.embed",
+        "train.classifier",
+        "evaluate.classifier",
+        "train.pretrain",
+        "train.segmenter",
+        "train.ensemble",
+        "evaluate.segmenter",
+    }
+)
 """Actions whose result is kept and given again when the same request returns."""
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from sonofed_client.enclave.intake import pixels, take_in
+from sonofed_client.enclave.intake import masks, pixels, take_in
 from sonofed_client.enclave.store import CataloguedImage, Store
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.bundle import Manifest, verify_manifest
@@ -59,6 +59,29 @@ class Site:
         whole = self._keep_warm(key, lambda: pixels(self.store, image_size))
         chosen = whole[torch.tensor([row.position for row in rows], dtype=torch.long)]
         return rows, chosen.to(torch.float32) / 255
+
+    def masks(self, part: str, image_size: int) -> tuple[list[int], Tensor]:
+        """Return the masks of one part.
+
+        Parameters
+        ----------
+        part : str
+            ``pool`` or ``test``.
+        image_size : int
+            S, pixels.
+
+        Returns
+        -------
+        index : list of int
+            Which of the rows and images of `images` have masks, ascending.
+        masks : Tensor (M, 1, S, S)
+            Classes, uint8, 0 is background; each lies over its image.
+        """
+        key = ("masks", self.snapshot, str(image_size))
+        places = {row.position: n for n, row in enumerate(self.store.images(part))}
+        positions, whole = self._keep_warm(key, lambda: masks(self.store, image_size))
+        held = [n for n, position in enumerate(positions) if position in places]
+        return [places[positions[n]] for n in held], whole[torch.tensor(held, dtype=torch.long)]
 
     def manifest(self, bundle: str) -> Manifest:
         """Return the manifest of an installed bundle.

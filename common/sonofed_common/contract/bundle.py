@@ -9,7 +9,6 @@ A bundle is a folder::
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,24 +194,6 @@ class Bundle:
             No such path, or its blob is missing or changed.
         """
         return self.blob(self._blob(path).sha256)
-
-    def extract(self, prefix: str, folder: Path) -> None:
-        """Write the files under ``<prefix>/`` as a plain folder, for example a diffusers one.
-
-        Raises
-        ------
-        BundleError
-            No file has that prefix, or a blob is missing or changed.
-        """
-        paths = [path for path in self.paths if path.startswith(f"{prefix}/")]
-        if not paths:
-            raise BundleError(f"the bundle holds nothing under '{prefix}'")
-        for path in paths:
-            digest = self._blob(path).sha256
-            self._check(digest)
-            target = folder / path.removeprefix(f"{prefix}/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.folder / BLOBS / digest, target)
 
     def _blob(self, path: str) -> Blob:
         if path not in self.manifest.files:

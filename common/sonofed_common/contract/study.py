@@ -134,10 +134,14 @@ class Embedding(Model):
     merge: Literal["fedavg", "fedema"] = "fedavg"
 
 
+MAX_CLUSTERS = 64
+"""Most clusters: sums over few images are nearly the images' own vectors."""
+
+
 class Clustering(Model):
     """Federated spherical k-means."""
 
-    clusters: int = Field(default=4, ge=2)
+    clusters: int = Field(default=4, ge=2, le=MAX_CLUSTERS)
     iterations: int = Field(default=50, ge=1)
     tolerance: float = Field(default=1e-4, ge=0, description="largest centroid move, radians")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sonofed_common.contract.errors import ConfigurationError, OneClassError
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.data.sample import Sample
 
 Labels = Counter[int | None]
@@ -145,25 +145,4 @@ def check_no_leak(split: Split) -> None:
         raise ConfigurationError(
             f"{len(shared)} patients or groups of duplicates are in both the pool and the test "
             "part; split by group"
-        )
-
-
-def check_classes(labels: Iterable[int | None]) -> None:
-    """Make sure that a classifier has at least two classes to tell apart.
-
-    Parameters
-    ----------
-    labels : iterable of int or None
-        Labels of the training images; None is no class.
-
-    Raises
-    ------
-    OneClassError
-        There are fewer than two classes.
-    """
-    found = {label for label in labels if label is not None}
-    if len(found) < 2:
-        raise OneClassError(
-            f"the labelled images hold {len(found)} class(es) where two are needed; "
-            "label images of another class or join this site with others"
         )

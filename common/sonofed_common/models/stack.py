@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -77,10 +77,6 @@ class DiffusionStack(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.prompt.device
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that training changes."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def edges(self, images: Tensor) -> Tensor:
         """Edge maps (B, 1, S, S) in {0, 1} of images (B, 1, S, S) in [0, 1]."""

@@ -7,6 +7,7 @@ import time
 from sonofed_common.contract.actions import Describe, request
 from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
 from sonofed_common.contract.records import Records
+from sonofed_server.phases.select import bar_unselected
 from sonofed_server.study.run import StudyRun
 
 RETRY_SECONDS = 0.5
@@ -50,6 +51,8 @@ def enrol(run: StudyRun) -> None:
         run.events.emit("study-restarted", reason="the images changed", sites=changed)
     for site, reply in replies.items():
         run.site_facts(site).update(description=reply.config, rounded=reply.metrics)
+    if "select" in run.state.done:
+        bar_unselected(run)
     _check_quorum(run, failures)
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from safetensors.numpy import save
 
 from sonofed_common.contract.bundle import BundleWriter
-from sonofed_common.contract.results import SiteResults
+from sonofed_common.contract.records import to_bytes
+from sonofed_common.models.ensemble import INFUSION, infusion_records
+from sonofed_common.models.infusion import InfusionHead
+from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_or_create_signing_key
+from sonofed_server.phases.branches import Origin, adapted, branches
+from sonofed_server.phases.model_card import model_card
 from sonofed_server.phases.ship import install_everywhere
-from sonofed_server.study.report import site_results
 from sonofed_server.study.run import StudyRun
+
+SEGMENTING = {"supervise", "pseudo_label", "ensemble"}
 
 
 def publish(run: StudyRun) -> None:
@@ -26,56 +32,31 @@ def publish(run: StudyRun) -> None:
         weights = run.state.group(f"classifier/{name}/{last}")
         if weights:
             writer.add(f"classifiers/{name}.safetensors", save(dict(weights)))
-    writer.add("MODEL_CARD.md", _model_card(run).encode())
+    card = model_card(run).encode()
+    writer.add("MODEL_CARD.md", card)
     # The source's metrics and thresholds are not those of the adapted weights.
     writer.facts = {
         "source": dict(source.facts),
         "source_bundle": run.bundle.id,
         "study": run.study.name,
     }
+    if SEGMENTING & set(run.state.done):
+        _add_segmenters(run, writer)
     bundle = writer.sign(load_or_create_signing_key(run.workspace.key))
+    write_atomically(run.workspace.model_card, card)
     run.state.facts["final_bundle"] = bundle.id
     install_everywhere(run, bundle, "publish")
 
 
-def _model_card(run: StudyRun) -> str:
-    missing = run.exchange.missing
-    sites = {
-        name: site
-        for name, site in site_results(run).items()
-        if site.missing_reason is None and name not in missing
-    }
-    lines = [
-        f"# {run.study.name}",
-        "",
-        "Binary classification of breast lesions on B-mode ultrasound (benign, malignant), "
-        f"adapted at {len(sites)} sites by federated fine-tuning on {_labels(sites)} labels.",
-        "Not a medical device; for research. Validate it on your own patients before any use.",
-        "",
-        f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
-        "longer side resized, padded with 0",
-        f"- normalisation statistics: {run.study.finetuning.batch_norm}",
-        f"- source bundle: {run.bundle.id}",
-        f"- study file: {run.study.digest()}",
-        "",
-        "| site | classifier | test images | AUROC, source | AUROC, adapted |",
-        "|---|---|---|---|---|",
-    ]
-    for site, results in sites.items():
-        for name, classifier in results.classifiers.items():
-            before = _interval(classifier.source)
-            after = _interval(classifier.adapted or {})
-            lines.append(f"| {site} | {name} | {results.test_images} | {before} | {after} |")
-    return "\n".join(lines) + "\n"
-
-
-def _labels(sites: dict[str, SiteResults]) -> int:
-    return sum(site.selected for site in sites.values())
-
-
-def _interval(metrics: dict[str, float | None]) -> str:
-    values = [metrics.get(name) for name in ("auroc", "auroc_low", "auroc_high")]
-    if None in values:
-        return "-"
-    value, low, high = (v or 0.0 for v in values)
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+def _add_segmenters(run: StudyRun, writer: BundleWriter) -> None:
+    after = adapted(run)
+    chosen = branches(run) if after is None else after
+    origin: Origin = "branches" if after is None else "adapted"
+    for name in chosen.names:
+        writer.add(f"segmenters/{name}.safetensors", chosen.weights(name))
+    head = InfusionHead(len(chosen.names), run.study.infusion, chosen.facts.classes)
+    if arrays := run.state.group(f"ensemble/{origin}"):
+        head.load(arrays)
+    writer.add(INFUSION, to_bytes(infusion_records(chosen.names, head)))
+    writer.facts["image_size"] = run.study.image_size
+    writer.facts["segmentation"] = chosen.facts.model_dump(mode="json")

@@ -14,32 +14,40 @@ SLICE_SECONDS = 10.0
 def reconstruct(run: StudyRun) -> None:
     """Poll all sites until each is done; progress counts images.
 
+    A pool may take longer than the deadline: a site is lost only where none of its images was
+    redrawn for as long as that.
+
     Raises
     ------
     QuorumError
-        The deadline has passed with fewer finished sites than the quorum.
+        Fewer sites than the quorum are left.
     """
     parameters = Reconstruct(
         **run.pooled, settings=run.study.reconstruction, slice_seconds=SLICE_SECONDS
     )
     message = request(parameters)
-    until = time.monotonic() + run.study.cohort.deadline_seconds
-    running = run.exchange.sites()
-    progress: dict[str, tuple[int, int]] = {}
-    while running and time.monotonic() < until:
-        for site, reply in run.exchange.ask("train.reconstruct", message, running):
+    exchange, cohort = run.exchange, run.study.cohort
+    running = exchange.sites()
+    progress = dict.fromkeys(running, (0, 0))
+    moved = dict.fromkeys(running, time.monotonic())
+    while running:
+        for site, reply in exchange.ask("train.reconstruct", message, running):
+            before, _ = progress[site]
             progress[site] = (int(reply.config["done"]), int(reply.config["total"]))
+            if progress[site][0] > before:
+                moved[site] = time.monotonic()
             if reply.config["state"] == "done":
                 running = [s for s in running if s != site]
                 run.site_facts(site)["reconstruction"] = reply.metrics
             done, total = (sum(column) for column in zip(*progress.values(), strict=True))
             run.events.progress("reconstruct", done, total, site=site)
-        running = [s for s in running if s not in run.exchange.missing]
-    for site in running:
-        run.exchange.missing[site] = "reconstruction did not end before the deadline"
-    if len(run.exchange.sites()) < run.study.cohort.smallest:
+        running = [s for s in running if s not in exchange.missing]
+        latest = time.monotonic() - cohort.deadline_seconds
+        for site in [s for s in running if moved[s] < latest]:
+            exchange.lose(site, "train.reconstruct", "no image was redrawn within the deadline")
+            running.remove(site)
+    if len(exchange.sites()) < cohort.smallest:
         raise QuorumError(
-            f"reconstruction ended in time at {len(run.exchange.sites())} sites, below the quorum "
-            f"of {run.study.cohort.smallest}; raise cohort.deadline_seconds or lower "
-            "reconstruction.steps"
+            f"reconstruction ended at {len(exchange.sites())} sites, below the quorum of "
+            f"{cohort.smallest}; the others redrew no image within cohort.deadline_seconds"
         )

@@ -29,12 +29,19 @@ def select(run: StudyRun) -> None:
             run.site_facts(site).pop("selected", None)
         try:
             _select(run)
+            bar_unselected(run)
             return
         except QuorumError as error:
             enough = len(run.exchange.sites()) >= run.study.cohort.smallest
             if not (enough and attempts_left):
                 raise
             run.events.emit("selection-restarted", reason=error.message)
+
+
+def bar_unselected(run: StudyRun) -> None:
+    """Keep sites that missed the finished selection from labelling or training on another."""
+    sites = run.study.cohort.sites
+    run.exchange.unselected = frozenset(s for s in sites if "selected" not in run.site_facts(s))
 
 
 def _select(run: StudyRun) -> None:

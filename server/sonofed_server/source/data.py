@@ -14,8 +14,8 @@ from sonofed_common.contract.bundle import DataProvenance
 from sonofed_common.contract.errors import DataMissingError, OneClassError
 from sonofed_common.data.images import load_images
 from sonofed_common.data.readers import read
-from sonofed_common.data.sample import Sample
-from sonofed_common.data.splits import check_no_leak, split_by_group
+from sonofed_common.data.sample import Reading, Sample
+from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.security import sha256_file
 from sonofed_server.source.settings import SourceData, SourceSettings
@@ -59,8 +59,36 @@ class SourceSet:
     provenance: DataProvenance
 
 
-def load_source(settings: SourceSettings, root: Path, events: Events = SILENT) -> SourceSet:
-    """Read, filter, split and load the source images.
+def read_data(settings: SourceSettings, root: Path, events: Events = SILENT) -> Reading:
+    """Read the source data without decoding its images, and keep the wanted devices.
+
+    Raises
+    ------
+    DataMissingError
+        The set is not there, or holds no image of the wanted devices.
+    """
+    data = settings.data
+    events.progress("read source data", 0, 1)
+    reading = read(data.kind, root / data.path)
+    events.progress("read source data", 1, 1)
+    wanted = [
+        sample
+        for sample in reading.samples
+        if not data.devices or sample.device.startswith(tuple(data.devices))
+    ]
+    if not wanted:
+        known = ", ".join(sorted({sample.device for sample in reading.samples if sample.device}))
+        raise DataMissingError(
+            f"the source data holds no image of the devices {', '.join(data.devices)}; "
+            f"its devices are: {known or 'not named'}"
+        )
+    return Reading(tuple(wanted), reading.skipped)
+
+
+def load_source(
+    settings: SourceSettings, root: Path, events: Events = SILENT, reading: Reading | None = None
+) -> SourceSet:
+    """Read, filter, split and load the images labelled benign or malignant.
 
     Parameters
     ----------
@@ -70,6 +98,8 @@ def load_source(settings: SourceSettings, root: Path, events: Events = SILENT) -
         Data folder.
     events : Events
         Gets the counts.
+    reading : Reading, optional
+        What `read_data` returned, to read once where it is needed twice.
 
     Raises
     ------
@@ -78,13 +108,13 @@ def load_source(settings: SourceSettings, root: Path, events: Events = SILENT) -
     OneClassError
         The training or the held-out part holds one class only.
     """
-    events.progress("read source data", 0, 1)
-    reading = read(settings.data.kind, root / settings.data.path)
-    samples = _labelled(reading.samples, settings.data)
-    split = split_by_group(
-        samples, settings.data.test_fraction, derive_seed(settings.seed, "split")
-    )
-    check_no_leak(split)
+    reading = reading or read_data(settings, root, events)
+    samples = [sample for sample in reading.samples if sample.label in range(len(CLASSES))]
+    if not samples:
+        raise DataMissingError(
+            "the source data holds no image labelled benign or malignant; label some first"
+        )
+    split = split_source(samples, settings)
     pool, pool_skipped = _load(split.pool, settings.image_size)
     test, test_skipped = _load(split.test, settings.image_size)
     for part, name in ((pool, "training"), (test, "held-out")):
@@ -95,32 +125,20 @@ def load_source(settings: SourceSettings, root: Path, events: Events = SILENT) -
         held_out=len(test.samples),
         skipped=len(reading.skipped) + pool_skipped + test_skipped,
     )
-    events.progress("read source data", 1, 1)
-    return SourceSet(pool, test, _provenance(settings.data, pool.samples + test.samples))
+    return SourceSet(pool, test, provenance_of(settings.data, pool.samples + test.samples))
 
 
-def _labelled(samples: Sequence[Sample], data: SourceData) -> list[Sample]:
-    wanted = [
-        sample
-        for sample in samples
-        if not data.devices or sample.device.startswith(tuple(data.devices))
-    ]
-    if not wanted:
-        known = ", ".join(sorted({sample.device for sample in samples if sample.device}))
-        raise DataMissingError(
-            f"the source data holds no image of the devices {', '.join(data.devices)}; "
-            f"its devices are: {known or 'not named'}"
-        )
-    labelled = [sample for sample in wanted if sample.label in range(len(CLASSES))]
-    if not labelled:
-        raise DataMissingError(
-            "the source data holds no image labelled benign or malignant; label some first"
-        )
-    return labelled
+def split_source(samples: Sequence[Sample], settings: SourceSettings) -> Split:
+    """Split images by patient into those to train on and held-out ones."""
+    split = split_by_group(
+        samples, settings.data.test_fraction, derive_seed(settings.seed, "split")
+    )
+    check_no_leak(split)
+    return split
 
 
 def _load(samples: Sequence[Sample], image_size: int) -> tuple[Part, int]:
-    images, kept, skipped = load_images(list(samples), image_size)
+    images, kept, skipped = load_images(samples, image_size)
     labels = torch.tensor([sample.label for sample in kept], dtype=torch.long)
     return Part(tuple(kept), images, labels), len(skipped)
 
@@ -134,10 +152,15 @@ def _check_classes(part: Part, name: str) -> None:
         )
 
 
-def _provenance(data: SourceData, samples: Sequence[Sample]) -> DataProvenance:
+def provenance_of(
+    data: SourceData, samples: Sequence[Sample], masks: bool = False
+) -> DataProvenance:
+    """Count images and digest their content, labels and groups; masks where they are used."""
     digest = hashlib.sha256()
     for sample in sorted(samples, key=lambda s: s.name):
-        digest.update(f"{sha256_file(sample.image)} {sample.label} {sample.group}\n".encode())
+        files = (sample.image, *(sample.masks if masks else ()))
+        digests = " ".join(sha256_file(file) for file in files)
+        digest.update(f"{digests} {sample.label} {sample.group}\n".encode())
     return DataProvenance(
         name=data.kind,
         digest=digest.hexdigest(),

@@ -36,6 +36,27 @@ class ClassifierTraining(Model):
     batch_size: int = Field(default=16, ge=2)
 
 
+class SegmenterTraining(Model):
+    """Supervised training of the segmenter."""
+
+    encoder: str = "efficientnet_lite0"
+    classes: int = Field(default=2, ge=2, le=64, description="background included")
+    heads: tuple[Literal["unet", "aspp"], Literal["unet", "aspp"]] = ("unet", "aspp")
+    epochs: int = Field(default=15, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=8, ge=2)
+    style_augmentation: bool = Field(
+        default=False, description="images of many appearances, beside flips and rotations"
+    )
+
+    @field_validator("encoder")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from sonofed_common.models.encoders import ENCODERS
+
+        return _one_of(name, ENCODERS)
+
+
 class DiffusionTraining(Model):
     """Training of the diffusion stack, or none."""
 
@@ -68,13 +89,18 @@ class SourceSettings(Model):
     seed: int = Field(default=0, ge=0)
     preset: Literal["default", "paper"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
-    classes: Literal[2] = Field(default=2, description="benign and malignant; normals are dropped")
-    classifiers: tuple[str, ...] = Field(default=("efficientnet_lite0",), min_length=1)
+    classes: Literal[2] = Field(
+        default=2, description="of the classifiers: benign and malignant; normals are dropped"
+    )
+    classifiers: tuple[str, ...] = ("efficientnet_lite0",)
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; float sums depend on it"
     )
     data: SourceData
     training: ClassifierTraining = ClassifierTraining()
+    segmentation: SegmenterTraining | None = Field(
+        default=None, description="default: no segmenter is trained"
+    )
     diffusion: DiffusionTraining = DiffusionTraining()
 
     @model_validator(mode="before")
@@ -90,6 +116,12 @@ class SourceSettings(Model):
         if len(set(names)) != len(names):
             raise ValueError("name each classifier once")
         return tuple(_one_of(name, CLASSIFIERS) for name in names)
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.classifiers and self.segmentation is None:
+            raise ValueError("name a classifier in 'classifiers', or give a section 'segmentation'")
+        return self
 
     def digest(self) -> str:
         """SHA-256 of the validated settings."""

@@ -22,9 +22,16 @@ from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex
 from sonofed_server.source.classifiers import classifier_facts, features, train_classifier
-from sonofed_server.source.data import Part, SourceSet, load_source
+from sonofed_server.source.data import Part, SourceSet, load_source, read_data
 from sonofed_server.source.diffusion import train_diffusion
-from sonofed_server.source.settings import SourceSettings
+from sonofed_server.source.segmentation_data import (
+    SegmentationPart,
+    SegmentationSet,
+    load_segmentation,
+    united_provenance,
+)
+from sonofed_server.source.segmenter import segmentation_facts, segmenter_facts, train_segmenter
+from sonofed_server.source.settings import SegmenterTraining, SourceSettings
 from sonofed_server.source.statistics import feature_statistics
 
 CHECKPOINTS = "checkpoints"
@@ -38,7 +45,7 @@ def train_source(
     signing_key: Ed25519PrivateKey,
     events: Events = SILENT,
 ) -> Path:
-    """Train the classifiers and the diffusion stack, and write the signed bundle.
+    """Train classifiers, segmenter and diffusion stack, and write the signed bundle.
 
     Parameters
     ----------
@@ -53,25 +60,32 @@ def train_source(
     signing_key : Ed25519PrivateKey
         The coordinator's.
     events : Events
-        Gets progress, and each classifier's metrics.
+        Gets progress, and the metrics of each classifier and of the segmenter.
 
     Returns
     -------
     Path
         The bundle: ``classifiers/<name>.safetensors``, ``source/<name>.safetensors`` (records with
-        `feature_statistics`) and ``diffusion/...`` in diffusers' folder format.
+        `feature_statistics`), ``segmenters/source.safetensors`` and ``diffusion/...`` in diffusers'
+        folder format.
 
     Raises
     ------
-    DataMissingError, OneClassError
-        See `load_source`.
+    DataMissingError, OneClassError, ConfigurationError
+        See `load_source`, `load_segmentation` and `train_segmenter`.
     DivergenceError
         A loss or a weight is not finite.
     """
     set_threads(settings.threads)
-    source = load_source(settings, data_root, events)
+    reading = read_data(settings, data_root, events)
+    source = segmentation = None
+    if settings.classifiers:
+        source = load_source(settings, data_root, events, reading)
+    if settings.segmentation is not None:
+        segmentation = load_segmentation(settings, data_root, events, reading)
+    data = united_provenance(settings, source, segmentation)
     provenance = Provenance(
-        data=source.provenance,
+        data=data,
         seeds={"source": settings.seed},
         versions={
             "python": platform.python_version(),
@@ -85,18 +99,25 @@ def train_source(
     # Built first, so that a bad folder of weights is found before hours of training.
     stack = None if settings.diffusion.kind == "none" else _build(settings, data_root)
     # Named by data and settings: a changed run never goes on from weights of another one.
-    run = f"{settings.digest()[:16]}-{source.provenance.digest[:16]}"
+    run = f"{settings.digest()[:16]}-{data.digest[:16]}"
     checkpoints = out / CHECKPOINTS / run
     writer = BundleWriter(out, name=settings.name, kind="source", provenance=provenance)
     writer.facts = {"image_size": settings.image_size, "classes": settings.classes}
-    writer.facts["classifiers"] = {
-        name: _add_classifier(writer, name, settings, source, checkpoints, events)
-        for name in settings.classifiers
-    }
+    writer.facts["classifiers"] = {}
+    if source is not None:
+        writer.facts["classifiers"] = {
+            name: _add_classifier(writer, name, settings, source, checkpoints, events)
+            for name in settings.classifiers
+        }
+    if segmentation is not None and settings.segmentation is not None:
+        writer.facts |= _add_segmenter(
+            writer, settings, settings.segmentation, segmentation, checkpoints, events
+        )
+    images = source or segmentation
     writer.facts["diffusion"] = (
         None
-        if stack is None
-        else _add_diffusion(writer, settings, stack, source.pool, checkpoints, events)
+        if stack is None or images is None
+        else _add_diffusion(writer, settings, stack, images.pool, checkpoints, events)
     )
     bundle = writer.sign(signing_key)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
@@ -134,24 +155,48 @@ def _add_classifier(
     facts = classifier_facts(model, source.test)
     events.emit("source classifier", classifier=name, **facts["metrics"])
     statistics = feature_statistics(features(model, source.pool.images), seed)
-    writer.add(f"classifiers/{name}.safetensors", save(_plain(model)))
+    writer.add(f"classifiers/{name}.safetensors", weights_bytes(model))
     arrays = {key: tensor.numpy() for key, tensor in statistics.items()}
     writer.add(f"source/{name}.safetensors", to_bytes(Records(arrays)))
     return facts
 
 
-def _plain(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _add_segmenter(
+    writer: BundleWriter,
+    settings: SourceSettings,
+    wanted: SegmenterTraining,
+    data: SegmentationSet,
+    checkpoints: Path,
+    events: Events,
+) -> dict[str, Any]:
+    seed = derive_seed(settings.seed, "segmenter")
+    checkpoint = checkpoints / "segmenter.safetensors"
+    model = train_segmenter(data.pool, wanted, seed, checkpoint=checkpoint, events=events)
+    facts = segmenter_facts(model, data.test)
+    events.emit("source segmenter", temperature=facts["temperature"], **facts["metrics"])
+    writer.add("segmenters/source.safetensors", weights_bytes(model))
     return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        "segmentation": segmentation_facts(wanted, data.pool).model_dump(mode="json"),
+        "segmenters": {"source": facts},
     }
+
+
+def weights_bytes(model: torch.nn.Module) -> bytes:
+    """Encode a model's parameters and buffers as one safetensors file."""
+    # safetensors takes neither channels-last tensors nor shared storage.
+    return save(
+        {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+        }
+    )
 
 
 def _add_diffusion(
     writer: BundleWriter,
     settings: SourceSettings,
     stack: DiffusionStack,
-    pool: Part,
+    pool: Part | SegmentationPart,
     checkpoints: Path,
     events: Events,
 ) -> dict[str, Any]:

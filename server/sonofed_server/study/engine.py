@@ -21,10 +21,15 @@ from sonofed_server.phases.classifier import classifier
 from sonofed_server.phases.cluster import cluster
 from sonofed_server.phases.embed import embed
 from sonofed_server.phases.enrol import enrol
+from sonofed_server.phases.ensemble import ensemble
+from sonofed_server.phases.evaluate import evaluate
+from sonofed_server.phases.pretrain import pretrain
+from sonofed_server.phases.pseudo_label import pseudo_label
 from sonofed_server.phases.publish import publish
 from sonofed_server.phases.reconstruct import reconstruct
 from sonofed_server.phases.select import select
 from sonofed_server.phases.ship import ship
+from sonofed_server.phases.supervise import supervise
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.report import study_results
 from sonofed_server.study.run import StudyRun
@@ -41,6 +46,11 @@ PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "select": select,
     "annotate": annotate,
     "classifier": classifier,
+    "pretrain": pretrain,
+    "supervise": supervise,
+    "pseudo_label": pseudo_label,
+    "ensemble": ensemble,
+    "evaluate": evaluate,
     "publish": publish,
 }
 

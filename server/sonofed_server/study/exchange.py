@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from sonofed_common.contract.errors import (
+    OrderError,
     ParameterError,
     QuorumError,
     SonoFedError,
@@ -21,6 +22,7 @@ from sonofed_common.contract.study import Cohort
 from sonofed_common.runtime import Events
 
 POLL_SECONDS = 0.05
+NEED_SELECTION = frozenset({"query.annotations", "train.classifier"})
 Request = Records | Callable[[str], Records]
 
 
@@ -48,6 +50,9 @@ class Exchange:
         Running totals.
     missing : dict of str to str
         Sites that failed in the phase at hand, and why; they are asked again in the next phase.
+    unselected : frozenset of str
+        Sites that missed the selection. They fail where an action rests on it, without being asked:
+        what they may still hold as selected is of a selection that this study did not complete.
     """
 
     grid: Grid
@@ -56,6 +61,7 @@ class Exchange:
     nodes: dict[str, int] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     missing: dict[str, str] = field(default_factory=dict)
+    unselected: frozenset[str] = frozenset()
 
     def sites(self) -> list[str]:
         """Sites that take part in the phase at hand, in the cohort's order."""
@@ -64,6 +70,11 @@ class Exchange:
     def new_phase(self) -> None:
         """Ask every enrolled site again."""
         self.missing = {}
+
+    def lose(self, site: str, action: str, reason: str) -> None:
+        """Go on without a site until the next phase."""
+        self.missing[site] = reason
+        self.events.emit("site-failed", site=site, action=action, reason=reason)
 
     def ask(
         self, action: str, request: Request, sites: list[str] | None = None
@@ -86,15 +97,15 @@ class Exchange:
             in its place when that is what broke the quorum.
         """
         asked = self.sites() if sites is None else sites
-        pushed = {site: self._push(action, request, site) for site in asked}
+        barred = self.unselected if action in NEED_SELECTION else frozenset()
+        pushed = {site: self._push(action, request, site) for site in asked if site not in barred}
         until = time.monotonic() + self.cohort.deadline_seconds
         failures: dict[str, SonoFedError] = {}
-        for site, message in pushed.items():
-            reply = self._pull(site, message, until)
+        for site in asked:
+            reply = self._pull(site, pushed[site], until) if site in pushed else _unselected(site)
             if isinstance(reply, SonoFedError):
                 failures[site] = reply
-                self.missing[site] = str(reply)
-                self.events.emit("site-failed", site=site, action=action, reason=str(reply))
+                self.lose(site, action, str(reply))
                 if len(self.sites()) < self.cohort.smallest:
                     raise _broken(action, failures, len(self.sites()), self.cohort)
                 continue
@@ -134,6 +145,10 @@ class Exchange:
             if time.monotonic() > until:
                 return QuorumError(f"site {site} did not answer within the deadline")
             time.sleep(POLL_SECONDS)
+
+
+def _unselected(site: str) -> OrderError:
+    return OrderError(f"site {site} took no part in the selection; it joins the next study")
 
 
 def _broken(

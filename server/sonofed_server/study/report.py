@@ -28,7 +28,7 @@ def study_results(run: StudyRun) -> Results:
         study_digest=run.study.digest(),
         seed=run.study.seed,
         engine=str(facts.get("engine", "deployment")),
-        machine=_machine(),
+        machine=this_machine(),
         started=str(facts["started"]),
         seconds=sum(phase["seconds"] for phase in facts["phases"]),
         phases=tuple(PhaseCost.model_validate(phase) for phase in facts["phases"]),
@@ -56,6 +56,10 @@ def _site(run: StudyRun, facts: dict[str, Any]) -> SiteResults:
         classifiers={
             name: _classifier(run, name, stages, selected)
             for name, stages in facts.get("classifiers", {}).items()
+        },
+        test_masks=facts.get("test_masks", 0),
+        segmentation={
+            stage: _measures(metrics) for stage, metrics in facts.get("segmentation", {}).items()
         },
         reconstruction=ReconstructionQuality.model_validate(quality) if quality else None,
         missing_reason=facts.get("missing"),
@@ -85,7 +89,8 @@ def _measures(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name not in ("images", "loss")}
 
 
-def _machine() -> Machine:
+def this_machine() -> Machine:
+    """Describe the machine that this process runs on."""
     return Machine(
         python=platform.python_version(),
         torch=version("torch"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_server.study.exchange import Exchange
+from sonofed_server.study.source import StudySource, read_study_source
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 
@@ -22,6 +23,7 @@ class StudyRun:
     exchange: Exchange
     state: StudyState
     events: Events
+    _source: StudySource | None = field(default=None, init=False, repr=False)
 
     @property
     def common(self) -> dict[str, Any]:
@@ -44,6 +46,13 @@ class StudyRun:
             "settings": study.embedding,
             "reconstruction": study.reconstruction,
         }
+
+    def source(self) -> StudySource:
+        """Labelled source data, loaded on first use (see `read_study_source`)."""
+        if self._source is None:
+            digest = self.bundle.manifest.provenance.settings
+            self._source = read_study_source(self.workspace, digest, self.events)
+        return self._source
 
     def site_facts(self, site: str) -> dict[str, Any]:
         """Facts of one site for the results; made on first use."""

@@ -20,7 +20,8 @@ class Workspace:
     Attributes
     ----------
     root : Path
-        Holds ``study.toml``, ``bundle/``, ``coordinator.pem``, and what the study writes.
+        Holds ``study.toml``, ``bundle/``, ``coordinator.pem``, ``source.toml`` for segmentation,
+        and what the study writes.
     """
 
     root: Path
@@ -34,6 +35,31 @@ class Workspace:
     def bundle(self) -> Path:
         """The signed bundle of source-trained weights."""
         return self.root / "bundle"
+
+    @property
+    def source(self) -> Path:
+        """Where the labelled source data is, and the settings of its training."""
+        return self.root / "source.toml"
+
+    @property
+    def cache(self) -> Path:
+        """Trained branches by content digest; may be a link to a folder that studies share."""
+        return self.root / "cache"
+
+    @property
+    def branches(self) -> Path:
+        """The signed bundle of the source's and the target-informed segmenters."""
+        return self.root / "branches"
+
+    @property
+    def adapted(self) -> Path:
+        """The signed bundle of the same segmenters after pseudo-labelling."""
+        return self.root / "adapted"
+
+    @property
+    def model_card(self) -> Path:
+        """The model card, Markdown."""
+        return self.root / "MODEL_CARD.md"
 
     @property
     def final_bundle(self) -> Path:

@@ -78,7 +78,7 @@ class Breast:
         if self._has_ribs:
             self._add_ribs(x, z, echo, attenuation)
         lesion = self._add_lesion(x, z, echo, attenuation)
-        return TissueMap(echo, attenuation, lesion)
+        return TissueMap(echo, attenuation, lesion.astype(np.uint8))
 
     def _add_ribs(self, x: Floats, z: Floats, echo: Floats, attenuation: Floats) -> None:
         lateral = (x - self._rib_offset + 15) % 30 - 15

@@ -10,17 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cv2
+from PIL import Image
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.phantoms.display import Bytes
-from sonofed_simulations.phantoms.generator import generate
+from sonofed_simulations.phantoms.generator import Anatomy, generate
 from sonofed_simulations.phantoms.scanner import Scanner
 
 # Raise it whenever the same parameters give other images, so that kept sets are made anew.
 _VERSION = 1
 _PARAMETERS = "phantoms.json"
 _COLUMNS = ("image", "mask", "label", "patient", "device")
+_PALETTE = (0, 0, 0, 220, 80, 60, 70, 200, 90, 60, 140, 230, 220, 180, 60)
 
 
 def write_dataset(
@@ -30,6 +32,7 @@ def write_dataset(
     seed: int,
     image_size: int = 128,
     malignant_fraction: float | None = None,
+    anatomy: Anatomy = "breast",
 ) -> Path:
     """Write a simulated hospital as ``images/``, ``masks/`` and ``table.csv``.
 
@@ -47,13 +50,16 @@ def write_dataset(
     image_size : int
         Side of the square images, pixels, at least 32.
     malignant_fraction : float, optional
-        Share of malignant patients, in [0, 1]; the scanner's own by default.
+        Share of malignant patients, in [0, 1]; the scanner's own by default. Breast only.
+    anatomy : {"breast", "abdomen"}
+        What is imaged. The masks of the abdomen are palette images: 1 liver, 2 right kidney,
+        3 left kidney, 4 spleen.
 
     Returns
     -------
     Path
-        ``folder``. Its table has the columns image, mask, label (0 benign, 1 malignant), patient
-        and device; paths are relative to ``folder``.
+        ``folder``. Its table has the columns image, mask, label (0 benign, 1 malignant; empty for
+        the abdomen), patient and device; paths are relative to ``folder``.
 
     Raises
     ------
@@ -70,6 +76,7 @@ def write_dataset(
             "seed": seed,
             "image_size": image_size,
             "malignant_fraction": malignant_fraction,
+            "anatomy": anatomy,
         },
         indent=2,
     )
@@ -84,7 +91,7 @@ def write_dataset(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "fresh"
-        _write(fresh, scanner, count, seed, image_size, malignant_fraction)
+        _write(fresh, scanner, count, seed, image_size, malignant_fraction, anatomy)
         write_atomically(fresh / _PARAMETERS, parameters.encode())
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
@@ -99,20 +106,31 @@ def _write(
     seed: int,
     image_size: int,
     malignant_fraction: float | None,
+    anatomy: Anatomy,
 ) -> None:
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    phantoms = generate(scanner, count, seed, image_size, malignant_fraction)
+    phantoms = generate(scanner, count, seed, image_size, malignant_fraction, anatomy)
     for number, phantom in enumerate(phantoms):
         image, mask = f"images/{number:05d}.png", f"masks/{number:05d}.png"
         (folder / image).write_bytes(_png(phantom.image))
-        (folder / mask).write_bytes(_png(phantom.mask))
+        (folder / mask).write_bytes(
+            _palette_png(phantom.mask) if anatomy == "abdomen" else _png(phantom.mask)
+        )
         writer.writerow((image, mask, phantom.label, phantom.patient, scanner.name))
     write_atomically(folder / "table.csv", table.getvalue().encode())
 
 
 def _png(image: Bytes) -> bytes:
     return bytes(cv2.imencode(".png", image)[1])
+
+
+def _palette_png(classes: Bytes) -> bytes:
+    image = Image.fromarray(classes)
+    image.putpalette(_PALETTE)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

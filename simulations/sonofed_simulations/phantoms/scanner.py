@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Mark = Literal["text", "logo", "ruler", "calipers"]
@@ -129,3 +129,22 @@ LAKESIDE = Scanner(
 SCANNERS: dict[str, Scanner] = {
     scanner.name: scanner for scanner in (SOURCE, RIVERSIDE, HILLVIEW, LAKESIDE)
 }
+
+_ABDOMINAL_SCALE = 3.0
+
+
+def abdominal(scanner: Scanner) -> Scanner:
+    """Give a scanner an abdominal probe: lower frequency, and all lengths grown as it falls.
+
+    Notes
+    -----
+    Attenuation goes with frequency times depth and resolution with the wavelength, so the image
+    keeps the look that the scanner has on the breast.
+    """
+    return replace(
+        scanner,
+        frequency_mhz=scanner.frequency_mhz / _ABDOMINAL_SCALE,
+        focus_mm=scanner.focus_mm * _ABDOMINAL_SCALE,
+        depth_mm=scanner.depth_mm * _ABDOMINAL_SCALE,
+        width_mm=scanner.width_mm * _ABDOMINAL_SCALE,
+    )

@@ -21,13 +21,13 @@ class TissueMap:
         Mean backscattered amplitude, dB relative to glandular tissue.
     attenuation : ndarray of float32, shape (D, L)
         One-way attenuation, dB / (cm MHz).
-    lesion : ndarray of bool, shape (D, L)
-        True inside the lesion.
+    classes : ndarray of uint8, shape (D, L)
+        0 outside, else the number of the lesion or organ that lies there.
     """
 
     echogenicity_db: Floats
     attenuation: Floats
-    lesion: NDArray[np.bool_]
+    classes: NDArray[np.uint8]
 
 
 class WavyLine:

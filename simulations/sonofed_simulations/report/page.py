@@ -11,10 +11,33 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sonofed_common.contract.results import Results
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.report import clouds, figures, format, pictures, projections, rows
-from sonofed_simulations.report.summary import explanation, headline, labels_and_images
-from sonofed_simulations.report.view import SiteView, SourceView
+from sonofed_simulations.report.mask_parts import mask_parts
+from sonofed_simulations.report.segmentation import classifies, segments
+from sonofed_simulations.report.segmentation_summary import mask_headline
+from sonofed_simulations.report.summary import (
+    explanation,
+    headline,
+    labels_and_images,
+    missing,
+)
+from sonofed_simulations.report.view import SegmentationView, SiteView, SourceView
 
 HERE = Path(__file__).parent
+SECTIONS = {
+    "before-after": "Before and after",
+    "labels": "Labels and accuracy",
+    "chosen": "Chosen images",
+    "redrawn": "Redrawn images",
+    "segmentation": "Segmentation",
+    "run": "How it ran",
+    "limits": "What this shows",
+}
+TEMPLATES = {
+    "before-after": "classification.html.j2",
+    "chosen": "selection.html.j2",
+    "redrawn": "reconstruction.html.j2",
+    "segmentation": "segmentation.html.j2",
+}
 
 
 def build_report(
@@ -22,6 +45,7 @@ def build_report(
     out: Path,
     sites: Sequence[SiteView] = (),
     source: SourceView | None = None,
+    segmentation_views: Sequence[SegmentationView] = (),
 ) -> Path:
     """Write a study's report.
 
@@ -35,6 +59,8 @@ def build_report(
         What a simulation can show; empty in a deployment, where pictures stay in the hospitals.
     source : SourceView or None
         The source's features.
+    segmentation_views : sequence of SegmentationView
+        Test images with their masks; empty in a deployment.
 
     Returns
     -------
@@ -60,6 +86,9 @@ def build_report(
     text = environment.get_template("template.html.j2").render(
         results=results,
         style=(HERE / "style.css").read_text(encoding="utf-8"),
+        classifies=classifies(results),
+        masks=mask_parts(results, segmentation_views) if segments(results) else None,
+        **_contents(results, sites),
         **_numbers(results),
         **_views([view for view in sites if len(view.images)], source, results.seed),
     )
@@ -68,14 +97,30 @@ def build_report(
     return path
 
 
+def _contents(results: Results, views: Sequence[SiteView]) -> dict[str, Any]:
+    anchors = ["segmentation"] if segments(results) else []
+    if classifies(results):
+        anchors += ["before-after", "labels", "chosen", "redrawn"]
+    if views or any(site.selected_by_budget for site in results.sites.values()):
+        anchors.append("chosen")
+    if any(site.reconstruction for site in results.sites.values()):
+        anchors.append("redrawn")
+    sections = [(a, t) for a, t in SECTIONS.items() if a in (*anchors, "run", "limits")]
+    return {
+        "sections": sections,
+        "numbers": {anchor: number for number, (anchor, _) in enumerate(sections, 1)},
+        "templates": [TEMPLATES[anchor] for anchor, _ in sections if anchor in TEMPLATES],
+    }
+
+
 def _numbers(results: Results) -> dict[str, Any]:
     selection = results.settings.get("selection")
     chosen_at_random = isinstance(selection, dict) and selection.get("strategy") == "random"
     labels, images = labels_and_images(results)
     classifiers = sorted({name for site in results.sites.values() for name in site.classifiers})
     return {
-        "headline": headline(results),
-        "explanation": explanation(results),
+        "headline": headline(results) if classifies(results) else mask_headline(results),
+        "explanation": explanation(results) if classifies(results) else missing(results),
         "labels": labels,
         "images": images,
         "classifiers": classifiers,

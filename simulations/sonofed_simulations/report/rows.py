@@ -34,6 +34,11 @@ PHASES = {
     "select": "Agree which images are worth an expert's time",
     "annotate": "Wait for the experts' labels",
     "classifier": "Fine-tune the classifiers, and test them on site",
+    "pretrain": "Learn from each hospital's unlabelled images, together",
+    "supervise": "Train a segmenter on the source's masks, from what was learnt",
+    "pseudo_label": "Adapt the segmenters on their own predictions, on site",
+    "ensemble": "Learn how far to trust each segmenter",
+    "evaluate": "Test the segmenters, on site",
     "publish": "Sign the adapted weights and send them out",
 }
 

@@ -28,9 +28,9 @@ def headline(results: Results) -> str:
     if before is None or after is None:
         return f"{spent}, the study gave no adapted model that could be tested."
     if len(compared_sites(results)) == 1:
-        return f"{spent}, AUROC at {before[0]} {_moved(before[1].value, after[1].value)}."
-    sentence = f"{spent}, AUROC at the worst hospital {_moved(before[1].value, after[1].value)}"
-    return f"{sentence}{_who(before[0], after[0])}."
+        return f"{spent}, AUROC at {before[0]} {moved(before[1].value, after[1].value)}."
+    sentence = f"{spent}, AUROC at the worst hospital {moved(before[1].value, after[1].value)}"
+    return f"{sentence}{who(before[0], after[0])}."
 
 
 def explanation(results: Results) -> list[str]:
@@ -42,41 +42,47 @@ def explanation(results: Results) -> list[str]:
     if before and after and change and len(compared) > 1:
         sentences.append(
             f"On average over {count(len(compared), 'hospital')} it "
-            f"{_moved(before.value, after.value)}{_chance(change)}."
+            f"{moved(before.value, after.value)}{chance(change)}."
         )
     elif change is not None:
-        sentences.append(f"The change is {signed(change.value)}{_chance(change)}.")
+        sentences.append(f"The change is {signed(change.value)}{chance(change)}.")
     control = mean_over_sites(results, "bn_adapted")
     over_control = gain(control, after)
     if control and after and over_control:
         sentences.append(
             "Re-estimating the network's normalisation on each hospital's own images, which needs "
             f"no label at all, gives {decimal(control.value)}; the labels "
-            f"{_beyond(over_control)}{_chance(over_control)}."
+            f"{beyond(over_control)}{chance(over_control)}."
         )
     if lost := [name for name in compared if _fell(results, name)]:
-        sentences.append(f"Adapted, the model did worse than the source model at {_names(lost)}.")
-    if results.missing_sites:
-        sentences.append(
-            f"Not in these numbers, because lost on the way: {_names(results.missing_sites)}."
-        )
-    return sentences
+        sentences.append(f"Adapted, the model did worse than the source model at {names(lost)}.")
+    return sentences + missing(results)
 
 
-def _moved(before: float, after: float) -> str:
+def missing(results: Results) -> list[str]:
+    """Name the hospitals whose numbers are not here; empty where none is missing."""
+    if not results.missing_sites:
+        return []
+    return [f"Not in these numbers, because lost on the way: {names(results.missing_sites)}."]
+
+
+def moved(before: float, after: float) -> str:
+    """Say what became of a measure: ``rose from .71 to .84``."""
     first, second = decimal(before), decimal(after)
     if first == second:
         return f"stayed at {second}"
     return f"{'rose' if after > before else 'fell'} from {first} to {second}"
 
 
-def _who(before: str, after: str) -> str:
+def who(before: str, after: str) -> str:
+    """Name the hospital that did worst before and the one that did worst after."""
     if before == after:
         return f" ({after}, the worst before and after)"
     return f" ({before} before, {after} after)"
 
 
-def _beyond(change: Estimate) -> str:
+def beyond(change: Estimate) -> str:
+    """Say what came on top of a control: ``added .05 to that``."""
     text = signed(change.value)
     if float(text.replace("−", "-")) == 0:
         return "changed nothing beyond that"
@@ -84,7 +90,8 @@ def _beyond(change: Estimate) -> str:
     return f"{verb} {decimal(abs(change.value))} {'to' if change.value > 0 else 'from'} that"
 
 
-def _chance(change: Estimate) -> str:
+def chance(change: Estimate) -> str:
+    """Give a difference's interval in brackets, and whether it may be chance."""
     if change.low is None or change.high is None:
         return " (no interval was computed)"
     text = f" (95% interval of the difference {interval(change, sign=True)}"
@@ -97,5 +104,6 @@ def _fell(results: Results, name: str) -> bool:
     return change is not None and change.value < 0
 
 
-def _names(names: tuple[str, ...] | list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def names(several: tuple[str, ...] | list[str]) -> str:
+    """List names in words: ``North, East and West``."""
+    return several[0] if len(several) == 1 else f"{', '.join(several[:-1])} and {several[-1]}"

@@ -92,3 +92,56 @@ class SourceView:
 
     features: Floats
     embeddings: Floats | None = None
+
+
+@dataclass(frozen=True)
+class SegmentationView:
+    """One site's test images with their masks, as a simulation can show them.
+
+    Attributes
+    ----------
+    name : str
+        The site's name in the results.
+    images : ndarray of uint8, (n, S, S)
+        All test images, or a subset that was not chosen by how well they went.
+    truth, source, ours : ndarray of uint8, (n, S, S)
+        Masks, 0 background: the expert's, the source weights' and the result's.
+    confidence : ndarray, (n, S, S)
+        How sure the result is, in [0, 1].
+    weights : ndarray, (K, n, S, S)
+        How far each branch was trusted, not negative.
+    branches : tuple of str, K
+        Names of the branches.
+    dice_source, dice_ours : ndarray, (n,)
+        Dice of each image; NaN where it is not defined.
+
+    Raises
+    ------
+    ValueError
+        Arrays that do not tell of the same images or branches.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    truth: NDArray[np.uint8]
+    source: NDArray[np.uint8]
+    ours: NDArray[np.uint8]
+    confidence: Floats
+    weights: Floats
+    branches: tuple[str, ...]
+    dice_source: Floats
+    dice_ours: Floats
+
+    def __post_init__(self) -> None:
+        shape = self.images.shape
+        needed = {
+            **dict.fromkeys(("truth", "source", "ours", "confidence"), shape),
+            **dict.fromkeys(("dice_source", "dice_ours"), shape[:1]),
+            "weights": (len(self.branches), *shape),
+        }
+        for name, wanted in needed.items():
+            if (found := getattr(self, name).shape) != wanted:
+                raise ValueError(
+                    f"the view of site '{self.name}' has '{name}' of shape {found}, where its "
+                    f"images and branches ask for {wanted}"
+                )

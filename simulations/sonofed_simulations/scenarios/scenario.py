@@ -10,13 +10,18 @@ from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.study import Study
+from sonofed_common.contract.study import Phase, Study
 from sonofed_common.data.readers import READERS
 from sonofed_server.source.settings import SourceSettings
+from sonofed_simulations.phantoms.generator import Anatomy
 from sonofed_simulations.phantoms.scanner import SCANNERS
 
 SHARED = ("image_size", "classifiers")
 """What a study takes over from its source unless it says otherwise."""
+
+NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
+    ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
+)
 
 
 class PhantomData(Model):
@@ -24,7 +29,10 @@ class PhantomData(Model):
 
     scanner: str
     images: int = Field(ge=2)
-    malignant_fraction: float = Field(default=0.4, gt=0, lt=1)
+    anatomy: Anatomy = Field(
+        default="breast", description="breast: labels and one class of masks; abdomen: four organs"
+    )
+    malignant_fraction: float = Field(default=0.4, gt=0, lt=1, description="breast only")
 
     @field_validator("scanner")
     @classmethod
@@ -37,7 +45,9 @@ class PhantomData(Model):
 class Hospital(Model):
     """One simulated site: a real data set, or phantoms."""
 
-    kind: str | None = Field(default=None, description="reader: busi, busbra, breast or table")
+    kind: str | None = Field(
+        default=None, description="reader: busi, busbra, breast, usgra_seg or table"
+    )
     path: Path = Field(default=Path(), description="relative to the data folder")
     devices: tuple[str, ...] = ()
     phantoms: PhantomData | None = None
@@ -102,6 +112,26 @@ class Scenario(Model):
             raise ValueError(f"the study uses classifier '{untrained[0]}'; name it in [source] too")
         if "reconstruct" in self.study.phases and self.source.diffusion.kind == "none":
             raise ValueError("phase 'reconstruct' needs a diffusion model; the source trains none")
+        if "reconstruct" in self.study.phases and not self.source.classifiers:
+            raise ValueError(
+                "phase 'reconstruct' measures with a classifier; name one in [source], or leave "
+                "the phase out"
+            )
+        wanting = [phase for phase in self.study.phases if phase in NEEDS_SEGMENTER]
+        if wanting and self.source.segmentation is None:
+            raise ValueError(
+                f"phase '{wanting[0]}' needs a segmenter; give [source] a section 'segmentation'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _phantoms_serve(self) -> Self:
+        hospitals = [h.phantoms for h in self.hospitals.values() if h.phantoms is not None]
+        phantoms = [p for p in (self.source_phantoms, *hospitals) if p is not None]
+        if self.source.classifiers and any(p.anatomy == "abdomen" for p in phantoms):
+            raise ValueError(
+                "phantoms of the abdomen bear no class labels; set classifiers = [] in [source]"
+            )
         return self
 
     @property

@@ -78,3 +78,28 @@ def test_rotation_equals_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = cv2.warpAffine(smooth, rotation, (64, 64))
     # OpenCV quantises the interpolation to 1/32 pixel.
     assert np.abs(augmented - expected).max() < 0.02
+
+
+def test_masks_move_with_their_images() -> None:
+    images = torch.zeros(60, 1, 64, 64)
+    images[..., 12:30, 34:50] = 1.0
+    masks = (images * 3).to(torch.uint8)
+    moved, moved_masks = Augmentation(5).with_masks(images, masks)
+    assert moved_masks.dtype == torch.uint8 and set(moved_masks.unique().tolist()) == {0, 3}
+    bright, marked = moved > 0.5, moved_masks == 3
+    overlap = (bright & marked).sum((1, 2, 3)) / (bright | marked).sum((1, 2, 3))
+    assert overlap.min() > 0.9
+    assert sum(torch.equal(a, b) for a, b in zip(moved_masks, masks, strict=True)) < 5
+    areas = marked.sum((1, 2, 3)) / (masks[0] == 3).sum()
+    assert 0.75 < areas.min() < 0.9 and 1.1 < areas.max() < 1.3
+    empty, none = Augmentation(5).with_masks(images[:0], masks[:0])
+    assert len(empty) == len(none) == 0
+
+
+def test_images_with_masks_are_flipped_and_turned_as_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(augmentation, "SCALES", (1.0, 1.0))
+    images = batch(8)
+    with_masks, _ = Augmentation(2).with_masks(images, torch.zeros(8, 1, 32, 32))
+    assert torch.allclose(with_masks, Augmentation(2)(images), atol=1e-6)

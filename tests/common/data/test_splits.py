@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sonofed_common.contract.errors import ConfigurationError, OneClassError
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.data.sample import Sample
-from sonofed_common.data.splits import Split, check_classes, check_no_leak, split_by_group
+from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 
 
 def sample(index: int, group: str, label: int | None) -> Sample:
@@ -98,11 +98,3 @@ def test_a_leak_is_caught_without_naming_the_patient() -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_no_leak(split)
     assert "anna" not in str(caught.value)
-
-
-def test_one_class() -> None:
-    with pytest.raises(OneClassError):
-        check_classes([0, 0, None])
-    with pytest.raises(OneClassError):
-        check_classes([])
-    check_classes([0, 1])

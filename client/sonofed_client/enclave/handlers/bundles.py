@@ -18,7 +18,15 @@ ROUNDING = 10
 
 
 def describe(site: Site, parameters: Describe, request: Records) -> Records:
-    """Name, versions, device and counts rounded to tens: enough to plan a study."""
+    """Name, versions, device and counts rounded to tens: enough to plan a study.
+
+    What another study under the same name left here goes: none of it belongs to this one.
+    """
+    kept = site.study_artifact(parameters.study, "digest")
+    before = site.store.get(kept)
+    if before is None or before.config["digest"] != parameters.study_digest:
+        site.store.remove(site.study_artifact(parameters.study, ""))
+        site.store.put(kept, Records(config={"digest": parameters.study_digest}))
     pool, test = (len(site.store.images(part)) for part in ("pool", "test"))
     return Records(
         config={

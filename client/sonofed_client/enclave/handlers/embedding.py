@@ -21,11 +21,11 @@ from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.contract.actions import Cluster, Embed, Encode
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped
+from sonofed_common.contract.study import MAX_CLUSTERS
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import derive_seed
 from sonofed_common.security import sha256
 
-MAX_CENTROIDS = 64
 UNIT_LENGTH_TOLERANCE = 1e-3
 
 
@@ -107,9 +107,8 @@ def received_centroids(request: Records, embedding: Tensor) -> Tensor:
     )
     if not fit or not np.isfinite(centroids).all():
         raise ParameterError("the centroids do not fit this site's embedding; cluster again")
-    # Sums over a few images, as many centroids give them, are nearly the images' own vectors.
-    if not 2 <= len(centroids) <= MAX_CENTROIDS:
-        raise ParameterError(f"{len(centroids)} centroids; a site takes 2 to {MAX_CENTROIDS}")
+    if not 2 <= len(centroids) <= MAX_CLUSTERS:
+        raise ParameterError(f"{len(centroids)} centroids; a site takes 2 to {MAX_CLUSTERS}")
     if np.any(np.abs(np.linalg.norm(centroids, axis=1) - 1) > UNIT_LENGTH_TOLERANCE):
         raise ParameterError("the centroids are not unit vectors; cluster again")
     return torch.from_numpy(np.array(centroids))
@@ -129,6 +128,7 @@ def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, A
         distance = _representativeness(site, parameters, student, images, embedding)
         before = Records({"embedding": embedding.numpy(), "representativeness": distance.numpy()})
         site.store.put(f"embedding/{key}", before)
+        site.store.trim("embedding/")
     return before.arrays
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sonofed_client.adaptation.reconstruction import quality, reconstruct
 from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.store import JOB_CACHE_BYTES
 from sonofed_common.contract.actions import Pooled, Reconstruct
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Reconstruction
@@ -48,6 +49,8 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
     if finished < len(rows):
         return Records(config={**config, "state": "running"})
     redrawn = reconstructions(site, parameters, parameters.settings)
+    # Read just now, the pool's own go last; as bytes they are a quarter of these floats.
+    site.store.trim("reconstruction/", max(JOB_CACHE_BYTES, redrawn.nbytes))
     return Records(
         config={**config, "state": "done"}, metrics=_quality(site, parameters, images, redrawn)
     )

@@ -32,7 +32,8 @@ def score(site: Site, parameters: Score, request: Records) -> Records:
             "representativeness": np.array(kept["representativeness"]),
         }
     facts = {"settings": settings.model_dump(mode="json"), "seed": parameters.seed}
-    site.store.remove(site.study_artifact(parameters.study, "ranks"))
+    for earlier in ("ranks", "selected"):
+        site.store.remove(site.study_artifact(parameters.study, earlier))
     site.store.put(site.study_artifact(parameters.study, "scores"), Records(scores, facts))
     return Records(config={"examples": len(site.store.images("pool"))})
 
@@ -72,9 +73,13 @@ def select(site: Site, parameters: Select, request: Records) -> Records:
 
 
 def count_annotations(site: Site, parameters: Annotations, request: Records) -> Records:
-    """How many of the selected images have a label."""
-    total = len(selected(site, parameters.study)[-1])
+    """How many of the selected images have a label, of those that can get one.
+
+    An expert can label every image. An oracle has given all the labels it has when the selection
+    was marked, so ``total`` then leaves out the images without one: nobody need wait for them.
+    """
     done = len(labelled(site, parameters.study, -1))
+    total = done if site.settings.oracle else len(selected(site, parameters.study)[-1])
     return Records(metrics={"done": done, "total": total})
 
 

@@ -1,0 +1,229 @@
+"""Source-free adaptation of a segmenter by pseudo-labels: the loop that all strategies share."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sonofed_client.adaptation.finetuning import adapt_batch_norm
+from sonofed_client.adaptation.source_free.apl import APL
+from sonofed_client.adaptation.source_free.batch_norm import BatchNorm
+from sonofed_client.adaptation.source_free.cbst import CBST
+from sonofed_client.adaptation.source_free.dpl import DPL
+from sonofed_client.adaptation.source_free.mrnet import MRNet
+from sonofed_client.adaptation.source_free.self_training import LABEL_BATCH, SelfTraining
+from sonofed_client.adaptation.source_free.tent import Tent
+from sonofed_client.adaptation.source_free.threshold import Threshold
+from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
+from sonofed_client.adaptation.source_free.views import Views
+from sonofed_common.contract.errors import CollapseError, SiteEmptyError
+from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import PseudoLabels, Strategy
+from sonofed_common.models.segmenter import Segmenter
+from sonofed_common.runtime import SILENT, Events, derive_seed
+from sonofed_common.training import Training, fit
+
+STATISTICS_IMAGES = 128
+"""Most images that normalisation statistics are estimated on."""
+
+STRATEGIES: dict[Strategy, type[SelfTraining]] = {
+    "apl": APL,
+    "threshold": Threshold,
+    "cbst": CBST,
+    "mrnet": MRNet,
+    "batch_norm": BatchNorm,
+    "tent": Tent,
+    "dpl": DPL,
+    "upl_sfda": UPLSFDA,
+}
+"""Every strategy of a study file."""
+
+
+def adapt_round(
+    model: Segmenter,
+    images: Tensor,
+    settings: PseudoLabels,
+    facts: SegmentationFacts,
+    round: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    events: Events = SILENT,
+) -> dict[str, float]:
+    """Adapt a segmenter in place to unlabelled images for one federated round.
+
+    Parameters
+    ----------
+    model : Segmenter
+        Its incoming weights are also the teacher's first ones in this round.
+    images : Tensor of float32 (N, 1, S, S)
+        In [0, 1]. With a single one nothing is trained: normalisation needs two.
+    settings : PseudoLabels
+        The study's settings. The cosine schedule spans all its rounds.
+    facts : SegmentationFacts
+        What the bundle says of the source.
+    round : int
+        Number of the round, from 0.
+    seed : int
+        Seed of this site, branch and round.
+    checkpoint : Path or None
+        Written after every epoch; where it exists, training goes on from it.
+    events : Events
+        Gets the progress.
+
+    Returns
+    -------
+    dict of str to float
+        ``loss``: mean of the last epoch. ``foreground``: mean predicted share of pixels that are
+        not background, after the round. ``kept``: share of pixels that the last epoch learned
+        from. A round that trains nothing has loss and kept 0.
+
+    Raises
+    ------
+    SiteEmptyError
+        There is no image.
+    CollapseError
+        The round brought the foreground far out of the source's range; see `check_collapse`.
+    DivergenceError
+        A loss or a weight is not finite.
+
+    Notes
+    -----
+    Normalisation statistics are re-estimated on the images before the round, for the teacher
+    before each epoch, and after the round: those that training leaves behind are of augmented
+    views and of weights that have moved on.
+    """
+    if not len(images):
+        raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
+    sample = evenly_spaced(images, STATISTICS_IMAGES)
+    adapt_batch_norm(model, sample)
+    before = foreground_share(model, images)
+    strategy = STRATEGIES[settings.strategy](settings, facts)
+    if len(images) == 1 or not list(strategy.trained(model)):
+        return {"loss": 0.0, "foreground": before, "kept": 0.0}
+    loss, kept = _train(strategy, model, images, round, seed, checkpoint, events)
+    adapt_batch_norm(model, sample)
+    after = foreground_share(model, images)
+    check_collapse(before, after, facts.foreground_range)
+    return {"loss": loss, "foreground": after, "kept": kept}
+
+
+def _train(
+    strategy: SelfTraining,
+    model: Segmenter,
+    images: Tensor,
+    round: int,
+    seed: int,
+    checkpoint: Path | None,
+    events: Events,
+) -> tuple[float, float]:
+    settings = strategy.settings
+    place = next(model.parameters()).device
+    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    # The checkpoint holds what a resumed run cannot make again.
+    whole = nn.ModuleDict({"student": model, "teacher": teacher})
+    kept = torch.zeros(())
+    whole.register_buffer("kept", kept)
+    labels, weights = torch.empty(0), torch.empty(0)
+    views = Views(seed)
+
+    def before_epoch(epoch: int) -> None:
+        nonlocal labels, weights, views
+        views = Views(derive_seed(seed, "views", epoch))
+        adapt_batch_norm(teacher, evenly_spaced(images, STATISTICS_IMAGES))
+        labels, weights = strategy.label(teacher, images)
+        kept.fill_((weights > 0).float().mean().item())
+
+    def loss_of_batch(indices: Tensor) -> Tensor:
+        batch = views(images[indices], labels[indices].long(), weights[indices].float())
+        return strategy.loss(model, *(part.to(place) for part in batch))
+
+    def after_step(done: int, total: int) -> None:
+        with torch.no_grad():
+            for old, new in zip(teacher.parameters(), model.parameters(), strict=True):
+                old.lerp_(new, 1 - settings.teacher_momentum)
+
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in strategy.trained(model):
+        parameter.requires_grad_(True)
+    try:
+        losses = fit(
+            whole,
+            len(images),
+            loss_of_batch,
+            Training(
+                epochs=settings.local_epochs,
+                learning_rate=settings.learning_rate,
+                batch_size=settings.batch_size,
+                seed=seed,
+                first_epoch=round * settings.local_epochs,
+                last_epoch=settings.rounds * settings.local_epochs,
+            ),
+            checkpoint,
+            events,
+            f"adaptation by {settings.strategy}",
+            parameters=model,
+            before_epoch=before_epoch,
+            after_step=after_step,
+        )
+    finally:
+        for parameter, flag in trains.items():
+            parameter.requires_grad_(flag)
+    return losses[-1], kept.item()
+
+
+def evenly_spaced(images: Tensor, count: int) -> Tensor:
+    """Return up to ``count`` images, evenly spaced: neighbours are often of one patient."""
+    count = min(count, len(images))
+    return images[torch.arange(count) * len(images) // count]
+
+
+def foreground_share(model: Segmenter, images: Tensor) -> float:
+    """Mean share of the pixels of images (N, 1, S, S), N > 0, that are predicted as no background.
+
+    The model's mode (training or evaluation) is restored.
+    """
+    place = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            counts = [
+                int((model.probabilities(batch.to(place)).argmax(dim=1) > 0).sum())
+                for batch in torch.split(images, LABEL_BATCH)
+            ]
+    finally:
+        model.train(was_training)
+    return sum(counts) / images.numel()
+
+
+def check_collapse(before: float, after: float, source: tuple[float, float]) -> None:
+    """Fail where a round brought the predicted foreground far out of the source's range.
+
+    The range is widened, to half its lower end and to the nearer of twice its upper end and half of
+    the background beyond it: a site's true mean may lie somewhat outside, and a step over the
+    border is no collapse. A round that already started outside is let through: that site's images
+    may really hold far less or more foreground, and the range says nothing of them.
+
+    Parameters
+    ----------
+    before, after : float
+        Mean predicted foreground share, before and after the round.
+    source : pair of float
+        The source's 5% and 95% quantile.
+
+    Raises
+    ------
+    CollapseError
+        ``before`` lies in the widened range and ``after`` outside.
+    """
+    low, high = source[0] / 2, min(2 * source[1], (1 + source[1]) / 2)
+    if low <= before <= high and not low <= after <= high:
+        raise CollapseError(
+            f"source-free adaptation collapsed: its predicted foreground went from {before:.2%} to "
+            f"{after:.2%} of the pixels, far outside the source's {source[0]:.2%} to "
+            f"{source[1]:.2%}; lower the learning rate of [pseudo_labels] or raise its class_prior"
+        )

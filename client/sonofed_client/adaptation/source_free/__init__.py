@@ -1,0 +1,1 @@
+"""Strategies of source-free adaptation, one a file."""

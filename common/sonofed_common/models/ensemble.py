@@ -1,0 +1,144 @@
+"""The ensemble of segmenters that a study publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import BundleError, ParameterError
+from sonofed_common.contract.records import Records, from_bytes
+from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import Infusion
+from sonofed_common.models.classifiers import Classifier, build_classifier
+from sonofed_common.models.infusion import InfusionHead, confidence
+from sonofed_common.models.segmenter import Segmenter, build_segmenter
+
+INFUSION = "infusion.safetensors"
+
+
+@dataclass(frozen=True)
+class EnsemblePrediction:
+    """What an ensemble says of B images.
+
+    Attributes
+    ----------
+    probabilities : Tensor (B, C, S, S)
+        Infused class probabilities.
+    mask : Tensor (B, S, S)
+        Most probable class, uint8.
+    confidence : Tensor (B, S, S)
+        Largest less second largest probability, in [0, 1].
+    weights : Tensor (K, B, S, S)
+        Weight of each branch, sum 1 over K.
+    classes : dict of str to Tensor (B,)
+        P(malignant) by classifier; empty where the ensemble has none.
+    """
+
+    probabilities: Tensor
+    mask: Tensor
+    confidence: Tensor
+    weights: Tensor
+    classes: dict[str, Tensor]
+
+
+class SegmentationEnsemble:
+    """Segmenters, an infusion head and, if wanted, classifiers, for inference.
+
+    Parameters
+    ----------
+    branches : dict of str to Segmenter
+        K segmenters of the same classes, in the order of the head's temperatures.
+    head : InfusionHead
+        For K branches.
+    classifiers : dict of str to Classifier
+        May be empty.
+
+    Notes
+    -----
+    Networks are put in evaluation mode. Normalisation statistics are those of the weights; a
+    hospital re-estimates them on its own images first.
+    """
+
+    def __init__(
+        self,
+        branches: Mapping[str, Segmenter],
+        head: InfusionHead,
+        classifiers: Mapping[str, Classifier] | None = None,
+    ) -> None:
+        self.branches = {name: model.eval() for name, model in branches.items()}
+        self.head = head.eval()
+        self.classifiers = {name: model.eval() for name, model in (classifiers or {}).items()}
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> EnsemblePrediction:
+        """Segment, and classify, images (B, 1, S, S) in [0, 1] on the networks' device."""
+        stacked = torch.stack([model.probabilities(images) for model in self.branches.values()])
+        p, weights = self.head(stacked)
+        malignant = {n: model(images).softmax(1)[:, 1] for n, model in self.classifiers.items()}
+        mask = p.argmax(dim=1).to(torch.uint8)
+        return EnsemblePrediction(p, mask, confidence(p), weights, malignant)
+
+
+def infusion_records(branches: Sequence[str], head: InfusionHead) -> Records:
+    """Make the records that a bundle keeps as ``infusion.safetensors``."""
+    settings = head.settings.model_dump(mode="json")
+    return Records(head.arrays(), {"branches": list(branches), "infusion": settings})
+
+
+def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
+    """Load the ensemble of a final bundle, on CPU.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Holds ``segmenters/<branch>.safetensors``, ``infusion.safetensors`` (see `infusion_records`)
+        and, if any, ``classifiers/<name>.safetensors``; facts ``segmentation`` and ``image_size``.
+
+    Raises
+    ------
+    BundleError
+        A file or a fact is missing, or does not fit the others.
+    """
+    facts = bundle.manifest.facts
+    if INFUSION not in bundle.paths or not {"segmentation", "image_size"} <= facts.keys():
+        raise BundleError("the bundle holds no ensemble; take the final bundle of a study")
+    segmentation = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
+    branches = {}
+    classifiers = {}
+    try:
+        kept = from_bytes(bundle.read(INFUSION))
+        names = kept.config["branches"]
+        settings = validate(Infusion, kept.config["infusion"], INFUSION)
+        head = InfusionHead(len(names), settings, segmentation.classes)
+        head.load(kept.arrays)
+        for name in names:
+            branches[name] = build_segmenter(
+                segmentation.encoder,
+                segmentation.classes,
+                int(facts["image_size"]),
+                segmentation.heads,
+                pretrained=False,
+            )
+            _load(branches[name], bundle, f"segmenters/{name}.safetensors")
+        for path in bundle.paths:
+            if path.startswith("classifiers/"):
+                name = path.removeprefix("classifiers/").removesuffix(".safetensors")
+                classifiers[name] = build_classifier(name, pretrained=False)
+                _load(classifiers[name], bundle, path)
+    except (KeyError, ParameterError, RuntimeError, SafetensorError) as error:
+        raise BundleError(
+            "weights of the bundle's ensemble do not fit its networks; publish the study again "
+            "with this version"
+        ) from error
+    return SegmentationEnsemble(branches, head, classifiers)
+
+
+def _load(model: torch.nn.Module, bundle: Bundle, path: str) -> None:
+    model.load_state_dict(load_safetensors(bundle.read(path)))

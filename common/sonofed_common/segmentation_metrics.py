@@ -1,0 +1,190 @@
+"""Metrics of masks, per image and over images, with patient-clustered bootstrap intervals.
+
+Empty masks: a class that is absent in both truth and prediction is left out of its image's mean
+over classes; an image without any class in either scores Dice 1, NSD 1 and HD95 0. A class that is
+absent in one of the two only scores Dice 0, NSD 0 and, as HD95, the diagonal of the image.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from sonofed_common.contract.results import SEGMENTATION_METRICS
+from sonofed_common.metrics import Floats
+
+CALIBRATION_BINS = 15
+TOLERANCE = 1 / 64
+"""Of the NSD, as a share of the image's side: 2 pixels at 128."""
+
+_CHUNK = 2_000_000
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """What each of N images adds to the metrics.
+
+    Attributes
+    ----------
+    dice, nsd : ndarray (N,)
+        Dice and normalised surface Dice (Nikolov et al., JMIR 2021) at a tolerance of `TOLERANCE`,
+        in [0, 1], means over the foreground classes.
+    hd95 : ndarray (N,)
+        95% Hausdorff distance in pixels: the larger of both directions, mean over the classes.
+    residuals : ndarray (N, 15)
+        Sum over the pixels in each bin of confidence less correctness.
+    pixels : ndarray (N,)
+        Pixels of each image.
+    """
+
+    dice: Floats
+    nsd: Floats
+    hd95: Floats
+    residuals: Floats
+    pixels: Floats
+
+    def __len__(self) -> int:
+        return len(self.dice)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Put the scores of batches together, in their order; at least one batch."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+
+def score_images(probabilities: Tensor, masks: Tensor) -> ImageScores:
+    """Score predicted class probabilities against masks.
+
+    Parameters
+    ----------
+    probabilities : Tensor (N, C, S, S)
+        In [0, 1], sum 1 over C; the largest is the predicted class.
+    masks : Tensor (N, 1, S, S)
+        True classes 0 to C - 1; 0 is background.
+    """
+    confidence, predictions = probabilities.max(dim=1)
+    truths = masks[:, 0].to(probabilities.device).long()
+    dice, nsd, hd95 = _overlap(predictions.cpu(), truths.cpu(), probabilities.shape[1])
+    gap = confidence.double() - (predictions == truths).double()
+    bins = (confidence * CALIBRATION_BINS).long().clamp_(max=CALIBRATION_BINS - 1)
+    residuals = torch.zeros(len(gap), CALIBRATION_BINS, dtype=torch.double, device=gap.device)
+    residuals.scatter_add_(1, bins.flatten(1), gap.flatten(1))
+    pixels = np.full(len(gap), float(math.prod(gap.shape[1:])))
+    return ImageScores(dice, nsd, hd95, residuals.cpu().numpy(), pixels)
+
+
+def segmentation_metrics(scores: ImageScores) -> dict[str, float]:
+    """Compute the metrics over images.
+
+    Parameters
+    ----------
+    scores : ImageScores
+        Of N images.
+
+    Returns
+    -------
+    dict of str to float
+        `SEGMENTATION_METRICS`: means of ``dice``, ``nsd`` and ``hd95``, and ``ece``, the expected
+        calibration error of the pixels' largest probability (15 equal-width bins; Guo et al., ICML
+        2017) over the pixels of all images. NaN without images.
+    """
+    values = _weighted_metrics(scores, np.ones((1, len(scores))))
+    return {name: float(value[0]) for name, value in values.items()}
+
+
+def segmentation_intervals(
+    scores: ImageScores, groups: Sequence[str] | ArrayLike, replicates: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Compute 95% bootstrap percentile intervals, drawing whole patients.
+
+    Parameters
+    ----------
+    scores : ImageScores
+        Of N images.
+    groups : sequence (N,)
+        Patient of each image; images of a patient are drawn together.
+    replicates : int
+        Number of bootstrap samples.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    dict of str to (float, float)
+        Low and high end of each metric of `segmentation_metrics`; NaN without images or replicates.
+    """
+    if not len(scores) or not replicates:
+        return dict.fromkeys(SEGMENTATION_METRICS, (math.nan, math.nan))
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    generator = np.random.default_rng(seed)
+    step = max(_CHUNK // len(scores), 1)
+    drawn: dict[str, list[Floats]] = {name: [] for name in SEGMENTATION_METRICS}
+    for start in range(0, replicates, step):
+        size = min(step, replicates - start)
+        counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
+        weights = counts.astype(np.float64)[:, members]
+        for name, value in _weighted_metrics(scores, weights).items():
+            drawn[name].append(value)
+    return {name: _percentiles(np.concatenate(values)) for name, values in drawn.items()}
+
+
+def _percentiles(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _weighted_metrics(scores: ImageScores, weights: Floats) -> dict[str, Floats]:
+    """Metrics under each row of weights (R, N): arrays (R,)."""
+    if not len(scores):
+        return {name: np.full(len(weights), np.nan) for name in SEGMENTATION_METRICS}
+    images, pixels = weights.sum(axis=1), weights @ scores.pixels
+    means = {n: weights @ getattr(scores, n) / images for n in ("dice", "nsd", "hd95")}
+    return {**means, "ece": np.abs(weights @ scores.residuals).sum(axis=1) / pixels}
+
+
+def _overlap(predictions: Tensor, truths: Tensor, classes: int) -> tuple[Floats, Floats, Floats]:
+    """Dice, NSD and HD95 of class maps (N, S, S): arrays (N,)."""
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+    foreground = torch.arange(1, classes)[None, :, None, None]
+    found, true = predictions[:, None] == foreground, truths[:, None] == foreground
+    in_found, in_true = found.flatten(2).any(2).numpy(), true.flatten(2).any(2).numpy()
+    both, either = in_found & in_true, in_found | in_true
+    height, width = predictions.shape[1:]
+    values = {
+        "dice": np.zeros(both.shape),
+        "nsd": np.zeros(both.shape),
+        "hd95": np.full(both.shape, math.hypot(height, width)),
+    }
+    if both.any():
+        # MONAI loops over pairs anyway, and warns of every pair with an empty mask.
+        y_pred, y = found[both][:, None].float(), true[both][:, None].float()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            values["dice"][both] = compute_dice(y_pred, y)[:, 0]
+            values["nsd"][both] = compute_surface_dice(
+                y_pred, y, [height * TOLERANCE], include_background=True
+            )[:, 0]
+            values["hd95"][both] = compute_hausdorff_distance(
+                y_pred, y, include_background=True, percentile=95
+            )[:, 0]
+    return (
+        _class_mean(values["dice"], either, 1.0),
+        _class_mean(values["nsd"], either, 1.0),
+        _class_mean(values["hd95"], either, 0.0),
+    )
+
+
+def _class_mean(values: Floats, counted: NDArray[np.bool_], without: float) -> Floats:
+    """Mean over the counted classes of values (N, K); ``without`` where there is none."""
+    counts = counted.sum(axis=1)
+    sums: Floats = (values * counted).sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), without)

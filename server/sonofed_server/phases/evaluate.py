@@ -1,0 +1,100 @@
+"""Evaluate: the segmenters of every stage on the sites' own test masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sonofed_common.contract.actions import EvaluateSegmenter, request
+from sonofed_common.contract.records import Array, Records
+from sonofed_common.contract.results import SegmentationStage
+from sonofed_common.contract.study import Infusion
+from sonofed_server.phases.branches import Branches, adapted, branches
+from sonofed_server.study.run import StudyRun
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What is asked at one stage; ``branches`` by site, for one site may lack what others have."""
+
+    stage: SegmentationStage
+    bundle: str
+    branches: Mapping[str, tuple[str, ...]]
+    infusion: Infusion
+    arrays: dict[str, Array]
+    batch_norm: Literal["site", "global"] = "site"
+
+
+def evaluate(run: StudyRun) -> None:
+    """Test each stage that the study has; a resumed study goes on with the next one."""
+    tested = run.state.facts.setdefault("tested_segmenters", [])
+    for test in _tests(run):
+        if test.stage in tested:
+            continue
+        _evaluate(run, test)
+        tested.append(test.stage)
+        run.save()
+
+
+def _evaluate(run: StudyRun, test: _Test) -> None:
+    def message(site: str) -> Records:
+        parameters = EvaluateSegmenter(
+            **{**run.pooled, "bundle": test.bundle},
+            branches=test.branches[site],
+            infusion=test.infusion,
+            batch_norm=test.batch_norm,
+        )
+        return request(parameters, **test.arrays)
+
+    sites = [site for site in run.exchange.sites() if site in test.branches]
+    replies = run.exchange.ask("evaluate.segmenter", message, sites)
+    for done, (site, reply) in enumerate(replies, start=1):
+        facts = run.site_facts(site)
+        facts.setdefault("segmentation", {})[test.stage] = reply.metrics
+        facts["test_masks"] = int(reply.config["examples"])
+        run.events.progress(f"test, {test.stage}", done, len(sites), site=site)
+
+
+def _tests(run: StudyRun) -> Iterator[_Test]:
+    plain = Infusion(rule="mean", calibration="none")
+    before, after = branches(run), adapted(run)
+
+    def single(
+        stage: SegmentationStage,
+        chosen: Branches,
+        names: dict[str, str],
+        batch_norm: Literal["site", "global"] = "site",
+    ) -> _Test:
+        alone: dict[str, tuple[str, ...]] = {site: (name,) for site, name in names.items()}
+        return _Test(stage, chosen.bundle.id, alone, plain, {}, batch_norm)
+
+    def joint(stage: SegmentationStage, chosen: Branches, origin: str) -> _Test:
+        names = dict.fromkeys(run.study.cohort.sites, chosen.names)
+        if stage == "mean":
+            return _Test(stage, chosen.bundle.id, names, plain, {})
+        arrays = run.state.group(f"ensemble/{origin}")
+        return _Test(stage, chosen.bundle.id, names, run.study.infusion, arrays)
+
+    sources = dict.fromkeys(run.study.cohort.sites, "source")
+    yield single("source", before, sources, "global")
+    yield single("bn_adapted", before, sources)
+    informed = _informed(run, before)
+    if informed:
+        yield single("target_informed", before, informed)
+        yield joint("mean", before, "branches")
+    infused = "ensemble" in run.state.done
+    if informed and infused:
+        yield joint("infusion", before, "branches")
+    if after is not None:
+        yield single("adapted", after, sources)
+    if after is not None and informed and infused:
+        yield joint("ensemble", after, "adapted")
+
+
+def _informed(run: StudyRun, before: Branches) -> dict[str, str]:
+    """Target-informed branch of each site that has one."""
+    sites = run.study.cohort.sites
+    if "target" in before.names:
+        return dict.fromkeys(sites, "target")
+    return {site: f"target-{site}" for site in sites if f"target-{site}" in before.names}

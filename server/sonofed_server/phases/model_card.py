@@ -1,0 +1,103 @@
+"""The model card: what the final bundle is, and how it did at each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sonofed_common.contract.results import SEGMENTATION_STAGES, SiteResults
+from sonofed_server.phases.branches import adapted, branches
+from sonofed_server.study.report import site_results
+from sonofed_server.study.run import StudyRun
+
+STAGE_NAMES = {
+    "source": "source",
+    "bn_adapted": "normalisation statistics",
+    "target_informed": "target-informed branch",
+    "mean": "mean of the branches",
+    "infusion": "infusion of the branches",
+    "adapted": "source, pseudo-labelled",
+    "ensemble": "infusion, pseudo-labelled",
+}
+
+
+def model_card(run: StudyRun) -> str:
+    """Write the card, Markdown, with a table for each task that the study has."""
+    missing = run.exchange.missing
+    sites = {
+        name: site
+        for name, site in site_results(run).items()
+        if site.missing_reason is None and name not in missing
+    }
+    done = run.state.done
+    lines = [f"# {run.study.name}", ""]
+    if classifies := "classifier" in done:
+        lines.append(
+            "Binary classification of breast lesions on B-mode ultrasound (benign, malignant), "
+            f"adapted at {len(sites)} sites by federated fine-tuning on {_labels(sites)} labels."
+        )
+    if segments := bool({"supervise", "pseudo_label", "ensemble"} & set(done)):
+        lines.append(_segmentation(run, len(sites)))
+    batch_norm = run.study.finetuning.batch_norm if classifies else "site"
+    lines += [
+        "Not a medical device; for research. Validate it on your own patients before any use.",
+        "",
+        f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
+        "longer side resized, padded with 0",
+        f"- normalisation statistics: {batch_norm}",
+        f"- source bundle: {run.bundle.id}",
+        f"- study file: {run.study.digest()}",
+    ]
+    if classifies:
+        lines += ["", *_classification_table(sites)]
+    if segments:
+        lines += ["", *_segmentation_table(sites)]
+    return "\n".join(lines) + "\n"
+
+
+def _segmentation(run: StudyRun, sites: int) -> str:
+    after = adapted(run)
+    chosen = branches(run) if after is None else after
+    rule = run.study.infusion.rule
+    how = f"joined by the rule '{rule}'" if len(chosen.names) > 1 else "used alone"
+    adaptation = "" if after is None else f" after '{run.study.pseudo_labels.strategy}'"
+    return (
+        f"Segmentation of B-mode ultrasound into {chosen.facts.classes} classes, background "
+        f"included, adapted at {sites} sites without any label of theirs: branches "
+        f"{', '.join(chosen.names)}{adaptation}, {how}."
+    )
+
+
+def _classification_table(sites: Mapping[str, SiteResults]) -> list[str]:
+    lines = [
+        "| site | classifier | test images | AUROC, source | AUROC, adapted |",
+        "|---|---|---|---|---|",
+    ]
+    for site, results in sites.items():
+        for name, classifier in results.classifiers.items():
+            before = _interval(classifier.source, "auroc")
+            after = _interval(classifier.adapted or {}, "auroc")
+            lines.append(f"| {site} | {name} | {results.test_images} | {before} | {after} |")
+    return lines
+
+
+def _segmentation_table(sites: Mapping[str, SiteResults]) -> list[str]:
+    lines = ["| site | test masks | stage | Dice | HD95, pixels |", "|---|---|---|---|---|"]
+    for site, results in sites.items():
+        for stage in SEGMENTATION_STAGES:
+            if (metrics := results.segmentation.get(stage)) is not None:
+                dice, distance = _interval(metrics, "dice"), _interval(metrics, "hd95", 1)
+                cells = [site, str(results.test_masks), STAGE_NAMES[stage], dice, distance]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _labels(sites: Mapping[str, SiteResults]) -> int:
+    return sum(site.selected for site in sites.values())
+
+
+def _interval(metrics: Mapping[str, float | None], name: str, digits: int = 3) -> str:
+    values = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+    if None in values:
+        return "-"
+    value, low, high = (f"{v or 0.0:.{digits}f}" for v in values)
+    return f"{value} ({low} to {high})"

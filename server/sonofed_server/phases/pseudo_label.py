@@ -1,0 +1,56 @@
+"""Pseudo-label: source-free adaptation of each branch at the sites, averaged round by round."""
+
+from __future__ import annotations
+
+from safetensors.numpy import save
+
+from sonofed_common.contract.actions import TrainSegmenter, request
+from sonofed_server.aggregation.fedavg import FedAvg
+from sonofed_server.aggregation.weights import weight_of
+from sonofed_server.phases.branches import Branches, branches, install_branches
+from sonofed_server.study.run import StudyRun
+
+
+def pseudo_label(run: StudyRun) -> None:
+    """Adapt every branch, sign the adapted ones under the same names, and install them.
+
+    A branch that no site has an image for stays as it was.
+    """
+    unadapted = branches(run)
+    weights = {}
+    for name in unadapted.names:
+        _adapt(run, unadapted, name)
+        found = run.state.group(_group(name))
+        weights[name] = save(found) if found else unadapted.weights(name)
+    install_branches(run, "adapted", weights, {})
+
+
+def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
+    study, state, group = run.study, run.state, _group(name)
+    settings = study.pseudo_labels
+    history = state.facts.setdefault("pseudo_labels", {}).setdefault(name, [])
+    for number in range(state.position.get(group, 0), settings.rounds):
+        parameters = TrainSegmenter(
+            **{**run.pooled, "bundle": unadapted.bundle.id},
+            branch=name,
+            round=number,
+            settings=settings,
+        )
+        message = request(parameters, weights=state.group(group))
+        mean = FedAvg()
+        reports = {}
+        for site, reply in run.exchange.ask("train.segmenter", message):
+            if weight := weight_of(reply, study.aggregation):
+                mean.add(reply.group("weights"), weight)
+            run.site_facts(site)["images"] = int(reply.config["examples"])
+            reports[site] = reply.metrics
+        if updated := mean.mean():
+            state.set_group(group, updated)
+        history.append(reports)
+        state.position[group] = number + 1
+        run.save()
+        run.events.progress(f"pseudo-label {name}", number + 1, settings.rounds)
+
+
+def _group(name: str) -> str:
+    return f"segmenter/{name}"

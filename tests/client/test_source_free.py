@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sonofed_client.adaptation.source_free.apl import (
+    APL,
+    certainty,
+    inconsistency,
+    over_class_mean,
+    prior_divergence,
+)
+from sonofed_client.adaptation.source_free.cbst import CBST
+from sonofed_client.adaptation.source_free.dpl import DPL, near_own_prototype, penultimate
+from sonofed_client.adaptation.source_free.mrnet import rectified
+from sonofed_client.adaptation.source_free.self_training import entropy
+from sonofed_client.adaptation.source_free.tent import Tent
+from sonofed_client.adaptation.source_free.threshold import Threshold
+from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
+from sonofed_client.adaptation.source_free.views import Views
+from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import PseudoLabels
+from sonofed_common.models.segmenter import build_segmenter
+
+torch.set_num_threads(1)
+CLASSES, SIZE = 3, 32
+FACTS = SegmentationFacts(
+    encoder="unet",
+    classes=CLASSES,
+    heads=("unet", "aspp"),
+    class_ratio=(0.8, 0.15, 0.05),
+    foreground_range=(0.0, 1.0),
+)
+
+
+def draw(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def softmaxes(seed, classes=CLASSES, count=2, size=4, sharpness=6.0):
+    logits = sharpness * draw(2, count, classes, size, size, seed=seed)
+    return logits.softmax(dim=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_segmenter("unet", CLASSES, SIZE, pretrained=False)
+
+
+@pytest.fixture
+def batch():
+    return draw(2, 1, SIZE, SIZE), draw(2, SIZE, SIZE, seed=1).mul(CLASSES).long()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_without_relevance_the_loss_is_one_minus_the_scalar_product(seed, classes):
+    main, auxiliary = softmaxes(seed, classes)
+    expected = np.mean(1 - np.einsum("bchw,bchw->bhw", main.numpy(), auxiliary.numpy()))
+    assert inconsistency(main, auxiliary).item() == pytest.approx(expected, abs=1e-6)
+
+
+def brute_force(main, auxiliary, relevance):
+    main, auxiliary = main.double().numpy(), auxiliary.double().numpy()
+    count, classes, height, width = main.shape
+    total = 0.0
+    for b in range(count):
+        histogram = np.zeros((classes, classes))
+        for y in range(height):
+            for x in range(width):
+                histogram[main[b, :, y, x].argmax(), auxiliary[b, :, y, x].argmax()] += 1
+        if relevance == "count":
+            w = histogram / (height * width)
+        elif relevance == "inverse":
+            w = 1 / (histogram + 1)
+            w = w * classes**2 / w.sum()
+        else:
+            w = np.ones((classes, classes))
+        for y in range(height):
+            for x in range(width):
+                r = w * np.outer(main[b, :, y, x], auxiliary[b, :, y, x])
+                total += (r.sum() - np.trace(r)) / (height * width * count)
+    return total
+
+
+@pytest.mark.parametrize("relevance", ["none", "count", "inverse"])
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_consistency_loss_is_its_definition(relevance, seed):
+    main, auxiliary = softmaxes(seed)
+    expected = brute_force(main, auxiliary, relevance)
+    assert inconsistency(main, auxiliary, relevance).item() == pytest.approx(expected, rel=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 500))
+def test_certainty_and_its_ratio_lie_between_0_and_1(seed, sharpness):
+    p = softmaxes(seed, sharpness=sharpness)[0]
+    omega = certainty(p)
+    ordered = np.sort(p.numpy(), axis=1)
+    assert np.allclose(omega, ordered[:, -1] - ordered[:, -2])
+    for values in (omega, over_class_mean(p.argmax(1), omega, CLASSES)):
+        assert values.min() >= 0 and values.max() <= 1 and values.isfinite().all()
+
+
+def test_an_average_pixel_of_a_small_unsure_class_weighs_as_much_as_background():
+    labels = torch.tensor([[[0, 0, 1, 1]]])
+    weights = over_class_mean(labels, torch.tensor([[[0.9, 0.9, 0.1, 0.3]]]), CLASSES)
+    assert torch.allclose(weights, torch.tensor([[[1, 1, 0.5, 1]]]))
+
+
+def test_the_prior_is_zero_at_the_source_and_grows_as_a_class_vanishes():
+    prior = FACTS.class_ratio
+    found = [
+        prior_divergence(torch.tensor([1 - e, e]), (0.9, 0.1)).item() for e in (0.1, 0.01, 0.0)
+    ]
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[0] < found[1] < found[2]
+    assert prior_divergence(torch.tensor(prior), prior).item() == pytest.approx(0, abs=1e-6)
+
+
+def gradients(module):
+    return [p.grad for p in module.parameters() if p.grad is not None and bool(p.grad.any())]
+
+
+@pytest.mark.parametrize("consistency", [True, False])
+def test_each_loss_reaches_its_part_only(model, batch, consistency):
+    chosen = PseudoLabels(consistency=consistency, self_training=not consistency, disagreement=1.0)
+    model.zero_grad()
+    images, labels = batch
+    APL(chosen, FACTS).loss(model, images, labels, torch.ones_like(images[:, 0])).backward()
+    reached, spared = model.heads, model.encoder
+    if not consistency:
+        reached, spared = spared, reached
+    assert gradients(reached)
+    assert not gradients(spared)
+
+
+def test_both_losses_in_one_pass_give_the_gradients_of_each(batch):
+    images, labels = batch
+
+    def found(**switches):
+        network = build_segmenter("unet", CLASSES, SIZE, pretrained=False).eval()
+        strategy = APL(PseudoLabels(**switches), FACTS)
+        strategy.loss(network, images, labels, torch.full_like(images[:, 0], 0.5)).backward()
+        return network
+
+    both = found()
+    for part, alone in (
+        ("heads", found(self_training=False)),
+        ("encoder", found(consistency=False)),
+    ):
+        one, other = getattr(both, part), getattr(alone, part)
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 1))
+def test_cbst_keeps_the_surest_share_of_each_class(seed, share):
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, CLASSES, (2, 8, 8))
+    confidence = generator.random((2, 8, 8)).astype(np.float32)
+    kept = CBST(PseudoLabels(strategy="cbst", quantile=share), FACTS).weigh(
+        torch.from_numpy(labels), torch.from_numpy(confidence)
+    )
+    for c in range(CLASSES):
+        mine = np.sort(confidence[labels == c])[::-1]
+        count = len(mine) - math.floor((1 - share) * (len(mine) - 1))
+        assert set(confidence[(labels == c) & (kept.numpy() == 1)]) == set(mine[:count])
+
+
+def test_the_threshold_itself_is_kept():
+    weights = Threshold(PseudoLabels(threshold=0.75), FACTS).weigh(
+        torch.zeros(1, 1, 3), torch.tensor([[[0.7, 0.75, 0.8]]])
+    )
+    assert weights.tolist() == [[[0, 1, 1]]]
+
+
+def test_the_rectified_loss_by_hand():
+    p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])
+    v = float((p * np.log(p / q)).sum())
+    expected = (-np.log(0.3) - np.log(0.6)) / 2 * math.exp(-v) + v
+    main, auxiliary = (torch.tensor(np.log(x)).view(1, 2, 1, 1) for x in (p, q))
+    label = torch.ones(1, 1, 1, dtype=torch.long)
+    found = rectified(main, auxiliary, label, torch.ones(1, 1, 1))
+    assert found.item() == pytest.approx(expected)
+
+
+def test_entropy_is_that_of_the_definition_and_has_a_gradient_at_certainty():
+    p = torch.tensor([[0.5, 1.0], [0.5, 0.0]]).t().reshape(2, 2, 1, 1).requires_grad_()
+    found = entropy(p)
+    assert found.flatten().tolist() == pytest.approx([math.log(2), 0])
+    found.sum().backward()
+    assert p.grad.isfinite().all()
+
+
+def test_tent_trains_scales_and_shifts_only(model):
+    chosen = {id(p) for p in Tent(PseudoLabels(strategy="tent"), FACTS).trained(model)}
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert chosen == {id(p) for m in norms for p in (m.weight, m.bias)}
+
+
+def test_prototypes_by_hand():
+    features = torch.tensor([0.0, 0.1, 0.8, 1.0, 1.1]).view(1, 1, 1, 5)
+    labels = torch.tensor([[[0, 0, 0, 1, 1]]])
+    weights = torch.tensor([[[1.0, 1.0, 0.0, 1.0, 1.0]]])
+    assert near_own_prototype(features, labels, weights, 3).tolist() == [[[1, 1, 0, 1, 1]]]
+    weights[labels == 1] = 0
+    assert near_own_prototype(features, labels, weights, 3).tolist() == [[[1, 1, 1, 0, 0]]]
+
+
+def test_dpl_drops_what_moves_under_dropout(model):
+    x = draw(2, 1, SIZE, SIZE)
+    teacher = model.eval()
+    strategy = DPL(PseudoLabels(strategy="dpl", threshold=0.01, passes=4), FACTS)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        label, kept = strategy.judge(teacher, x)
+        torch.manual_seed(0)
+        maps = teacher.encoder(x)
+        for module in teacher.modules():
+            module.training = isinstance(module, nn.Dropout2d)
+        passes = []
+        for _ in range(4):
+            main, auxiliary = teacher.decode(maps, SIZE)
+            passes.append(((main.softmax(1) + auxiliary.softmax(1)) / 2).numpy())
+        teacher.eval()
+        features = penultimate(teacher, maps, SIZE)
+    passes = np.stack(passes)
+    expected = passes.mean(0).argmax(1)
+    assert np.array_equal(label, expected)
+    deviation = np.take_along_axis(passes.std(0), expected[:, None], 1)[:, 0]
+    assert not kept.numpy()[deviation >= 0.05].any()
+    assert 0 < kept.mean() <= 1
+    assert features.shape == (2, 16, SIZE, SIZE)
+    assert not any(m.training for m in teacher.modules())
+    assert not DPL(PseudoLabels(threshold=0.999999), FACTS).judge(teacher, x)[1].any()
+
+
+def test_upl_votes_of_perturbed_heads(model):
+    x = draw(2, 1, SIZE, SIZE)
+    strategy = UPLSFDA(PseudoLabels(strategy="upl_sfda", threshold=0.5), FACTS)
+    with torch.no_grad():
+        first, again, other = [], [], []
+        for seed, found in ((0, first), (0, again), (1, other)):
+            torch.manual_seed(seed)
+            found.extend(strategy.judge(model.eval(), x))
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+    assert np.array_equal(strategy.weigh(*first), first[1].numpy() > 0.5)
+
+
+def test_views_move_labels_and_weights_with_the_pixels():
+    images = torch.zeros(16, 1, 8, 8)
+    images[:, :, :, :4] = 1
+    labels = images[:, 0].long()
+    weights = images[:, 0] / 2
+    x, y, w = Views(3)(images, labels, weights)
+    assert torch.equal(w, y / 2)
+    flipped = y[:, 0, 0] == 0
+    assert 0 < flipped.sum() < 16
+    assert torch.equal((x[:, 0] > 0.5).long(), y)
+    assert x.min() >= 0 and x.max() <= 1
+    assert torch.equal(Views(3)(images, labels, weights)[0], x)

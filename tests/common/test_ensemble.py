@@ -1,0 +1,130 @@
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import save
+
+from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
+from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import Infusion
+from sonofed_common.models.classifiers import build_classifier
+from sonofed_common.models.ensemble import (
+    INFUSION,
+    SegmentationEnsemble,
+    infusion_records,
+    load_ensemble,
+)
+from sonofed_common.models.infusion import InfusionHead
+from sonofed_common.models.segmenter import build_segmenter
+
+SIZE, CLASSES = 32, 3
+NETWORK = "shufflenet_v2"
+FACTS = SegmentationFacts(
+    encoder="unet",
+    classes=CLASSES,
+    heads=("unet", "aspp"),
+    class_ratio=(0.8, 0.1, 0.1),
+    foreground_range=(0.1, 0.3),
+)
+
+
+def plain(model):
+    return save({n: t.contiguous().clone() for n, t in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def networks():
+    branches = {
+        name: build_segmenter("unet", CLASSES, SIZE, FACTS.heads, False, seed)
+        for seed, name in enumerate(("target-north", "source"))
+    }
+    return branches, {NETWORK: build_classifier(NETWORK, pretrained=False)}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def ensemble_of(networks, rule="gate"):
+    branches, classifiers = networks
+    head = InfusionHead(len(branches), Infusion(rule=rule), CLASSES)
+    generator = torch.Generator().manual_seed(1)
+    for weight in head.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator)
+    head.temperatures.copy_(torch.tensor([0.5, 3.0]))
+    return SegmentationEnsemble(branches, head, classifiers)
+
+
+def written(folder, ensemble, **changes):
+    provenance = Provenance(
+        data=DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1), settings="0" * 64
+    )
+    writer = BundleWriter(folder, name="trial", kind="final", provenance=provenance)
+    files = {f"segmenters/{n}.safetensors": plain(m) for n, m in ensemble.branches.items()}
+    files |= {f"classifiers/{n}.safetensors": plain(m) for n, m in ensemble.classifiers.items()}
+    files[INFUSION] = to_bytes(infusion_records(list(ensemble.branches), ensemble.head))
+    for path, data in (files | changes).items():
+        if data is not None:
+            writer.add(path, data)
+    writer.facts = {"image_size": SIZE, "segmentation": FACTS.model_dump(mode="json")}
+    return writer.sign(Ed25519PrivateKey.generate())
+
+
+@pytest.mark.parametrize("rule", ["entropy", "gate"])
+def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rule):
+    ensemble = ensemble_of(networks, rule)
+    again = load_ensemble(written(tmp_path, ensemble))
+    assert list(again.branches) == ["target-north", "source"]
+    first, second = ensemble.predict(images), again.predict(images)
+    for field in ("probabilities", "mask", "confidence", "weights"):
+        assert torch.equal(getattr(first, field), getattr(second, field)), field
+    assert torch.equal(first.classes[NETWORK], second.classes[NETWORK])
+
+
+def test_a_prediction_is_the_infusion_of_its_branches(networks, images):
+    ensemble = ensemble_of(networks, "mean")
+    said = ensemble.predict(images)
+    assert said.mask.shape == (3, SIZE, SIZE) and said.mask.dtype == torch.uint8
+    assert said.weights.shape == (2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        calibrated = [
+            (model.probabilities(images).log() / t).softmax(1)
+            for model, t in zip(ensemble.branches.values(), (0.5, 3.0), strict=True)
+        ]
+        malignant = ensemble.classifiers[NETWORK](images).softmax(1)[:, 1]
+    torch.testing.assert_close(said.probabilities, (calibrated[0] + calibrated[1]) / 2)
+    torch.testing.assert_close(said.classes[NETWORK], malignant)
+    first, second = said.probabilities.sort(1, descending=True).values[:, :2].unbind(1)
+    torch.testing.assert_close(said.confidence, first - second)
+    assert torch.equal(said.mask.long(), said.probabilities.argmax(1))
+
+
+def test_classifiers_are_optional(networks, images, tmp_path):
+    branches, _ = networks
+    alone = {"source": branches["source"]}
+    ensemble = SegmentationEnsemble(alone, InfusionHead(1, Infusion(), CLASSES))
+    said = load_ensemble(written(tmp_path, ensemble)).predict(images)
+    assert said.classes == {}
+    assert bool((said.weights == 1).all())
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            said.probabilities, branches["source"].probabilities(images), atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        (INFUSION, None),
+        (INFUSION, to_bytes(Records())),
+        (INFUSION, b"nonsense"),
+        ("segmenters/source.safetensors", None),
+        ("segmenters/source.safetensors", save({"weight": torch.zeros(1)})),
+        ("segmenters/source.safetensors", b"nonsense"),
+    ],
+)
+def test_a_bundle_that_holds_no_whole_ensemble_is_refused(networks, tmp_path, path, data):
+    with pytest.raises(BundleError):
+        load_ensemble(written(tmp_path, ensemble_of(networks), **{path: data}))
