@@ -52,7 +52,8 @@ COMMON = {"study": "trial", "seed": 3}
 
 def chosen(strategy="apl", **values):
     few = {"rounds": 2, "local_epochs": 1, "batch_size": 3, "passes": 2, "perturbed_heads": 2}
-    return PseudoLabels(strategy=strategy, **{**few, "threshold": 0.5, **values})
+    both = {"threshold": 0.5, "consistency": True}
+    return PseudoLabels(strategy=strategy, **{**few, **both, **values})
 
 
 @functools.cache
@@ -215,7 +216,9 @@ def test_a_step_over_the_border_is_no_collapse(source, inside, outside):
 def test_a_round_that_collapses_fails_unless_it_started_outside():
     towards = {"class_ratio": (1.0, 0.0), "foreground_range": (0.2, 0.8)}
     facts = FACTS.model_copy(update=towards)
-    hasty = chosen(class_prior=100.0, learning_rate=0.1, local_epochs=4, rounds=10)
+    hasty = chosen(
+        class_prior=100.0, prior_shares="source", learning_rate=0.1, local_epochs=4, rounds=10
+    )
     with pytest.raises(CollapseError):
         adapt_round(network(), images(), hasty, facts, 0, 5)
     report = adapt_round(all_background(network()), images(), chosen(), facts, 0, 5)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,14 +116,42 @@ def test_an_average_pixel_of_a_small_unsure_class_weighs_as_much_as_background()
     assert torch.allclose(weights, torch.tensor([[[1, 1, 0.5, 1]]]))
 
 
-def test_the_prior_is_zero_at_the_source_and_grows_as_a_class_vanishes():
-    prior = FACTS.class_ratio
+def test_the_prior_is_zero_at_the_expected_shares_and_grows_as_a_class_vanishes():
+    expected = torch.tensor([[0.9, 0.1]])
     found = [
-        prior_divergence(torch.tensor([1 - e, e]), (0.9, 0.1)).item() for e in (0.1, 0.01, 0.0)
+        prior_divergence(torch.tensor([[1 - e, e]]), expected).item() for e in (0.1, 0.01, 0.0)
     ]
     assert found[0] == pytest.approx(0, abs=1e-6)
     assert found[0] < found[1] < found[2]
-    assert prior_divergence(torch.tensor(prior), prior).item() == pytest.approx(0, abs=1e-6)
+    both = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
+    shares = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    reference = scipy.stats.entropy(both.numpy(), shares.numpy(), axis=1).mean()
+    assert prior_divergence(shares, both).item() == pytest.approx(reference, abs=1e-6)
+
+
+def test_the_prior_holds_each_image_to_its_own_label_or_all_to_the_source():
+    facts = FACTS.model_copy(update={"class_ratio": (0.5, 0.5), "classes": 2})
+    logits = torch.zeros(2, 2, 4, 4)
+    logits[0, 0], logits[1, 1] = 7, 7
+    own = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]).long()
+
+    def loss(shares, labels):
+        strategy = APL(PseudoLabels(class_prior=1.0, prior_shares=shares), facts)
+        return strategy._prior(logits, logits, labels).item()
+
+    assert loss("labels", own) < 0.01 < 1 < loss("labels", own.flip(0))
+    assert loss("source", own) == pytest.approx(0, abs=1e-6)
+
+
+def test_labels_are_of_an_image_and_its_mirror_alike(model, batch):
+    images, _ = batch
+    model.eval()
+    strategy = APL(PseudoLabels(), FACTS)
+    with torch.no_grad():
+        labels, confidence = strategy.judge(model, images)
+        mirrored, same = strategy.judge(model, images.flip(-1))
+    assert torch.equal(labels, mirrored.flip(-1))
+    assert torch.allclose(confidence, same.flip(-1), atol=1e-6)
 
 
 def gradients(module):
@@ -147,7 +176,7 @@ def test_both_losses_in_one_pass_give_the_gradients_of_each(batch):
 
     def found(**switches):
         network = build_segmenter("unet", CLASSES, SIZE, pretrained=False).eval()
-        strategy = APL(PseudoLabels(**switches), FACTS)
+        strategy = APL(PseudoLabels(**{"consistency": True, **switches}), FACTS)
         strategy.loss(network, images, labels, torch.full_like(images[:, 0], 0.5)).backward()
         return network
 

@@ -27,7 +27,7 @@ from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit
 
 STATISTICS_IMAGES = 128
-"""Most images that normalisation statistics are estimated on."""
+"""Most images that normalisation statistics and the foreground are estimated on."""
 
 STRATEGIES: dict[Strategy, type[SelfTraining]] = {
     "apl": APL,
@@ -77,8 +77,8 @@ def adapt_round(
     -------
     dict of str to float
         ``loss``: mean of the last epoch. ``foreground``: mean predicted share of pixels that are
-        not background, after the round. ``kept``: share of pixels that the last epoch learned
-        from. A round that trains nothing has loss and kept 0.
+        not background, after the round, of up to `STATISTICS_IMAGES` images. ``kept``: share of
+        pixels that the last epoch learned from. A round that trains nothing has loss and kept 0.
 
     Raises
     ------
@@ -99,13 +99,13 @@ def adapt_round(
         raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
     sample = evenly_spaced(images, STATISTICS_IMAGES)
     adapt_batch_norm(model, sample)
-    before = foreground_share(model, images)
+    before = foreground_share(model, sample)
     strategy = STRATEGIES[settings.strategy](settings, facts)
     if len(images) == 1 or not list(strategy.trained(model)):
         return {"loss": 0.0, "foreground": before, "kept": 0.0}
     loss, kept = _train(strategy, model, images, round, seed, checkpoint, events)
     adapt_batch_norm(model, sample)
-    after = foreground_share(model, images)
+    after = foreground_share(model, sample)
     check_collapse(before, after, facts.foreground_range)
     return {"loss": loss, "foreground": after, "kept": kept}
 

@@ -240,7 +240,7 @@ class PseudoLabels(Model):
     """Source-free adaptation of the segmenters on unlabelled images."""
 
     strategy: Strategy = "apl"
-    consistency: bool = Field(default=True, description="APL's L_con, minimised over the heads")
+    consistency: bool = Field(default=False, description="APL's L_con, minimised over the heads")
     self_training: bool = Field(default=True, description="APL's L_ssl, over the encoder")
     relevance: Literal["none", "count", "inverse"] = Field(
         default="none", description="APL's W: weights of class pairs in L_con"
@@ -252,7 +252,10 @@ class PseudoLabels(Model):
         default=True, description="confidence over its class mean, so that small lesions count"
     )
     class_prior: float = Field(
-        default=0.1, ge=0, description="weight of the KL to the source's class ratio"
+        default=10.0, ge=0, description="weight of the KL to the expected class shares (apl)"
+    )
+    prior_shares: Literal["labels", "source"] = Field(
+        default="labels", description="expected of an image by its pseudo-label, or of all images"
     )
     teacher_momentum: float = Field(default=0.99, ge=0, le=1, description="EMA of the teacher")
     threshold: float = Field(
@@ -309,6 +312,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "pretraining": {"patch_size": 32, "temperature": 0.1},
         "pseudo_labels": {
+            "consistency": True,
             "relevance": "count",
             "disagreement": 0.0,
             "class_mean_confidence": False,

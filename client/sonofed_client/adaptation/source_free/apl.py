@@ -18,6 +18,8 @@ from sonofed_client.adaptation.source_free.self_training import (
 from sonofed_common.models.segmenter import Segmenter
 
 Relevance = Literal["none", "count", "inverse"]
+LEAST_SHARE = 1e-3
+"""Smallest share of a class in a prior."""
 
 
 class APL(SelfTraining):
@@ -26,8 +28,9 @@ class APL(SelfTraining):
     Source: adaptive pseudo-labelling for source-free domain adaptive segmentation, ICASSP 2022.
     `inconsistency` (L_con) is minimised over the heads only, on maps that carry no gradient; the
     cross-entropy weighed by `certainty` (L_ssl) over the encoder only, through heads that carry
-    none. Ours: the optional divergence of the heads beside L_con, and the class prior beside each
-    of the two losses. With both losses switched off nothing is trained.
+    none. Ours: labels averaged over an image and its mirror, the optional divergence of the heads
+    beside L_con, and the class prior beside each of the two losses. With both losses switched off
+    nothing is trained.
     """
 
     def trained(self, student: Segmenter) -> Iterable[nn.Parameter]:
@@ -38,8 +41,9 @@ class APL(SelfTraining):
             yield from student.encoder.parameters()
 
     def judge(self, teacher: Segmenter, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the classes of largest mean probability and their certainty."""
-        p = teacher.probabilities(batch)
+        """Return the classes of largest mean probability, of an image and its mirror."""
+        mirrored = teacher.probabilities(batch.flip(-1)).flip(-1)
+        p = (teacher.probabilities(batch) + mirrored) / 2
         return p.argmax(dim=1), certainty(p)
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:
@@ -61,18 +65,23 @@ class APL(SelfTraining):
             if self.settings.disagreement:
                 both = divergence(main, auxiliary) + divergence(auxiliary, main)
                 losses.append(self.settings.disagreement * both.mean() / 2)
-            losses.append(self._prior(main, auxiliary))
+            losses.append(self._prior(main, auxiliary, labels))
         if self.settings.self_training:
             main, auxiliary = frozen_decode(student, maps, size)
             losses.append(supervision((main, auxiliary), labels, weights))
-            losses.append(self._prior(main, auxiliary))
+            losses.append(self._prior(main, auxiliary, labels))
         return torch.stack(losses).sum()
 
-    def _prior(self, main: Tensor, auxiliary: Tensor) -> Tensor:
+    def _prior(self, main: Tensor, auxiliary: Tensor, labels: Tensor) -> Tensor:
         if not self.settings.class_prior:
             return main.new_zeros(())
-        ratio = ((main.softmax(1) + auxiliary.softmax(1)) / 2).mean(dim=(0, 2, 3))
-        return self.settings.class_prior * prior_divergence(ratio, self.facts.class_ratio)
+        shares = ((main.softmax(1) + auxiliary.softmax(1)) / 2).mean(dim=(2, 3))
+        if self.settings.prior_shares == "source":
+            shares = shares.mean(dim=0, keepdim=True)
+            prior = shares.new_tensor(self.facts.class_ratio)[None]
+        else:
+            prior = one_hot(labels, self.facts.classes).float().mean(dim=(1, 2))
+        return self.settings.class_prior * prior_divergence(shares, prior)
 
 
 def inconsistency(main: Tensor, auxiliary: Tensor, relevance: Relevance = "none") -> Tensor:
@@ -139,14 +148,16 @@ def over_class_mean(labels: Tensor, confidence: Tensor, classes: int) -> Tensor:
     return weights
 
 
-def prior_divergence(ratio: Tensor, prior: Sequence[float]) -> Tensor:
-    """KL(prior || ratio) of the source's class shares from the predicted ones (C,).
+def prior_divergence(shares: Tensor, prior: Tensor) -> Tensor:
+    """Mean KL(prior || shares) of expected class shares from predicted ones, both (B, C).
 
     In this direction it grows without bound as a class vanishes, which is how the heads collapse.
+    A prior's share of zero counts as `LEAST_SHARE`: a class missed once must stay learnable.
     """
-    expected = torch.tensor(prior, device=ratio.device, dtype=ratio.dtype)
-    expected = expected / expected.sum()
-    return (torch.xlogy(expected, expected) - expected * ratio.clamp_min(1e-8).log()).sum()
+    expected = prior.clamp_min(LEAST_SHARE)
+    expected = expected / expected.sum(dim=1, keepdim=True)
+    gap = expected.log() - shares.clamp_min(1e-8).log()
+    return (expected * gap).sum(dim=1).mean()
 
 
 def frozen_decode(model: Segmenter, maps: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
