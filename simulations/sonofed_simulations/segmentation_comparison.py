@@ -21,6 +21,7 @@ from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import EvaluateSegmenter, Install, request
 from sonofed_common.contract.bundle import MANIFEST, SIGNATURE, Bundle, BundleWriter
 from sonofed_common.contract.configuration import Model, read_toml, validate
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array, Records, from_bytes, to_bytes
 from sonofed_common.contract.study import Infusion, Study
 from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
@@ -171,8 +172,9 @@ def run_mask_comparison(
         folder = out / f"seed-{seed}"
         sites = laboratory.prepare_sites(seed, folder / "sites")
         for variant in comparison.variants:
+            shown = _shown(comparison, variant)
             study = mask_study(comparison, scenario, variant, seed)
-            _cell(laboratory, study, bundle, sites, folder / variant)
+            _cell(laboratory, study, bundle, sites, folder / variant, shown)
             done += 1
             events.progress("cells", done, total, variant=variant, seed=seed)
         _controls(comparison, laboratory, bundle, sites, folder, seed)
@@ -219,10 +221,21 @@ def rows_of(study: Study, state: StudyState, source_bundle: str) -> dict[str, Ma
     return rows
 
 
+def _shown(comparison: SegmentationComparison, variant: str) -> set[str]:
+    shown = [where.partition("/") for where in comparison.rows.values()]
+    return {what for name, _, what in shown if name == variant}
+
+
 def _cell(
-    laboratory: Laboratory, study: Study, bundle: Path, sites: list[Path], folder: Path
+    laboratory: Laboratory,
+    study: Study,
+    bundle: Path,
+    sites: list[Path],
+    folder: Path,
+    shown: set[str],
 ) -> None:
-    if (folder / "done").exists() and (folder / "done").read_text() == _origin(study, bundle):
+    origin = f"{_origin(study, bundle)} {sorted(shown)}"
+    if (folder / "done").exists() and (folder / "done").read_text() == origin:
         return
     workspace = laboratory.workspace(study, bundle, folder)
     # A variant that was changed may lack rows that it had.
@@ -231,10 +244,15 @@ def _cell(
     run_inline(workspace, sites, laboratory.events)
     identity = Bundle.open(bundle, check_blobs=False).id
     state = StudyState.load(workspace.checkpoint, identity_of(study, identity))
-    for name, row in rows_of(study, state, identity).items():
-        _score(study, row, sites, folder / f"{_file(name)}.safetensors")
+    rows = rows_of(study, state, identity)
+    if unknown := sorted(shown - rows.keys()):
+        raise ConfigurationError(
+            f"variant {folder.name} has no row '{unknown[0]}'; it has {', '.join(rows)}"
+        )
+    for name in sorted(shown & rows.keys()):
+        _score(study, rows[name], sites, folder / f"{_file(name)}.safetensors")
     _clean(workspace)
-    write_atomically(folder / "done", _origin(study, bundle).encode())
+    write_atomically(folder / "done", origin.encode())
 
 
 def _clean(workspace: Workspace) -> None:
