@@ -10,8 +10,10 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
 
+# Two workers of one thread each; a file stays whole, so its fixtures are made once.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,12 +1,22 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import read_scenario
 
 TINY = Path(__file__).parent / "integration" / "tiny.toml"
+
+# Tests share the cores with each other: how long an example takes says nothing.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole studies first: a long file that starts last would leave the other core idle."""
+    items.sort(key=lambda item: item.path.parent != TINY.parent)
 
 
 @pytest.fixture(scope="session")

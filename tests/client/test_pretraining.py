@@ -261,7 +261,7 @@ def test_a_round_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path
         [sys.executable, "-c", script, str(Path(__file__)), str(checkpoint)], env=environment
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not checkpoint.exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)

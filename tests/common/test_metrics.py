@@ -132,9 +132,9 @@ def test_intervals_are_wider_when_images_of_a_patient_move_together():
 
 def test_intervals_are_seeded_hold_the_estimate_and_are_fast():
     labels, p, groups = cohort(400, 300)
-    start = time.perf_counter()
+    start = time.process_time()
     first = clustered_intervals(labels, p, groups, 2000, 1, 0.6)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert first == clustered_intervals(labels, p, groups, 2000, 1, 0.6)
     assert first != clustered_intervals(labels, p, groups, 2000, 2, 0.6)
     for name, value in classification_metrics(labels, p, 0.6).items():

@@ -190,7 +190,7 @@ def kill_in(phase, workspace, sites, until):
     """Run a study in a process of its own and kill that once ``until`` of a phase's event holds."""
     command = [sys.executable, "-c", KILLED, str(workspace.root), *map(str, sites)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     try:
         while time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read().decode()
@@ -218,7 +218,12 @@ def test_a_killed_study_resumes_to_the_same_bits(inline, laboratory, tmp_path):
     assert [selection(s) for s in other] == [selection(s) for s in sites]
     assert again.sites == results.sites
     assert [phase.name for phase in again.phases] == list(ACTIVE_LEARNING)
+    assert traffic(again) == traffic(results)
     assert not list(broken.root.glob(".*.tmp"))
+
+
+def traffic(results):
+    return [(p.name, p.bytes_to_sites, p.bytes_from_sites) for p in results.phases]
 
 
 def test_without_a_quorum_the_sites_reason_ends_the_study(laboratory, tmp_path):
@@ -665,13 +670,15 @@ def test_training_that_diverges_ends_the_study_readably(laboratory, tmp_path):
 
 
 def flower_processes(workspace):
-    """Living processes that were started for a workspace: they inherit its Flower home."""
+    """Living processes that were started for a workspace, by id: they inherit its Flower home."""
     home = str(workspace.root / "flower")
-    found = []
+    found = {}
     for process in psutil.process_iter():
         try:
-            if process.environ().get("FLWR_HOME") == home:
-                found.append(" ".join(process.cmdline()) or process.name())
+            environment = process.environ()
+            if environment.get("FLWR_HOME") == home:
+                name = " ".join(process.cmdline()) or process.name()
+                found[process.pid] = name, environment.get("TMPDIR")
         except psutil.Error:
             continue
     return found
@@ -681,22 +688,31 @@ def ended(workspace):
     until = time.monotonic() + 5
     while (left := flower_processes(workspace)) and time.monotonic() < until:
         time.sleep(0.1)
-    return left == [] or left
+    return left == {} or left
 
 
-def temporary():
-    """What Flower's engine and Ray keep in the folder for temporary files."""
-    return {*Path("/tmp").glob(f"{PREFIX}*"), *Path("/tmp/ray").glob("session_*")}
+def temporary(processes):
+    """What the engine and Ray keep for processes in the folder for temporary files."""
+    own = {Path(folder) for _, folder in processes.values() if folder}
+    sessions = {path for n in processes for path in Path("/tmp/ray").glob(f"session_*_{n}")}
+    return {path for path in own if path.name.startswith(PREFIX) and path.exists()} | sessions
 
 
 @pytest.mark.slow
 def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
     workspace, sites, results = inline
     other, others = lay_out(laboratory, tmp_path)
-    seen, before = [], temporary()
-    federated = run_flower(other, others, Events(listeners=[seen.append]), 1)
+    seen, met, kept = [], {}, set()
+
+    def look(event):
+        seen.append(event)
+        if event["event"] == "phase-started":
+            met.update(flower_processes(other))
+            kept.update(temporary(met))
+
+    federated = run_flower(other, others, Events(listeners=[look]), 1)
     assert ended(other) is True
-    assert temporary() <= before
+    assert kept and not temporary(met)
     assert [selection(s) for s in others] == [selection(s) for s in sites]
     first, second = checkpoint(workspace).arrays, checkpoint(other).arrays
     assert first.keys() == second.keys()

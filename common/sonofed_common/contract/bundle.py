@@ -53,8 +53,8 @@ class BundleWriter:
     ----------
     folder : Path
         Where the bundle goes; one that is already there stays valid until `sign` replaces it.
-    name, kind, provenance
-        See `Manifest`.
+    name, kind, provenance, created
+        See `Manifest`; ``created`` is by default the time of signing.
 
     Attributes
     ----------
@@ -62,11 +62,20 @@ class BundleWriter:
         Goes into the manifest; fill it before `sign`.
     """
 
-    def __init__(self, folder: Path, *, name: str, kind: Kind, provenance: Provenance) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        kind: Kind,
+        provenance: Provenance,
+        created: datetime | None = None,
+    ) -> None:
         self.folder = folder
         self.name = name
         self.kind: Kind = kind
         self.provenance = provenance
+        self.created = created
         self.facts: dict[str, Any] = {}
         self._files: dict[str, Blob] = {}
 
@@ -99,7 +108,7 @@ class BundleWriter:
         manifest = Manifest(
             name=self.name,
             kind=self.kind,
-            created=datetime.now(UTC).replace(microsecond=0),
+            created=self.created or datetime.now(UTC).replace(microsecond=0),
             public_key=public_hex(key),
             files=self._files,
             facts=self.facts,

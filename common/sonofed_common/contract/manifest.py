@@ -47,6 +47,9 @@ class Manifest(Model):
 
     Attributes
     ----------
+    created : datetime
+        For a bundle that a study signs, when the study started: what is signed anew after an
+        interruption then has the same id.
     files : dict of str to Blob
         Logical path, for example ``"diffusion/unet/config.json"``, to its content.
     facts : dict of str to JSON value

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load
 
-from sonofed_common.contract.bundle import Bundle, BundleWriter
+from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import BundleError, ParameterError
 from sonofed_common.contract.segmentation import SegmentationFacts
@@ -99,12 +99,7 @@ def install_branches(
     """
     source = run.bundle.manifest
     folder = run.workspace.branches if origin == "branches" else run.workspace.adapted
-    writer = BundleWriter(
-        folder,
-        name=run.study.name,
-        kind="source" if origin == "branches" else "final",
-        provenance=source.provenance.model_copy(update={"settings": run.study.digest()}),
-    )
+    writer = run.bundle_writer(folder, "source" if origin == "branches" else "final")
     for name, data in weights.items():
         writer.add(f"segmenters/{name}.safetensors", data)
     kept = {name: source.facts[name] for name in ("image_size", "segmentation")}

@@ -21,12 +21,7 @@ SEGMENTING = {"supervise", "pseudo_label", "ensemble"}
 def publish(run: StudyRun) -> None:
     """Write the final bundle and ship it."""
     source = run.bundle.manifest
-    writer = BundleWriter(
-        run.workspace.final_bundle,
-        name=run.study.name,
-        kind="final",
-        provenance=source.provenance.model_copy(update={"settings": run.study.digest()}),
-    )
+    writer = run.bundle_writer(run.workspace.final_bundle, "final")
     last = len(run.study.selection.budgets) - 1
     for name in run.study.classifiers:
         weights = run.state.group(f"classifier/{name}/{last}")

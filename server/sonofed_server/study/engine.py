@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -12,7 +10,7 @@ from flwr.serverapp import Grid
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import SonoFedError
-from sonofed_common.contract.results import Results, write_results
+from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.runtime import Events, write_atomically
 from sonofed_common.security import load_or_create_signing_key, public_hex
@@ -30,6 +28,7 @@ from sonofed_server.phases.reconstruct import reconstruct
 from sonofed_server.phases.select import select
 from sonofed_server.phases.ship import ship
 from sonofed_server.phases.supervise import supervise
+from sonofed_server.study.cost import PhaseMeter
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.report import study_results
 from sonofed_server.study.run import StudyRun
@@ -115,21 +114,11 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
 
 def _run_phase(run: StudyRun, phase: Phase) -> None:
     run.exchange.new_phase()
-    before = (run.exchange.traffic.to_sites, run.exchange.traffic.from_sites)
+    run.meter = PhaseMeter(_cost_before(run, phase), run.exchange.traffic)
     run.events.emit("phase-started", phase=phase)
-    started = time.monotonic()
     PHASES[phase](run)
-    cost = {
-        "name": phase,
-        "seconds": round(time.monotonic() - started, 3),
-        "bytes_to_sites": run.exchange.traffic.to_sites - before[0],
-        "bytes_from_sites": run.exchange.traffic.from_sites - before[1],
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
     for site, reason in run.exchange.missing.items():
         run.site_facts(site)["missing"] = f"{phase}: {reason}"
-    costs = {p["name"]: p for p in run.state.facts["phases"]} | {phase: cost}
-    run.state.facts["phases"] = [costs[name] for name in run.study.phases if name in costs]
     # A repeated enrolment leaves alone where the interrupted phase stands.
     if phase not in run.state.done:
         # Who only receives the final bundle has not come back to the study.
@@ -138,4 +127,12 @@ def _run_phase(run: StudyRun, phase: Phase) -> None:
         run.state.done.append(phase)
         run.state.position = {}
     run.save()
-    run.events.emit("phase-finished", phase=phase, seconds=cost["seconds"])
+    run.events.emit("phase-finished", phase=phase, seconds=run.meter.read().seconds)
+
+
+def _cost_before(run: StudyRun, phase: Phase) -> PhaseCost:
+    kept = {cost["name"]: cost for cost in run.state.facts["phases"]}
+    # An enrolment that is repeated replaces the one before it.
+    if phase in kept and phase not in run.state.done:
+        return PhaseCost.model_validate(kept[phase])
+    return PhaseCost(name=phase, seconds=0.0)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.bundle import Bundle, BundleWriter
+from sonofed_common.contract.manifest import Kind
+from sonofed_common.contract.results import PhaseCost
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
+from sonofed_server.study.cost import PhaseMeter
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.source import StudySource, read_study_source
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
@@ -15,7 +20,13 @@ from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 @dataclass
 class StudyRun:
-    """One run of a study: its settings, sites, state and place on disk."""
+    """One run of a study: its settings, sites, state and place on disk.
+
+    Attributes
+    ----------
+    meter : PhaseMeter or None
+        Of the phase at hand; what it reads is saved with the state.
+    """
 
     study: Study
     workspace: Workspace
@@ -23,6 +34,7 @@ class StudyRun:
     exchange: Exchange
     state: StudyState
     events: Events
+    meter: PhaseMeter | None = None
     _source: StudySource | None = field(default=None, init=False, repr=False)
 
     @property
@@ -54,6 +66,17 @@ class StudyRun:
             self._source = read_study_source(self.workspace, digest, self.events)
         return self._source
 
+    def bundle_writer(self, folder: Path, kind: Kind) -> BundleWriter:
+        """Return a writer of a bundle that comes of this study."""
+        provenance = self.bundle.manifest.provenance
+        return BundleWriter(
+            folder,
+            name=self.study.name,
+            kind=kind,
+            provenance=provenance.model_copy(update={"settings": self.study.digest()}),
+            created=datetime.fromisoformat(self.state.facts["started"]),
+        )
+
     def site_facts(self, site: str) -> dict[str, Any]:
         """Facts of one site for the results; made on first use."""
         facts: dict[str, Any] = self.state.facts.setdefault("sites", {}).setdefault(site, {})
@@ -61,4 +84,11 @@ class StudyRun:
 
     def save(self) -> None:
         """Save the state: called after every round."""
+        if self.meter is not None:
+            self._keep_cost(self.meter.read())
         self.state.save(self.workspace.checkpoint, identity_of(self.study, self.bundle.id))
+
+    def _keep_cost(self, cost: PhaseCost) -> None:
+        costs = {kept["name"]: kept for kept in self.state.facts["phases"]}
+        costs[cost.name] = cost.model_dump()
+        self.state.facts["phases"] = [costs[name] for name in self.study.phases if name in costs]
