@@ -11,7 +11,9 @@ from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
 from sonofed_client.enclave.handlers import reconstruction
 from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.policy import STANDARD
 from sonofed_client.enclave.site import load_weights, weights_of
+from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import SiteData, SiteSettings, read_site
 from sonofed_common.contract import actions
@@ -582,7 +584,7 @@ def test_a_selection_that_begins_forgets_the_one_before(site, bundle):
 
 @pytest.mark.parametrize("oracle", [True, False])
 def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle):
-    own = own.model_copy(update={"oracle": oracle})
+    own = own.model_copy(update={"oracle": oracle, "auto_approve": True})
     forget_labels(own.data.path)
     enclave = InProcessEnclave(own)
     install(enclave, bundle)
@@ -595,6 +597,30 @@ def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle
     reply = enclave.perform("query.annotations", request(actions.Annotations(**COMMON)))
     expected = (known, known) if oracle else (0, len(pool))
     assert (reply.metrics["done"], reply.metrics["total"]) == expected
+
+
+def test_first_rounds_are_clipped_from_what_every_site_starts_with(site, bundle, tmp_path):
+    clip = 1e-3
+    policy = tmp_path / "policy.toml"
+    text = STANDARD.read_text(encoding="utf-8")
+    policy.write_text(text.replace("numbers = 80_000_000", f"numbers = 80_000_000, clip = {clip}"))
+    enclave = InProcessEnclave(site.model_copy(update={"policy": policy}))
+    install(enclave, bundle)
+    embed = actions.Embed(**encode(bundle) | {"pairs": "augmentation"}, round=0)
+    everything = Selection(strategy="random", scope="per_site", budgets=(1.0,))
+    enclave.perform("train.score", request(actions.Score(**encode(bundle), selection=everything)))
+    enclave.perform("train.select", request(actions.Select(**COMMON, stage="mark"), cuts=NO_CUTS))
+    for action, parameters, group in (
+        ("train.embed", embed, "student"),
+        ("train.classifier", fine_tuning(bundle), "weights"),
+    ):
+        reply = enclave.perform(action, request(parameters)).group(group)
+        start = Records(dict(start_of(enclave.site, parameters, request(parameters)))).group(group)
+        floats = [n for n, a in start.items() if a.dtype.kind == "f"]
+        change = sum(((reply[n].astype(float) - start[n]) ** 2).sum() for n in floats) ** 0.5
+        # Changes this small lose up to some percent of themselves to float32.
+        assert reply.keys() == start.keys() and 0.5 * clip < change < 1.5 * clip
+        assert enclave.ledger.entries()[-1]["privacy"][f"{group}/* clip"] == clip
 
 
 def intake(site):

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from sonofed_client.enclave.intake import masks, pixels, take_in
-from sonofed_client.enclave.store import CataloguedImage, Store
+from sonofed_client.enclave.store import CataloguedImage, open_store
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.bundle import Manifest, verify_manifest
 from sonofed_common.contract.configuration import validate
@@ -24,7 +24,7 @@ from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.models.diffusion import DiffusionStack
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
-from sonofed_common.runtime import device
+from sonofed_common.runtime import Events, device
 
 T = TypeVar("T")
 WARM_MODELS = 4
@@ -38,13 +38,19 @@ class Site:
     ----------
     settings : SiteSettings
         The images are taken in at once.
+
+    Attributes
+    ----------
+    events : Events
+        Progress of the work at hand; a listener that raises ends that work.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings = settings
-        self.store = Store(settings.store)
+        self.store = open_store(settings)
         take_in(settings, self.store)
         self.device = device()
+        self.events = Events()
         self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     @property

@@ -35,7 +35,13 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
     report = finetune_round(
-        model, images[index], targets, parameters.settings, parameters.round, seed
+        model,
+        images[index],
+        targets,
+        parameters.settings,
+        parameters.round,
+        seed,
+        site.events,
     )
     return Records(
         grouped("weights", weights_of(model)),

@@ -28,7 +28,7 @@ def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
     rows, images = site.images("pool", parameters.image_size)
     # Every site draws the same decoder and projector, so round 0 needs no broadcast.
     model = PretrainingModel(
-        _start(site, parameters),
+        starting_encoder(site, parameters),
         parameters.settings,
         parameters.image_size,
         derive_seed(parameters.seed, "pretraining"),
@@ -45,6 +45,7 @@ def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
         parameters.round,
         derive_seed(parameters.seed, site.settings.name, "pretrain", parameters.round),
         checkpoint,
+        site.events,
     )
     checkpoint.unlink(missing_ok=True)
     return Records(
@@ -67,7 +68,8 @@ def pool_sectors(site: Site, images: Tensor) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_)).view(images.shape)
 
 
-def _start(site: Site, parameters: Pretrain) -> Encoder:
+def starting_encoder(site: Site, parameters: Pretrain) -> Encoder:
+    """Return the encoder that every site starts from."""
     if parameters.settings.start == "source":
         return site.segmenter(parameters.bundle, "source", parameters.image_size).encoder
     name = site.segmentation(parameters.bundle).encoder

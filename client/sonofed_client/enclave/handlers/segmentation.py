@@ -31,6 +31,7 @@ def train_segmenter(site: Site, parameters: TrainSegmenter, request: Records) ->
             parameters.round,
             derive_seed(parameters.seed, site.settings.name, parameters.branch, parameters.round),
             checkpoint,
+            site.events,
         )
     except SonoFedError:
         # The same request would fail again; an interruption, in contrast, goes on from the file.
