@@ -15,16 +15,29 @@ from typer.testing import CliRunner
 from sonofed_client.cli import app as site
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import CATALOGUE
-from sonofed_common.contract.results import ClassifierResults, Results, SiteResults
-from sonofed_common.contract.study import NEEDS_GIVES, PRESETS, Study
+from sonofed_common.contract.results import (
+    SEGMENTATION_METRICS,
+    SEGMENTATION_STAGES,
+    ClassifierResults,
+    Results,
+    SiteResults,
+)
+from sonofed_common.contract.study import (
+    ACTIVE_LEARNING,
+    PRESETS,
+    SEGMENTATION,
+    Strategy,
+    Study,
+)
 from sonofed_common.data.readers import READERS, read
 from sonofed_common.models.classifiers import CLASSIFIERS
+from sonofed_common.models.encoders import ENCODERS
 from sonofed_server.cli import app as coordinator
 from sonofed_server.source.settings import PRESETS as SOURCE_PRESETS
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.cli import app as lab
 from sonofed_simulations.phantoms.scanner import SCANNERS
-from sonofed_simulations.scenarios.scenario import Hospital
+from sonofed_simulations.scenarios.scenario import Hospital, built_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +48,7 @@ PROGRAMS = {"sonofed-lab": lab, "sonofed-coordinator": coordinator, "sonofed-sit
 RUN_EXAMPLE = "sonofed-lab run two_phantoms.toml --out runs/two_phantoms"
 INTAKE_EXAMPLE = "sonofed-site intake runs/two_phantoms/sites/north/site-0.toml"
 COMPARE_EXAMPLE = "sonofed-lab compare margin_or_random.toml --out runs/margin_or_random"
+SEGMENTATION_EXAMPLE = "sonofed-lab run outlines.toml --out runs/two_branches"
 
 COVERED = {
     "make demo": "tests/integration/test_demo.py",
@@ -49,6 +63,16 @@ COVERED = {
     "sonofed-lab compare breast_selection --data DATA --out runs/selection": (
         "options, here; validated in tests/simulations/test_comparison.py"
     ),
+    "sonofed-lab run phantom_multiclass --out runs/organs": (
+        "options, here; laid out in tests/simulations/test_scenarios.py; a smaller one runs here"
+    ),
+    "sonofed-lab run breast_segmentation --data DATA --out runs/outlines": (
+        "options, here; validated in tests/simulations/test_scenarios.py"
+    ),
+    "sonofed-lab compare breast_segmentation --data DATA --out runs/methods": (
+        "options, here; validated in tests/simulations/test_comparison.py"
+    ),
+    SEGMENTATION_EXAMPLE: "here",
     RUN_EXAMPLE: "here",
     INTAKE_EXAMPLE: "here",
     COMPARE_EXAMPLE: "here",
@@ -102,7 +126,8 @@ def test_options_are_known() -> None:
 
 def test_scenarios_are_listed() -> None:
     output = invoke("sonofed-lab scenarios")
-    assert "demo" in output and "breast_three_countries" in output
+    rows = re.findall(r"^\| `(\w+)` \|", RESEARCHER.split("## Read the results")[0], re.M)
+    assert sorted(rows) == sorted(built_in()) and all(name in output for name in rows)
 
 
 @pytest.mark.slow
@@ -117,6 +142,21 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "margin" in invoke(COMPARE_EXAMPLE)
     out = tmp_path / "runs" / "margin_or_random"
     assert (out / "comparison.md").is_file() and (out / "comparison.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_example_of_segmentation_and_of_its_ensemble_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outlines.toml").write_text(example('name = "outlines"'), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert "Dice" in invoke(SEGMENTATION_EXAMPLE)
+    (code,) = blocks("python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert "torch.Size([4, 32, 32])" in capsys.readouterr().out
+    assert len(names["ensemble"].branches) == len(names["prediction"].weights) == 2
+    assert int(names["prediction"].mask.max()) <= 1
 
 
 def test_the_example_of_own_images_is_read(tmp_path: Path) -> None:
@@ -138,7 +178,14 @@ def test_the_example_of_a_source_is_valid() -> None:
 
 def test_names_that_can_be_chosen_are_documented() -> None:
     assert all(f"`{name}`" in RESEARCHER for name in (*READERS, *SCANNERS))
-    assert all(f"`{name}`" in METHODS for name in CLASSIFIERS)
+    assert all(f"`{name}`" in METHODS for name in (*CLASSIFIERS, *ENCODERS))
+    section = METHODS.split("## 8. ")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.M)[1:] == list(get_args(Strategy))
+
+
+def test_phases_of_segmentation_are_documented() -> None:
+    line = METHODS.split("Phases of segmentation: ")[1].split(". ")[0]
+    assert re.findall(r"`(\w+)`", line) == list(SEGMENTATION)
 
 
 def test_exit_codes_are_the_catalogue() -> None:
@@ -155,6 +202,7 @@ def test_fields_of_the_results_are_the_schema() -> None:
     assert sorted(documented) == sorted(Results.model_fields)
     for model in (SiteResults, ClassifierResults):
         assert all(f"`{name}`" in section for name in model.model_fields)
+    assert all(f"`{name}`" in section for name in (*SEGMENTATION_STAGES, *SEGMENTATION_METRICS))
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
@@ -191,7 +239,8 @@ def test_option_tables_are_the_models(
     for key, default, by_paper in rows:
         field = known[key]
         if key == "phases":
-            assert re.findall(r"`(\w+)`", default) == list(field.default) == list(NEEDS_GIVES)
+            assert re.findall(r"`(\w+)`", default) == list(field.default)
+            assert field.default == ACTIVE_LEARNING
         elif field.is_required() or field.default is None:
             assert "`" not in default or "with" in default, key
         else:

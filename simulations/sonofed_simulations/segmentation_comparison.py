@@ -225,6 +225,9 @@ def _cell(
     if (folder / "done").exists() and (folder / "done").read_text() == _origin(study, bundle):
         return
     workspace = laboratory.workspace(study, bundle, folder)
+    # A variant that was changed may lack rows that it had.
+    for old in {folder / "done", *folder.glob("*.safetensors")} - {workspace.checkpoint}:
+        old.unlink(missing_ok=True)
     run_inline(workspace, sites, laboratory.events)
     identity = Bundle.open(bundle, check_blobs=False).id
     state = StudyState.load(workspace.checkpoint, identity_of(study, identity))
@@ -251,6 +254,7 @@ def _controls(
     study = mask_study(comparison, laboratory.scenario, next(iter(comparison.variants)), seed)
     target = folder / CONTROL
     identity = Bundle.open(bundle, check_blobs=False).id
+    _begin(target, f"{comparison.supervised.model_dump_json()} {study.image_size} {identity}")
     source = MaskRow(identity, ("source",), {}, batch_norm="global")
     adapted = MaskRow(identity, ("source",), {})
     for name, row in (("source-only", source), ("bn-adapted", adapted)):
@@ -259,6 +263,14 @@ def _controls(
     if not (target / "supervised.safetensors").exists():
         trained = _train_supervised(comparison, laboratory, bundle, sites, target, seed)
         _score(study, MaskRow(trained, ("source",), {}), sites, target / "supervised.safetensors")
+
+
+def _begin(folder: Path, origin: str) -> None:
+    """Empty a folder whose files are of another origin."""
+    marker = folder / "origin"
+    if not marker.exists() or marker.read_text() != origin:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomically(marker, origin.encode())
 
 
 def _train_supervised(

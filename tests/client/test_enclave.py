@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
+from safetensors.torch import save
 
 from sonofed_client.adaptation.evaluation import evaluate
+from sonofed_client.adaptation.pretraining import PretrainingModel
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
 from sonofed_client.enclave.handlers import reconstruction
@@ -33,8 +36,19 @@ from sonofed_common.contract.errors import (
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.results import SEGMENTATION_METRICS
 from sonofed_common.contract.selection import WHOLE
-from sonofed_common.contract.study import Embedding, Finetuning, Reconstruction, Selection
+from sonofed_common.contract.study import (
+    Embedding,
+    Finetuning,
+    Infusion,
+    Pretraining,
+    PseudoLabels,
+    Reconstruction,
+    Selection,
+)
+from sonofed_common.models.encoders import build_encoder
+from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_simulations.engines.inline import InlineGrid
 from sonofed_simulations.phantoms.dataset import write_dataset
@@ -212,6 +226,156 @@ def test_no_name_patient_or_image_id_is_in_any_reply(site, bundle):
         found = [s for s in {*(text.encode() for text in secrets), *keys} if s in sent]
         assert not found, action
         assert not reply.arrays.keys() & {"embedding", "representativeness", "image", "pixels"}
+
+
+@pytest.fixture(scope="session")
+def segmenters(coordinator, bundle, tmp_path_factory):
+    """A bundle of two branches; their range of foreground lets every round through."""
+    provenance = bundle.manifest.provenance
+    folder = tmp_path_factory.mktemp("segmenters") / "branches"
+    writer = BundleWriter(folder, name="branches", kind="source", provenance=provenance)
+    for seed, name in enumerate(BRANCHES):
+        model = build_segmenter("unet", 2, 32, pretrained=False, seed=seed)
+        weights = {k: tensor.contiguous() for k, tensor in model.state_dict().items()}
+        writer.add(f"segmenters/{name}.safetensors", save(weights))
+    writer.facts["segmentation"] = {
+        "encoder": "unet",
+        "classes": 2,
+        "heads": ["unet", "aspp"],
+        "class_ratio": [0.9, 0.1],
+        "foreground_range": [0.0, 1.0],
+    }
+    return writer.sign(coordinator)
+
+
+def pretraining(bundle, **changes):
+    settings = Pretraining(patch_size=8, rounds=2, local_epochs=1)
+    return actions.Pretrain(**pooled(bundle), **{"round": 0, "settings": settings} | changes)
+
+
+def adaptation(bundle, **changes):
+    values = {"branch": "source", "round": 0, "settings": PseudoLabels(strategy="tent")}
+    return actions.TrainSegmenter(**pooled(bundle), **values | changes)
+
+
+def mask_evaluation(bundle, **changes):
+    infusion = Infusion(calibration="consensus")
+    values = {"branches": BRANCHES, "infusion": infusion, "replicates": 20} | changes
+    return actions.EvaluateSegmenter(**pooled(bundle), **values)
+
+
+def talk_of_masks(enclave, bundle):
+    """Replies to every action on segmenters, second rounds from the weights of the first."""
+    install(enclave, bundle)
+    replies = []
+    for action, make in (("train.pretrain", pretraining), ("train.segmenter", adaptation)):
+        reply = enclave.perform(action, request(make(bundle)))
+        weights = reply.group("weights")
+        again = enclave.perform(action, request(make(bundle, round=1), weights=weights))
+        replies += [(action, reply), (action, again)]
+    consensus = actions.TrainEnsemble(**pooled(bundle), branches=BRANCHES)
+    reply = enclave.perform("train.ensemble", request(consensus))
+    temperatures = np.exp(reply.arrays["log_temperatures"])
+    ask = request(mask_evaluation(bundle), temperatures=temperatures)
+    return [
+        *replies,
+        ("train.ensemble", reply),
+        ("evaluate.segmenter", enclave.perform("evaluate.segmenter", ask)),
+    ]
+
+
+BRANCHES = ("source", "target")
+MASK_REPLIES = {
+    "train.pretrain": ("weights/", {"loss", "mim", "contrastive"}),
+    "train.segmenter": ("weights/", {"loss", "foreground", "kept"}),
+    "train.ensemble": ("log_temperatures", set()),
+    "evaluate.segmenter": (
+        "",
+        {f"{name}{end}" for name in SEGMENTATION_METRICS for end in ("", "_low", "_high")},
+    ),
+}
+"""Start of the names of the arrays and names of the metrics: all that a reply holds."""
+
+
+def secrets_of(site):
+    """What may not leave a site, as bytes: names, ids, patients, paths and rows of pixels."""
+    rows = Store(site.store).images()
+    found = {t.encode() for row in rows for t in (row.id, row.name, row.group)}
+    found |= {str(site.data.path).encode(), str(site.store).encode()}
+    found |= {int(row.id, 16).to_bytes(8, end) for row in rows for end in ("little", "big")}
+    kept = Store(site.store).get("pixels/32")
+    for image in kept.arrays["pixels"] if kept else ():
+        line = max(image[0], key=lambda pixels: len(np.unique(pixels)))
+        if len(np.unique(line)) > 16:
+            found |= {line.tobytes(), (line / np.float32(255)).tobytes()}
+    return found
+
+
+def test_replies_about_segmenters_hold_weights_and_means_alone(site, segmenters, caplog):
+    caplog.set_level("DEBUG")
+    replies = talk_of_masks(InProcessEnclave(site), segmenters)
+    assert {action for action, _ in replies} == SEGMENTATION == set(MASK_REPLIES)
+    secrets = secrets_of(site)
+    assert len(secrets) > 5 * IMAGES
+    for action, reply in replies:
+        start, metrics = MASK_REPLIES[action]
+        assert set(reply.config) == {"examples"} and set(reply.metrics) == metrics, action
+        assert all(start and name.startswith(start) for name in reply.arrays), action
+        sent = to_bytes(reply)
+        assert not [secret for secret in secrets if secret in sent], action
+    networks = {
+        "train.pretrain": PretrainingModel(
+            build_encoder("unet", False), pretraining(segmenters).settings, 32
+        ),
+        "train.segmenter": build_segmenter("unet", 2, 32, pretrained=False),
+    }
+    for action, reply in replies:
+        if action in networks:
+            state = networks[action].state_dict()
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            assert {n: a.shape for n, a in reply.group("weights").items()} == shapes
+    log = caplog.text.encode()
+    assert not [secret for secret in secrets if secret in log]
+
+
+def with_second_class(folder):
+    """Give every mask a class that the segmenters do not know."""
+    for path in (folder / "masks").iterdir():
+        mask = Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8) * 2)
+        mask.putpalette(bytes(range(256)) * 3)
+        mask.save(path)
+
+
+def without_masks(folder):
+    rewrite(folder, lambda row: {**row, "mask": ""})
+
+
+def spoilt(kind, bundle):
+    if kind == "weights":
+        return "train.segmenter", request(adaptation(bundle), weights={"x": np.zeros(3)})
+    if kind == "branch":
+        return "train.segmenter", request(adaptation(bundle, branch="target-south"))
+    return "evaluate.segmenter", request(mask_evaluation(bundle))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "spoil"),
+    [
+        ("masks", SiteEmptyError, without_masks),
+        ("classes", ParameterError, with_second_class),
+        ("weights", ParameterError, None),
+        ("branch", ParameterError, None),
+    ],
+)
+def test_errors_about_segmenters_hold_nothing_of_an_image(own, segmenters, kind, error, spoil):
+    if spoil is not None:
+        spoil(own.data.path)
+    enclave = InProcessEnclave(own)
+    install(enclave, segmenters)
+    action, message = spoilt(kind, segmenters)
+    with pytest.raises(error) as found:
+        enclave.perform(action, message)
+    assert not [secret for secret in secrets_of(own) if secret in found.value.message.encode()]
 
 
 def test_counts_are_of_the_pool_and_of_whole_images(site, bundle):

@@ -6,11 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from sonofed_client.adaptation.evaluation import evaluate, predict
-from sonofed_client.adaptation.finetuning import adapt_batch_norm, finetune_round
+from sonofed_client.adaptation.finetuning import adapt_batch_norm, draw_replay, finetune_round
 from sonofed_common.contract.study import Finetuning
+from sonofed_common.data.augmentation import Augmentation
+from sonofed_common.runtime import derive_seed
+from sonofed_common.training import Training, fit
 
 torch.set_num_threads(1)
 
@@ -145,6 +150,96 @@ def test_balanced_loss_weighs_both_classes_alike():
     finetune_round(plain, images(12), labels, Finetuning(**settings, balanced=False), 0, 0)
     assert torch.softmax(balanced.logits, 0)[1].item() == pytest.approx(0.5, abs=0.01)
     assert torch.softmax(plain.logits, 0)[1].item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_without_replay_training_is_that_of_the_labelled_images_alone():
+    x, labels = bright(10)
+    plain, none, empty = network(), network(), network()
+    augmentation = Augmentation(0)
+
+    def renew(epoch):
+        nonlocal augmentation
+        augmentation = Augmentation(derive_seed(5, "augmentation", epoch))
+
+    def loss(indices):
+        return nn.functional.cross_entropy(plain(augmentation(x[indices])), labels[indices])
+
+    training = Training(3, 1e-2, 4, 5, first_epoch=0, last_epoch=6)
+    expected = fit(plain, 10, loss, training, before_epoch=renew)
+    settings = SETTINGS.model_copy(update={"balanced": False})
+    reply = finetune_round(none, x, labels, settings, 0, seed=5)
+    nothing = images(0), torch.empty(0, dtype=torch.long)
+    assert reply == finetune_round(empty, x, labels, settings, 0, seed=5, replay=nothing)
+    assert same(plain, none) and same(plain, empty)
+    assert reply["loss"] == pytest.approx(expected[-1])
+
+
+def test_replay_teaches_a_class_that_the_site_lacks_and_is_not_counted():
+    x, labels = bright(24)
+    light = labels == 1
+    settings = Finetuning(rounds=1, local_epochs=30, learning_rate=3e-2, batch_size=4)
+    model = network()
+    replay = (x[light], labels[light])
+    reply = finetune_round(model, x[~light], labels[~light], settings, 0, 3, replay=replay)
+    assert reply["examples"] == 12
+    adapt_batch_norm(model, x)
+    assert evaluate(model, x, labels, [str(i) for i in range(24)], None, 0, 0)["auroc"] > 0.95
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_replay_leaves_the_statistics_to_the_sites_own_images(count):
+    """With weights that cannot move, the statistics depend on the images alone."""
+    x, labels = images(count), torch.arange(count) % 2
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-30})
+    alone, replaying = network(), network()
+    finetune_round(alone, x, labels, settings, 0, 0)
+    replay = (images(20, seed=7, scale=0.1), torch.arange(20) % 2)
+    finetune_round(replaying, x, labels, settings, 0, 0, replay=replay)
+    assert torch.equal(alone[1].running_mean, replaying[1].running_mean)
+    assert torch.equal(alone[1].running_var, replaying[1].running_var)
+    assert replaying[1].num_batches_tracked == alone[1].num_batches_tracked
+
+
+def test_each_epoch_shows_every_replayed_image_once():
+    class Watching(nn.Module):
+        """Counts the images that pass while its normalisation is not in training."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm2d(1), nn.Linear(1, 2)
+            self.passed = {True: 0, False: 0}
+
+        def forward(self, x):
+            self.passed[self.norm.training] += len(x)
+            return self.linear(self.norm(x).mean((2, 3)))
+
+    model = Watching()
+    replay = (images(7, seed=2), torch.arange(7) % 2)
+    finetune_round(model, images(9), torch.arange(9) % 2, SETTINGS, 0, 0, replay=replay)
+    assert model.passed == {True: 3 * 9, False: 3 * 7}
+
+
+@given(
+    counts=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    count=st.integers(0, 30),
+    seed=st.integers(0, 99),
+)
+def test_replay_draws_classes_alike_and_repeats_images_last(counts, count, seed):
+    labels = torch.tensor([0] * counts[0] + [1] * counts[1])
+    drawn = draw_replay(labels, count, seed)
+    assert len(drawn) == count
+    assert torch.equal(drawn, draw_replay(labels, count, seed))
+    per_class = torch.bincount(labels[drawn], minlength=2).tolist()
+    assert abs(per_class[0] - per_class[1]) <= 1 and sum(per_class) == count
+    times = torch.bincount(drawn, minlength=len(labels))
+    for label in (0, 1):
+        assert times[labels == label].max() - times[labels == label].min() <= 1
+
+
+def test_odd_draws_favour_neither_class():
+    labels = torch.tensor([0, 0, 1, 1])
+    ones = [int(labels[draw_replay(labels, 1, seed)].item()) for seed in range(60)]
+    assert 15 < sum(ones) < 45
 
 
 def test_prediction_is_the_softmax_in_evaluation_mode_whatever_the_batches():

@@ -111,7 +111,7 @@ def test_inversion_and_ddim_return_the_image(deviation: float, seed: int):
 
 
 def test_inversion_agrees_with_diffusers_where_that_one_is_right(images: Tensor):
-    from sonofed_client.adaptation.reconstruction import _invert
+    from sonofed_common.models.sampling import _invert
 
     class Constant(torch.nn.Module):
         """Noise that depends neither on time nor on latents: both conventions coincide."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.results import read_results
+from sonofed_common.contract.results import SEGMENTATION_STAGES, read_results
 
 LAB = Path(sys.executable).with_name("sonofed-lab")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_demo_shows_a_domain_gap_and_closes_some_of_it(tmp_path: Path) -> None:
     command = [str(LAB), "demo", "--out", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -28,6 +29,9 @@ def test_the_demo_shows_a_domain_gap_and_closes_some_of_it(tmp_path: Path) -> No
         assert before is not None and after is not None
         assert after > before, name
         away.append(before)
+        masks = site.segmentation
+        assert masks.keys() == set(SEGMENTATION_STAGES), name
+        assert all(0 < (m["dice"] or 0) < 1 for m in masks.values()), name
     assert at_home["metrics"]["auroc"] - sum(away) / len(away) >= 0.10
     assert max(phase.peak_memory_bytes or 0 for phase in results.phases) < 6e9
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -90,13 +90,25 @@ def test_organs_have_no_class_labels() -> None:
 
 
 def test_reconstruction_is_measured_with_a_classifier() -> None:
-    with pytest.raises(ConfigurationError, match="measures with a classifier"):
+    with pytest.raises(ConfigurationError, match="needs a classifier"):
         tiny(source__diffusion={"kind": "tiny"}, study__phases=["enrol", "ship", "reconstruct"])
 
 
 def test_a_classifier_of_the_study_must_be_the_sources() -> None:
     with pytest.raises(ConfigurationError, match="name it in"):
         tiny(study__classifiers=["efficientnet_lite0"])
+
+
+def test_replay_needs_synthetic_images_of_the_source() -> None:
+    source = {"image_size": 32, "classifiers": ["shufflenet_v2"]}
+    phantoms = {"scanner": "source", "images": 4}
+    breast = {"hillview": {"phantoms": {"scanner": "hillview", "images": 12}}}
+    study = {"finetuning": {"replay": 0.5}}
+    values = {"source_phantoms": phantoms, "hospitals": breast, "study": study}
+    with pytest.raises(ConfigurationError, match="give \\[source\\] a section 'synthetic'"):
+        tiny(source=source, **values)
+    scenario = tiny(source=source | {"synthetic": {"per_class": 5}}, **values)
+    assert scenario.source.synthetic is not None and scenario.source.synthetic.per_class == 5
 
 
 def test_a_real_source_needs_no_labels() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.runtime import SILENT, Events, derive_seed
-from sonofed_common.training import Training, fit
+from sonofed_common.training import Training, batches, fit
 
 
 def adapt_batch_norm(model: nn.Module, images: Tensor, batch_size: int = 32) -> None:
@@ -61,6 +63,7 @@ def finetune_round(
     round: int,
     seed: int,
     events: Events = SILENT,
+    replay: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """Train a classifier in place for one federated round.
 
@@ -82,36 +85,64 @@ def finetune_round(
         Seed of the site in this study.
     events : Events
         Gets the progress.
+    replay : tuple of Tensor, optional
+        Synthetic source images (M, 1, S, S) in [0, 1] and their class indices (M,). Every epoch
+        spreads them evenly over the batches of labelled images, to whose loss they add; N and N_c
+        count them.
 
     Returns
     -------
     dict of str to float
-        ``examples`` and, where there are any, ``loss``: the mean over the last epoch.
+        ``examples``, without replayed ones, and, where there are any, ``loss``: the mean over the
+        last epoch.
 
     Raises
     ------
     DivergenceError
         A loss or weight is not finite.
+
+    Notes
+    -----
+    Normalisation statistics are of the site's own images only: replayed images go through the
+    network apart, normalised by the running statistics, which they leave as they are. Mixed
+    batches would give statistics that are neither the site's nor the source's.
     """
     if not len(images):
         return {"examples": 0.0}
     device = next(model.parameters()).device
     labels = labels.long()
-    weights = _class_weights(labels) if settings.balanced else torch.ones(len(labels))
+    replayed, classes = replay or (images[:0], labels[:0])
+    all_labels = torch.cat((labels, classes.long()))
+    weights = _class_weights(all_labels) if settings.balanced else torch.ones(len(all_labels))
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    augmentation = Augmentation(seed)
+    # Apart, so that replay changes nothing about how the site's own images are shown.
+    augmentation = replay_augmentation = Augmentation(seed)
+    steps = len(batches(len(images), settings.batch_size, seed))
+    shares: Iterator[Tensor] = iter(())
 
-    def renew_augmentation(epoch: int) -> None:
-        nonlocal augmentation
+    def renew_draws(epoch: int) -> None:
+        nonlocal augmentation, replay_augmentation, shares
         augmentation = Augmentation(derive_seed(seed, "augmentation", epoch))
+        replay_augmentation = Augmentation(derive_seed(seed, "replay augmentation", epoch))
+        draws = Generator().manual_seed(derive_seed(seed, "replay", epoch))
+        shares = iter(torch.randperm(len(replayed), generator=draws).tensor_split(steps))
+
+    def losses_of(shown: Tensor, indices: Tensor) -> Tensor:
+        logits = model(shown.to(device))
+        losses = cross_entropy(logits, all_labels[indices].to(device), reduction="none")
+        return losses * weights[indices].to(device)
 
     def loss_of_batch(indices: Tensor) -> Tensor:
-        if len(indices) == 1:
+        for norm in norms:
+            norm.train(len(indices) > 1)
+        losses = losses_of(augmentation(images[indices]), indices)
+        share = next(shares)
+        if len(share):
             for norm in norms:
                 norm.eval()
-        logits = model(augmentation(images[indices]).to(device))
-        losses = cross_entropy(logits, labels[indices].to(device), reduction="none")
-        return (losses * weights[indices].to(device)).mean()
+            shown = replay_augmentation(replayed[share])
+            losses = torch.cat((losses, losses_of(shown, len(images) + share)))
+        return losses.mean()
 
     training = Training(
         epochs=settings.local_epochs,
@@ -128,9 +159,40 @@ def finetune_round(
         training,
         events=events,
         task="fine-tuning",
-        before_epoch=renew_augmentation,
+        before_epoch=renew_draws,
     )
     return {"examples": float(len(images)), "loss": losses[-1]}
+
+
+def draw_replay(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Draw images to replay, as many of each class as of any other, give or take one.
+
+    Parameters
+    ----------
+    labels : Tensor (M,)
+        Class indices of the images to draw from.
+    count : int
+        How many to draw.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    Tensor (count,)
+        Indices into ``labels``. No image comes twice before each of its class came once.
+    """
+    draws = Generator().manual_seed(seed)
+    classes = torch.unique(labels)
+    # Chance decides which classes get one more, or a small site would never see some.
+    order = torch.randperm(len(classes), generator=draws)
+    chosen = []
+    for place, label in enumerate(classes[order]):
+        members = (labels == label).nonzero().flatten()
+        wanted = len(range(place, count, len(classes)))
+        passes = range(0, wanted, len(members))
+        again = [members[torch.randperm(len(members), generator=draws)] for _ in passes]
+        chosen.append(torch.cat((members[:0], *again))[:wanted])
+    return torch.cat((labels.new_empty(0), *chosen))
 
 
 def _class_weights(labels: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class PretrainingModel(nn.Module):
             Draws the masks.
         """
         patch = self.modelling.patch_size
-        masks = draw_masks(sectors, patch, self.settings.mask_ratio, generator)
+        masks = draw_masks(sectors, patch, self.settings.masked_share, generator)
         errors = self.modelling(self.encoder, images, masks)
         return masked_mean(errors, pixels_of(masks, patch, images.shape[-1]) & sectors)
 

@@ -27,7 +27,7 @@ from sonofed_common.models.segmenter import Segmenter, build_segmenter
 from sonofed_common.runtime import Events, device
 
 T = TypeVar("T")
-WARM_MODELS = 4
+WARM_MODELS = 8
 FEATURE_BATCH = 64
 
 

@@ -184,6 +184,9 @@ class Finetuning(Model):
         default="site", description="site: statistics re-estimated on each site's own images"
     )
     balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
+    replay: float = Field(
+        default=0.0, ge=0, le=10, description="synthetic source images per labelled image"
+    )
 
 
 class Pretraining(Model):
@@ -195,8 +198,11 @@ class Pretraining(Model):
         description="pretrained: ImageNet weights or random ones; source: the shipped segmenter's",
     )
     patch_size: int = Field(default=16, ge=2, le=64, description="masked squares, pixels (simmim)")
-    mask_ratio: float = Field(
-        default=0.6, gt=0, lt=1, description="share of the patches inside the ultrasound sector"
+    mask_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the patches inside the ultrasound sector; default 0.6, mae 0.75",
     )
     contrastive: Literal["nt_xent", "byol", "none"] = "nt_xent"
     temperature: float = Field(default=0.2, gt=0, le=10, description="of NT-Xent")
@@ -206,6 +212,13 @@ class Pretraining(Model):
     local_epochs: int = Field(default=2, ge=1, le=1000)
     learning_rate: float = Field(default=5e-4, gt=0, le=1)
     batch_size: int = Field(default=16, ge=2)
+
+    @property
+    def masked_share(self) -> float:
+        """``mask_ratio``, or what the form's own paper takes."""
+        if self.mask_ratio is not None:
+            return self.mask_ratio
+        return 0.75 if self.form == "mae" else 0.6
 
 
 class Supervision(Model):
@@ -294,7 +307,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_norm": "global",
             "balanced": False,
         },
-        "pretraining": {"patch_size": 32, "mask_ratio": 0.6, "temperature": 0.1},
+        "pretraining": {"patch_size": 32, "temperature": 0.1},
         "pseudo_labels": {
             "relevance": "count",
             "disagreement": 0.0,
@@ -340,7 +353,7 @@ class Study(Model):
 
     @model_validator(mode="after")
     def _classifiers(self) -> Self:
-        needing = [p for p in self.phases if p in ("embed", "classifier")]
+        needing = [p for p in self.phases if p in ("reconstruct", "embed", "classifier")]
         if needing and not self.classifiers:
             raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
         return self

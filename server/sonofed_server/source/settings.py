@@ -75,6 +75,17 @@ class DiffusionTraining(Model):
         return self
 
 
+class SyntheticImages(Model):
+    """Labelled synthetic images, which sites may replay while they fine-tune the classifiers."""
+
+    per_class: int = Field(ge=1, description="images of each class; refused ones are drawn again")
+    sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    steps: int = Field(default=20, ge=1, le=1000)
+    guidance: float = Field(
+        default=1.0, ge=0, le=100, description="classifier-free guidance; 1 switches it off"
+    )
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {"diffusion": {"kind": "sd15", "epochs": 200, "learning_rate": 1e-4}},
@@ -102,6 +113,9 @@ class SourceSettings(Model):
         default=None, description="default: no segmenter is trained"
     )
     diffusion: DiffusionTraining = DiffusionTraining()
+    synthetic: SyntheticImages | None = Field(
+        default=None, description="default: no synthetic images are drawn"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +135,18 @@ class SourceSettings(Model):
     def _something(self) -> Self:
         if not self.classifiers and self.segmentation is None:
             raise ValueError("name a classifier in 'classifiers', or give a section 'segmentation'")
+        return self
+
+    @model_validator(mode="after")
+    def _synthetic_is_possible(self) -> Self:
+        if self.synthetic is None:
+            return self
+        if self.diffusion.kind == "none":
+            raise ValueError("section 'synthetic' needs a diffusion model; set diffusion.kind")
+        if not self.classifiers:
+            raise ValueError(
+                "section 'synthetic' needs class labels; name a classifier in 'classifiers'"
+            )
         return self
 
     def digest(self) -> str:

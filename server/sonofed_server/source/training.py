@@ -18,6 +18,7 @@ from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
 from sonofed_common.models.diffusion import build_tiny, load_sd15
+from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex
@@ -33,6 +34,7 @@ from sonofed_server.source.segmentation_data import (
 from sonofed_server.source.segmenter import segmentation_facts, segmenter_facts, train_segmenter
 from sonofed_server.source.settings import SegmenterTraining, SourceSettings
 from sonofed_server.source.statistics import feature_statistics
+from sonofed_server.source.synthetic import synthesise
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("sonofed", "torch", "monai", "diffusers", "transformers")
@@ -66,13 +68,13 @@ def train_source(
     -------
     Path
         The bundle: ``classifiers/<name>.safetensors``, ``source/<name>.safetensors`` (records with
-        `feature_statistics`), ``segmenters/source.safetensors`` and ``diffusion/...`` in diffusers'
-        folder format.
+        `feature_statistics`), ``segmenters/source.safetensors``, ``diffusion/...`` in diffusers'
+        folder format, and ``synthetic/source.safetensors`` (records of `synthesise`).
 
     Raises
     ------
     DataMissingError, OneClassError, ConfigurationError
-        See `load_source`, `load_segmentation` and `train_segmenter`.
+        See `load_source`, `load_segmentation`, `train_segmenter` and `synthesise`.
     DivergenceError
         A loss or a weight is not finite.
     """
@@ -98,8 +100,10 @@ def train_source(
         return out
     # Built first, so that a bad folder of weights is found before hours of training.
     stack = None if settings.diffusion.kind == "none" else _build(settings, data_root)
-    # Named by data and settings: a changed run never goes on from weights of another one.
-    run = f"{settings.digest()[:16]}-{data.digest[:16]}"
+    # Named by data and settings: a changed run never goes on from weights of another one. No weight
+    # depends on the synthetic images, which may have to be asked for anew.
+    training = settings.model_copy(update={"synthetic": None})
+    run = f"{training.digest()[:16]}-{data.digest[:16]}"
     checkpoints = out / CHECKPOINTS / run
     writer = BundleWriter(out, name=settings.name, kind="source", provenance=provenance)
     writer.facts = {"image_size": settings.image_size, "classes": settings.classes}
@@ -119,6 +123,12 @@ def train_source(
         if stack is None or images is None
         else _add_diffusion(writer, settings, stack, images.pool, checkpoints, events)
     )
+    if stack is not None and source is not None and settings.synthetic is not None:
+        seed = derive_seed(settings.seed, "synthetic")
+        records, facts = synthesise(stack, source, settings.synthetic, seed, events)
+        writer.add(SYNTHETIC_IMAGES, to_bytes(records))
+        writer.facts["synthetic"] = facts
+        events.emit("synthetic source images", **facts)
     bundle = writer.sign(signing_key)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     size = sum(bundle.manifest.blobs.values())

@@ -112,10 +112,10 @@ class Scenario(Model):
             raise ValueError(f"the study uses classifier '{untrained[0]}'; name it in [source] too")
         if "reconstruct" in self.study.phases and self.source.diffusion.kind == "none":
             raise ValueError("phase 'reconstruct' needs a diffusion model; the source trains none")
-        if "reconstruct" in self.study.phases and not self.source.classifiers:
+        if self.study.finetuning.replay and self.source.synthetic is None:
             raise ValueError(
-                "phase 'reconstruct' measures with a classifier; name one in [source], or leave "
-                "the phase out"
+                "finetuning.replay needs synthetic source images; give [source] a section "
+                "'synthetic', or set it to 0"
             )
         wanting = [phase for phase in self.study.phases if phase in NEEDS_SEGMENTER]
         if wanting and self.source.segmentation is None:

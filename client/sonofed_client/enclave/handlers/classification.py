@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from sonofed_client.adaptation.evaluation import evaluate
-from sonofed_client.adaptation.finetuning import adapt_batch_norm, finetune_round
+from sonofed_client.adaptation.finetuning import adapt_batch_norm, draw_replay, finetune_round
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
-from sonofed_common.contract.records import Records, grouped
+from sonofed_common.contract.errors import OneClassError, ParameterError
+from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
+from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.runtime import derive_seed, seed_everything
 
 BATCH_NORM_IMAGES = 128
@@ -42,6 +46,7 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
         parameters.round,
         seed,
         site.events,
+        _replay(site, parameters, len(index), seed),
     )
     return Records(
         grouped("weights", weights_of(model)),
@@ -50,16 +55,44 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     )
 
 
+def _replay(
+    site: Site, parameters: TrainClassifier, labels: int, seed: int
+) -> tuple[Tensor, Tensor] | None:
+    """Draw the round's synthetic source images (M, 1, S, S) in [0, 1] and their classes (M,)."""
+    if not parameters.settings.replay:
+        return None
+    if SYNTHETIC_IMAGES not in site.manifest(parameters.bundle).files:
+        raise ParameterError(
+            "the study replays synthetic source images and the bundle holds none; train the source "
+            "with a section 'synthetic', or set finetuning.replay to 0"
+        )
+    kept = from_bytes(site.blob(parameters.bundle, SYNTHETIC_IMAGES)).arrays
+    classes = torch.from_numpy(np.array(kept["labels"]))
+    drawn = draw_replay(
+        classes, round(parameters.settings.replay * labels), derive_seed(seed, "replay")
+    )
+    images = torch.from_numpy(np.array(kept["images"]))[drawn, None].to(torch.float32) / 255
+    if images.shape[-1] != parameters.image_size:
+        shrinks = images.shape[-1] > parameters.image_size
+        images = interpolate(images, parameters.image_size, mode="area" if shrinks else "bilinear")
+    return images, classes[drawn]
+
+
 def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Records) -> Records:
     """Metrics with patient-clustered intervals on the site's own test images."""
     rows, images = site.images("test", parameters.image_size)
+    if any(row.label is None for row in rows):
+        raise OneClassError(
+            f"the test images of site {site.settings.name} have no labels; leave the phase "
+            "'classifier' out"
+        )
     _, pool = site.images("pool", parameters.image_size)
     model = starting_model(site, parameters, request, pool, parameters.batch_norm)
     thresholds = site.facts(parameters.bundle)["classifiers"][parameters.classifier]
     metrics = evaluate(
         model,
         images,
-        [int(row.label or 0) for row in rows],
+        [int(row.label == 1) for row in rows],
         [row.group for row in rows],
         thresholds["threshold_at_specificity_90"],
         parameters.replicates,

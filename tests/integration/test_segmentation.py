@@ -1,0 +1,602 @@
+"""Segmentation studies from data to published bundle, as their user meets them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+
+from sonofed_client.adaptation.finetuning import adapt_batch_norm
+from sonofed_client.app import SITES_VARIABLE
+from sonofed_client.enclave.handlers.ensemble import predict_site
+from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.store import Store
+from sonofed_client.settings import read_site
+from sonofed_common.contract.actions import EvaluateSegmenter, TrainSegmenter
+from sonofed_common.contract.bundle import Bundle, BundleWriter
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import CollapseError, ConfigurationError, ParameterError
+from sonofed_common.contract.manifest import DataProvenance, Provenance
+from sonofed_common.contract.recorddict import from_recorddict
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.results import (
+    SEGMENTATION_METRICS,
+    SEGMENTATION_STAGES,
+    read_results,
+)
+from sonofed_common.contract.study import SEGMENTATION, Study
+from sonofed_common.models.ensemble import INFUSION, load_ensemble
+from sonofed_common.runtime import SILENT, Events
+from sonofed_common.security import load_or_create_signing_key, public_hex, sha256_file
+from sonofed_common.segmentation_metrics import score_images, segmentation_metrics
+from sonofed_server.source.segmentation_data import load_segmentation
+from sonofed_server.study.engine import run_study
+from sonofed_server.study.workspace import Workspace
+from sonofed_simulations.engines.flower import run_flower
+from sonofed_simulations.engines.inline import InlineGrid, run_inline
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.scenarios.scenario import Scenario, built_in, read_scenario
+from sonofed_simulations.simulation import simulate
+
+TINY = Path(__file__).with_name("tiny_segmentation.toml")
+SIZE, IMAGES = 32, 20
+HOSPITALS = ("riverside", "lakeside")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A laboratory whose source segmenter is trained, once for all tests."""
+    laboratory = Laboratory(
+        read_scenario(str(TINY)), tmp_path_factory.mktemp("segmentation"), None, SILENT
+    )
+    laboratory.prepare_source()
+    return laboratory
+
+
+@pytest.fixture(scope="module")
+def simulated(lab):
+    """The tiny study, from data to report in this process."""
+    return simulate(lab.scenario, lab.root, None, "inline", 0, Events())
+
+
+@pytest.fixture
+def workspace(lab, simulated):
+    return Workspace(lab.root / "study")
+
+
+@pytest.fixture
+def sites(lab, simulated):
+    return [lab.root / "sites" / name / "site-0.toml" for name in HOSPITALS]
+
+
+def lay_out(lab, root, **changes):
+    """A fresh workspace and fresh sites for the tiny study, or one like it."""
+    values = lab.scenario.study.model_dump(mode="json")
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    sites = lab.prepare_sites(0, root / "sites")
+    return lab.workspace(Study.model_validate(values), lab.root / "source", root / "study"), sites
+
+
+def checkpoint(workspace):
+    return from_bytes(workspace.checkpoint.read_bytes())
+
+
+def events(workspace):
+    return [json.loads(line) for line in workspace.events.read_text().splitlines()]
+
+
+def published(workspace, lab):
+    return Bundle.open(workspace.final_bundle, public_hex(load_or_create_signing_key(lab.key)))
+
+
+def check_metrics(metrics, size=SIZE):
+    assert set(metrics) == {
+        f"{m}{end}" for m in SEGMENTATION_METRICS for end in ("", "_low", "_high")
+    }
+    for name in SEGMENTATION_METRICS:
+        highest = size * math.sqrt(2) if name == "hd95" else 1
+        bounds = [0, metrics[f"{name}_low"], metrics[name], metrics[f"{name}_high"], highest]
+        assert np.all(np.diff(bounds) > -1e-6), bounds
+
+
+def test_every_site_has_every_stage_with_numbers_in_range(simulated, lab, workspace):
+    assert read_results(lab.root / "results.json") == simulated
+    assert not workspace.failure.exists() and simulated.missing_sites == ()
+    assert [phase.name for phase in simulated.phases] == list(SEGMENTATION)
+    assert tuple(simulated.sites) == HOSPITALS
+    for site in simulated.sites.values():
+        assert site.images + site.test_masks == IMAGES and site.selected == 0
+        assert tuple(site.segmentation) == SEGMENTATION_STAGES
+        for metrics in site.segmentation.values():
+            check_metrics(metrics)
+        # A segmenter that has learned nothing would make all other tests empty.
+        assert site.segmentation["ensemble"]["dice"] > 0.3
+
+
+def test_the_report_shows_every_site_and_stage(simulated, lab):
+    page = (lab.root / "report.html").read_text(encoding="utf-8")
+    for name, site in simulated.sites.items():
+        cases = [f"{name}, {which} image: " for which in ("worst", "median", "best")]
+        for what in ("expert", "result", "confidence", "trusted"):
+            assert all(f'alt="{start}{what}' in page for start in cases)
+        for metrics in site.segmentation.values():
+            shown = f"{metrics['dice']:.2f}".removeprefix("0")
+            assert f"{shown} <small>" in page
+    assert "data:image/" in page and "src=http" not in page
+
+
+def test_the_model_card_tells_of_every_site_and_stage(simulated, lab, workspace):
+    card = workspace.model_card.read_text(encoding="utf-8")
+    assert published(workspace, lab).read("MODEL_CARD.md").decode() == card
+    rows = [line.split("|") for line in card.splitlines() if line.startswith("| ")][1:]
+    found = [(row[1].strip(), row[2].strip(), row[4].split()[0]) for row in rows]
+    assert found == [
+        (name, str(site.test_masks), f"{metrics['dice']:.3f}")
+        for name, site in simulated.sites.items()
+        for metrics in site.segmentation.values()
+    ]
+
+
+def test_the_published_ensemble_is_what_was_evaluated(simulated, lab, workspace, sites):
+    bundle = published(workspace, lab)
+    names = ("source", "target")
+    assert bundle.manifest.kind == "final"
+    segmenters = [f"segmenters/{name}.safetensors" for name in names]
+    assert bundle.paths == ["MODEL_CARD.md", INFUSION, *segmenters]
+    study = lab.scenario.study
+    for path, expected in zip(sites, simulated.sites.values(), strict=True):
+        ensemble, site = load_ensemble(bundle), Site(read_site(path))
+        assert tuple(ensemble.branches) == names
+        _, pool = site.images("pool", SIZE)
+        _, tested = site.images("test", SIZE)
+        index, masks = site.masks("test", SIZE)
+        for model in ensemble.branches.values():
+            adapt_batch_norm(model, pool)
+        said = ensemble.predict(tested[index])
+        count = len(index)
+        assert said.probabilities.shape == (count, 2, SIZE, SIZE)
+        assert torch.equal(said.mask, said.probabilities.argmax(1).byte())
+        assert said.confidence.shape == (count, SIZE, SIZE)
+        assert said.confidence.min() >= 0 and said.confidence.max() <= 1
+        assert said.weights.shape == (2, count, SIZE, SIZE) and said.weights.min() >= 0
+        torch.testing.assert_close(said.weights.sum(0), torch.ones(count, SIZE, SIZE))
+        metrics = segmentation_metrics(score_images(said.probabilities, masks))
+        for name, value in metrics.items():
+            stage = expected.segmentation["ensemble"]
+            assert value == pytest.approx(stage[name], abs=1e-6), name
+        parameters = EvaluateSegmenter(
+            study=study.name,
+            seed=study.seed,
+            bundle=bundle.id,
+            image_size=SIZE,
+            branches=names,
+            infusion=study.infusion,
+        )
+        arrays = from_bytes(bundle.read(INFUSION)).arrays
+        parts = list(predict_site(site, parameters, Records(arrays)))
+        for name, axis in (("probabilities", 0), ("weights", 1)):
+            whole = torch.cat([getattr(part, name) for part in parts], axis)
+            torch.testing.assert_close(getattr(said, name), whole, rtol=0, atol=1e-6)
+
+
+def private(sites):
+    """Texts, keys and pixels of hospitals that nobody else may hold."""
+    found = {}
+    for path in sites:
+        settings = read_site(path)
+        site = Site(settings)
+        found |= {str(folder).encode(): "path" for folder in (settings.data.path, settings.store)}
+        for part in ("pool", "test"):
+            rows, images = site.images(part, SIZE)
+            for row in rows:
+                found |= {text.encode(): "row" for text in (row.id, row.name, row.group)}
+                found |= {int(row.id, 16).to_bytes(8, end): "id" for end in ("little", "big")}
+            found |= dict.fromkeys(needles(images[:4]), "pixels")
+    return found
+
+
+def needles(images):
+    """A textured row of each image, in the two forms in which pixels are kept."""
+    exact = (images * 255).round().byte().numpy()
+    kept = []
+    for floats, whole in zip(images.numpy(), exact, strict=True):
+        line = max(range(SIZE), key=lambda y: len(np.unique(whole[0, y])))
+        if len(np.unique(whole[0, line])) >= SIZE // 2:
+            kept += [whole[0, line].tobytes(), floats[0, line].tobytes()]
+    assert len(kept) >= len(images)
+    return kept
+
+
+def leaks(data, secrets):
+    return {kind for secret, kind in secrets.items() if secret in data}
+
+
+def test_nothing_of_an_image_is_in_what_the_coordinator_keeps(workspace, sites):
+    secrets = private(sites)
+    kept = {p.read_bytes(): p.name for p in workspace.root.rglob("*") if p.is_file()}
+    for content, name in kept.items():
+        assert not leaks(content, secrets), name
+
+
+def test_no_site_holds_anything_of_the_source_but_weights(lab, workspace, sites):
+    settings = lab.scenario.source
+    data = load_segmentation(settings, lab.source_data)
+    images = torch.cat([data.pool.images, data.test.images])
+    assert len(images) == lab.scenario.source_phantoms.images
+    source = needles(images)
+    digests = {sha256_file(p) for p in (lab.root / "phantoms/source").rglob("*") if p.is_file()}
+    for path in sites:
+        settings = read_site(path)
+        files = [p for p in settings.store.rglob("*") if p.is_file()]
+        own = needles(Site(settings).images("pool", SIZE)[1])
+        content = [p.read_bytes() for p in files]
+        assert any(needle in data for needle in own for data in content), "the search finds pixels"
+        assert not any(needle in data for needle in source for data in content)
+        assert not digests & {p.name for p in files}
+        store = Store(settings.store)
+        shipped = {}
+        for name in store.names("bundle/"):
+            manifest = json.loads(store.get(name).arrays["manifest"].tobytes())
+            shipped |= {file["sha256"]: path for path, file in manifest["files"].items()}
+        assert {name.removeprefix("blob/") for name in store.names("blob/")} == set(shipped)
+        kinds = {path.split("/")[0] for path in shipped.values()}
+        assert kinds == {"segmenters", INFUSION, "MODEL_CARD.md"}
+
+
+class Recording(InlineGrid):
+    """A grid that remembers what was asked and answered."""
+
+    def __init__(self):
+        super().__init__(len(HOSPITALS))
+        self.asked, self.answered = [], []
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            self.asked.append((message.metadata.message_type, from_recorddict(message.content)))
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            self.answered.append((reply.metadata.message_type, from_recorddict(reply.content)))
+        return replies
+
+    def of(self, kind, action):
+        return [records for name, records in getattr(self, kind) if name == action]
+
+
+SCORES = {f"{m}{end}" for m in SEGMENTATION_METRICS for end in ("", "_low", "_high")}
+DOCUMENTED = {
+    "train.pretrain": {"loss", "mim", "contrastive"},
+    "train.segmenter": {"loss", "foreground", "kept"},
+    "train.ensemble": set(),
+    "evaluate.segmenter": SCORES,
+}
+"""Metrics of each reply about segmenters."""
+
+
+@pytest.fixture(scope="module")
+def widest(lab, tmp_path_factory):
+    """A study with a branch for each site, temperatures by consensus and a gate, overheard."""
+    workspace, sites = lay_out(
+        lab,
+        tmp_path_factory.mktemp("widest"),
+        supervision={"branches": "per_site"},
+        infusion={"rule": "gate", "calibration": "consensus"},
+        pretraining={"rounds": 1, "local_epochs": 1},
+        pseudo_labels={"strategy": "tent", "rounds": 2},
+    )
+    grid = Recording()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+        results = run_study(workspace, grid, "inline")
+    return workspace, sites, results, grid
+
+
+def test_a_branch_for_each_site_with_consensus_and_gate(widest, lab):
+    workspace, _, results, _ = widest
+    names = ["source", *(f"target-{name}" for name in HOSPITALS)]
+    ensemble = load_ensemble(published(workspace, lab))
+    assert list(ensemble.branches) == names and ensemble.head.gate is not None
+    facts = checkpoint(workspace).config["facts"]["temperatures"]
+    for found in facts.values():
+        assert list(found) == names and all(0.05 <= t <= 20 for t in found.values())
+        assert set(found.values()) != {1.0}
+    assert ensemble.head.temperatures.tolist() == list(facts["adapted"].values())
+    for site in results.sites.values():
+        assert tuple(site.segmentation) == SEGMENTATION_STAGES
+        for metrics in site.segmentation.values():
+            check_metrics(metrics)
+    state = checkpoint(workspace)
+    one, other = (state.group(f"pretrain/{name}") for name in HOSPITALS)
+    assert one.keys() == other.keys()
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+    assert any(event.get("event") == "warning" for event in events(workspace))
+
+
+def test_each_site_is_tested_with_its_own_branch(widest):
+    *_, grid = widest
+    asked = [records.config["branches"] for records in grid.of("asked", "evaluate.segmenter")]
+    own = [branches for branches in asked if len(branches) == 1 and branches != ["source"]]
+    assert own == [[f"target-{name}"] for name in HOSPITALS]
+
+
+def test_replies_hold_documented_keys_and_nothing_of_an_image(widest):
+    _, sites, _, grid = widest
+    secrets = private(sites)
+    assert set(DOCUMENTED) <= {action for action, _ in grid.answered}
+    for action, reply in dict(grid.answered).items():
+        assert not leaks(to_bytes(reply), secrets), action
+    for action, reply in grid.answered:
+        if action not in DOCUMENTED:
+            continue
+        assert set(reply.config) == {"examples"}
+        assert set(reply.metrics) == DOCUMENTED[action]
+        weights = {name for name in reply.arrays if name.startswith("weights/")}
+        others = {"log_temperatures"} if action == "train.ensemble" else set()
+        assert set(reply.arrays) - weights == others
+        assert bool(weights) is (action in ("train.pretrain", "train.segmenter"))
+    # Shapes come from the networks alone: sites of other sizes would send the same.
+    for action in ("train.pretrain", "train.segmenter"):
+        shapes = [
+            {name: array.shape for name, array in reply.arrays.items()}
+            for reply in grid.of("answered", action)
+        ]
+        assert all(shape == shapes[0] for shape in shapes)
+    for reply in grid.of("answered", "train.ensemble"):
+        assert reply.arrays["log_temperatures"].shape == (1 + len(HOSPITALS),)
+
+
+def test_adaptation_is_asked_for_with_weights_alone(widest, lab):
+    *_, grid = widest
+    asked = grid.of("asked", "train.segmenter")
+    model = load_ensemble(published(widest[0], lab)).branches["source"]
+    branch = {f"weights/{name}": tuple(t.shape) for name, t in model.state_dict().items()}
+    assert len(asked) == 2 * len(HOSPITALS) * (1 + len(HOSPITALS))
+    for message in asked:
+        assert set(message.config) == set(TrainSegmenter.model_fields) and not message.metrics
+        shapes = {name: array.shape for name, array in message.arrays.items()}
+        assert shapes == (branch if message.config["round"] else {})
+
+
+@pytest.mark.slow
+def test_flower_and_inline_do_the_same(simulated, lab, workspace, tmp_path):
+    other, sites = lay_out(lab, tmp_path)
+    federated = run_flower(other, sites, Events(), 1)
+    assert federated.engine == "flower" and federated.missing_sites == ()
+    for name, site in simulated.sites.items():
+        stages = federated.sites[name].segmentation
+        assert stages.keys() == site.segmentation.keys()
+        for stage, metrics in site.segmentation.items():
+            assert stages[stage] == pytest.approx(metrics, abs=1e-6), (name, stage)
+    first, second = checkpoint(workspace).arrays, checkpoint(other).arrays
+    assert first.keys() == second.keys()
+    assert any(name.startswith("segmenter/target/") for name in first)
+    for name, array in first.items():
+        np.testing.assert_allclose(second[name], array, rtol=0, atol=1e-6, err_msg=name)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from sonofed_common.runtime import Events
+from sonofed_server.study.workspace import Workspace
+from sonofed_simulations.engines.inline import run_inline
+run_inline(Workspace(Path(sys.argv[1])), [Path(p) for p in sys.argv[2:]], Events())
+"""
+
+
+def kept_epochs(sites):
+    folders = [read_site(path).store / "checkpoints" for path in sites]
+    return [file for folder in folders for file in folder.glob("*.safetensors")]
+
+
+def kill_within_a_round(workspace, sites, reached):
+    """Run a study in a process of its own; kill that once a site has kept an epoch of a round."""
+    command = [sys.executable, "-c", RUN, str(workspace.root), *map(str, sites)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    try:
+        while time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read().decode()
+            log = events(workspace) if workspace.events.exists() else []
+            if any(map(reached, log)) and kept_epochs(sites):
+                return
+            time.sleep(0.01)
+        raise AssertionError("no round kept an epoch")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_study_killed_within_rounds_ends_with_the_same_bits(simulated, lab, workspace, tmp_path):
+    broken, sites = lay_out(lab, tmp_path)
+    within = {
+        "pretrain": lambda e: e["event"] == "progress" and "round 2 of 2" in e["task"],
+        "pseudo_label": lambda e: e["event"] == "phase-started" and e["phase"] == "pseudo_label",
+    }
+    for phase, reached in within.items():
+        kill_within_a_round(broken, sites, reached)
+        assert kept_epochs(sites)
+        assert not broken.results.exists() and not broken.failure.exists()
+        done = checkpoint(broken).config["done"]
+        assert done == list(SEGMENTATION[: SEGMENTATION.index(phase)])
+    again = run_inline(broken, sites, Events())
+    files = published(broken, lab).manifest.files
+    assert files == published(workspace, lab).manifest.files
+    assert checkpoint(broken).digest() == checkpoint(workspace).digest()
+    assert again.sites == simulated.sites
+    assert [phase.name for phase in again.phases] == list(SEGMENTATION)
+    assert not kept_epochs(sites)
+
+
+def blank(path):
+    """Give a site images without anything on them; return the file of its settings."""
+    values = tomllib.loads(path.read_text())
+    folder = Path(shutil.copytree(values["data"]["path"], path.parent / "blank"))
+    for image in (folder / "images").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(image)))).save(image)
+    values["data"]["path"], values["store"] = str(folder), values["store"] + "-blank"
+    changed = path.with_name("blank.toml")
+    changed.write_text(tomli_w.dumps(values))
+    return changed
+
+
+COLLAPSING = {
+    "phases": ["enrol", "ship", "pseudo_label"],
+    "pseudo_labels": {"strategy": "threshold", "threshold": 0.99, "learning_rate": 0.1},
+}
+"""Steps so large that the few sure pixels carry all others away; blank images have none."""
+
+
+def test_a_site_whose_round_collapses_is_lost_by_name(lab, tmp_path):
+    workspace, sites = lay_out(lab, tmp_path, cohort={"quorum": 1}, **COLLAPSING)
+    results = run_inline(workspace, [sites[0], blank(sites[1])], Events())
+    assert results.missing_sites == ("riverside",)
+    reason = results.sites["riverside"].missing_reason
+    assert reason.startswith("pseudo_label: ") and reason.endswith("[collapse]")
+    assert "predicted foreground went from" in reason and "lower the learning rate" in reason
+    (failed,) = [e for e in events(workspace) if e["event"] == "site-failed"]
+    assert (failed["site"], failed["action"]) == ("riverside", "train.segmenter")
+    assert not leaks(workspace.events.read_bytes(), private(sites))
+
+
+def test_a_collapse_that_breaks_the_quorum_ends_the_study_by_name(lab, tmp_path):
+    workspace, sites = lay_out(lab, tmp_path, **COLLAPSING)
+    with pytest.raises(CollapseError, match="below the quorum of 2; riverside: ") as error:
+        run_inline(workspace, sites, Events())
+    assert error.value.exit_code == 50
+    assert json.loads(workspace.failure.read_text()) == {
+        "error": "collapse",
+        "message": error.value.message,
+    }
+    assert events(workspace)[-1]["event"] == "study-failed"
+    assert not workspace.results.exists() and not kept_epochs(sites)
+    assert not leaks(workspace.failure.read_bytes(), private(sites))
+
+
+@pytest.mark.parametrize(
+    ("phases", "sentence"),
+    [
+        (["enrol", "ship", "supervise"], "'supervise' needs target-informed encoder"),
+        (["enrol", "ship", "supervise", "pretrain"], "'supervise' needs target-informed encoder"),
+        (["enrol", "pseudo_label", "ship"], "'pseudo_label' needs source weights"),
+        (["enrol", "ship", "evaluate", "publish"], "'publish' needs adapted models"),
+        (["enrol", "ship", "pretrain", "publish"], "'publish' needs adapted models"),
+        (["enrol", "ship", "pretrain", "pretrain"], "name each phase once"),
+    ],
+)
+def test_phases_out_of_order_are_refused(phases, sentence):
+    values = {"name": "trial", "phases": phases, "cohort": {"sites": ["north"]}}
+    with pytest.raises(ConfigurationError, match=sentence):
+        validate(Study, values, "study.toml")
+
+
+def test_an_unknown_strategy_names_the_nearest():
+    values = {"name": "trial", "cohort": {"sites": ["north"]}}
+    values["pseudo_labels"] = {"strategy": "treshold"}
+    with pytest.raises(ConfigurationError, match="threshold"):
+        validate(Study, values, "study.toml")
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "pseudo_label", "ensemble", "evaluate"])
+def test_a_scenario_whose_source_trains_no_segmenter_is_refused(phase):
+    values = tomllib.loads(TINY.read_text())
+    del values["source"]["segmentation"]
+    values["source"]["classifiers"] = ["shufflenet_v2"]
+    values["study"] |= {"phases": ["enrol", "ship", phase], "classifiers": []}
+    with pytest.raises(ConfigurationError, match=f"'{phase}' needs a segmenter"):
+        validate(Scenario, values, "scenario.toml")
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "pseudo_label", "ensemble", "evaluate"])
+def test_a_bundle_without_a_segmenter_is_refused(lab, tmp_path, phase):
+    data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
+    provenance = Provenance(data=data, settings="0" * 64)
+    writer = BundleWriter(tmp_path / "bare", name="b", kind="source", provenance=provenance)
+    writer.add("note", b"no network")
+    writer.facts = {"image_size": SIZE}
+    bundle = writer.sign(load_or_create_signing_key(lab.key))
+    study = lab.scenario.study.model_copy(update={"phases": ("enrol", "ship", phase)})
+    workspace = lab.workspace(study, bundle.folder, tmp_path / "study")
+    with pytest.raises(ParameterError, match=r"holds no segmenter; train the source with"):
+        run_inline(workspace, lab.prepare_sites(0, tmp_path / "sites"), Events())
+    assert json.loads(workspace.failure.read_text())["error"] == "parameters"
+
+
+def reduced(name, **source):
+    """Two hospitals of a built-in scenario of real data, small and for one epoch."""
+    values = tomllib.loads(built_in()[name].read_text())
+    kept = {n: values["hospitals"][n] for n in ("rio-aplio", "poland")}
+    values |= {"hospitals": kept, "threads": 1}
+    values["source"] |= {"image_size": 64, "threads": 1}
+    for section in ("segmentation", "training"):
+        if section in values["source"]:
+            values["source"][section] |= {"epochs": 1, "batch_size": 32}
+    values["source"] |= source
+    return values
+
+
+@pytest.fixture
+def data():
+    if "SONOFED_DATA" not in os.environ:
+        pytest.skip("SONOFED_DATA is not set")
+    return Path(os.environ["SONOFED_DATA"])
+
+
+def run_reduced(values, data, tmp_path):
+    file = tmp_path / "reduced.toml"
+    file.write_text(tomli_w.dumps(values))
+    results = simulate(read_scenario(str(file)), tmp_path / "out", data, "inline", 0, Events())
+    assert results.missing_sites == () and list(results.sites) == ["rio-aplio", "poland"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    return results
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_outlines_of_real_lesions_across_countries(data, tmp_path):
+    values = reduced("breast_segmentation")
+    once = {"rounds": 1, "local_epochs": 1, "batch_size": 32}
+    values["study"] |= {"pretraining": once, "pseudo_labels": once}
+    results = run_reduced(values, data, tmp_path)
+    for site in results.sites.values():
+        assert site.test_masks > 0 and tuple(site.segmentation) == SEGMENTATION_STAGES
+        for metrics in site.segmentation.values():
+            check_metrics(metrics, 64)
+        assert site.segmentation["ensemble"]["dice"] > 0.2
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_real_lesions_are_classified_across_countries(data, tmp_path):
+    values = reduced("breast_three_countries", diffusion={"kind": "none"})
+    values["study"] |= {
+        "phases": ["enrol", "ship", "embed", "cluster", "select", "annotate", "classifier"],
+        "embedding": {"rounds": 1, "dimension": 16},
+        "finetuning": {"rounds": 1, "local_epochs": 1},
+    }
+    results = run_reduced(values, data, tmp_path)
+    pool = sum(site.images for site in results.sites.values())
+    assert sum(site.selected for site in results.sites.values()) == round(0.2 * pool)
+    for site in results.sites.values():
+        (classifier,) = site.classifiers.values()
+        for metrics in (classifier.source, classifier.bn_adapted, classifier.adapted):
+            assert 0 <= metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"] <= 1

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import SSIMMetric
+from torch import Tensor
+
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_server.source.memorisation import (
+    WINDOW,
+    MemorisationGate,
+    dissimilarity,
+    membership_auroc,
+)
+
+torch.set_num_threads(1)
+
+SIZE = 32
+
+
+def scans(count: int, seed: int = 0, size: int = SIZE) -> Tensor:
+    """Speckled images with a dark lesion of random place and size."""
+    draws = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    images = []
+    for _ in range(count):
+        row, column, radius = (
+            draws.uniform(0.3, 0.7),
+            draws.uniform(0.2, 0.8),
+            draws.uniform(0.1, 0.25),
+        )
+        lesion = (y - row) ** 2 + (x - column) ** 2 < radius**2
+        tissue = 0.7 - 0.3 * y + draws.uniform(-0.2, 0.2)
+        images.append(np.where(lesion, 0.15, tissue) * draws.rayleigh(0.8, (size, size)))
+    return torch.from_numpy(np.stack(images)[:, None]).float().clamp(0, 1)
+
+
+def names(count: int) -> list[str]:
+    return [f"patient {n}" for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def real() -> Tensor:
+    return scans(40)
+
+
+@pytest.mark.parametrize("shown", [lambda x: x, lambda x: x.flip(-1)], ids=["same", "mirrored"])
+def test_copies_are_refused_even_mirrored_brighter_or_noisier(real: Tensor, shown):
+    gate = MemorisationGate(real, names(40))
+    noise = 0.02 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    for image in shown(real[:8]):
+        assert not gate.admit(image)
+        assert not gate.admit(0.9 * image + 0.05)
+        assert not gate.admit((image + noise).clamp(0, 1))
+    assert gate.nearest == []
+
+
+def test_fresh_noise_and_other_patients_are_admitted_once(real: Tensor):
+    gate = MemorisationGate(real, names(40))
+    noise = torch.rand(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    assert all(gate.admit(image) for image in noise)
+    assert not any(gate.admit(image) for image in noise)
+    others = [gate.admit(image) for image in scans(20, seed=9)]
+    # By the limit's definition about 5% of other patients lie below it.
+    assert sum(others) >= 17
+    assert len(gate.nearest) == 5 + sum(others)
+    assert min(gate.nearest) >= gate.limit
+
+
+def test_the_limit_is_the_quantile_over_other_patients(real: Tensor):
+    views = torch.cat((real[:20], (real[:20] * 0.97 + 0.01)))
+    of_patients = MemorisationGate(views, names(20) * 2).limit
+    expected = dissimilarity(real[:20], views)
+    own = torch.arange(40) % 20 == torch.arange(20)[:, None]
+    nearest = expected.masked_fill(own, 2).amin(1)
+    assert of_patients == pytest.approx(float(nearest.quantile(0.05)), abs=0.03)
+    assert MemorisationGate(views, names(40)).limit < 0.1
+
+
+def test_duplicates_in_other_groups_do_not_let_copies_pass(real: Tensor):
+    twice = real[:20].repeat(2, 1, 1, 1)
+    gate = MemorisationGate(twice, names(40))
+    assert gate.limit == pytest.approx(0, abs=1e-6)
+    assert not any(gate.admit(0.9 * image + 0.02) for image in real[:20])
+
+
+def test_one_patient_sets_no_limit(real: Tensor):
+    with pytest.raises(ConfigurationError, match="at least two patients"):
+        MemorisationGate(real, ["the same"] * 40)
+
+
+def test_dissimilarity_is_one_minus_ssim():
+    images = scans(4)
+    metric = SSIMMetric(2, data_range=1.0, kernel_type="uniform", win_size=WINDOW)
+    ours = dissimilarity(images[:2], images[2:])
+    for i in range(2):
+        for j in range(2):
+            views = torch.stack((images[i], images[i].flip(-1)))
+            theirs = 1 - float(metric(views, images[2 + j].expand(2, -1, -1, -1)).max())
+            # Ours takes every third window.
+            assert float(ours[i, j]) == pytest.approx(theirs, abs=0.05)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), size=st.sampled_from([16, 31, 32, 80]))
+def test_dissimilarity_of_itself_is_zero_and_of_others_is_not(seed: int, size: int):
+    images = scans(3, seed, size)
+    distances = dissimilarity(images, torch.cat((images, images.flip(-1))))
+    assert distances.shape == (3, 6)
+    for half in distances.split(3, dim=1):
+        assert torch.allclose(half.diag(), torch.zeros(3), atol=1e-5)
+    assert (distances >= -1e-5).all() and (distances <= 2).all()
+    assert dissimilarity(images[:1], images[1:2]).item() > 0.1
+
+
+def test_membership_is_told_where_images_are_memorised_and_not_where_they_are_new():
+    training, held_out = scans(30, seed=2), scans(30, seed=3)
+    copies = (training + 0.05 * torch.rand(training.shape)).clamp(0, 1)
+    assert membership_auroc(training, held_out, copies) == 1
+    assert membership_auroc(training, held_out, scans(30, seed=4)) == pytest.approx(0.5, abs=0.2)
