@@ -183,7 +183,12 @@ def _cut(pieces: Iterable[memoryview]) -> Iterator[bytes]:
     held = bytearray()
     for piece in pieces:
         for start in range(0, len(piece), PART_BYTES):
-            held += piece[start : start + PART_BYTES]
+            part = piece[start : start + PART_BYTES]
+            if not held and len(part) == PART_BYTES:
+                # Most parts: copied once, not twice.
+                yield bytes(part)
+                continue
+            held += part
             if len(held) >= PART_BYTES:
                 yield bytes(held)
                 held.clear()
