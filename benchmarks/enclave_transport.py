@@ -35,6 +35,7 @@ PLAIN, KEPT = "query.echo", "train.embed"
 def serve(folder: Path) -> None:
     from sonofed_client.enclave.jobs import Jobs
     from sonofed_client.enclave.ledger import Ledger
+    from sonofed_client.enclave.room import Room
     from sonofed_client.enclave.server import Service, wait_for_the_end
     from sonofed_client.enclave.server import serve as answer
     from sonofed_client.enclave.store import Store
@@ -46,7 +47,7 @@ def serve(folder: Path) -> None:
     store = Store(folder / "store")
     jobs = Jobs(Echo(), store, lambda: "no images")
     ledger = Ledger(store.folder, store.keys.ledger)
-    server = answer(Service(Echo(), jobs, ledger), folder / "socket")
+    server = answer(Service(Echo(), jobs, ledger, Room(2**40)), folder / "socket")
     print("answers", flush=True)
     wait_for_the_end(server)
 
@@ -123,7 +124,7 @@ def _round_trip(stub: EnclaveStub, record: Records, action: str) -> tuple[float,
         status.CopyFrom(latest)
     replies = []
     fetch = stub.Fetch(messages.Job(id=status.job))
-    out = seconds(lambda: replies.append(receive(fetch, 2**40)))
+    out = seconds(lambda: replies.append(receive(fetch)))
     assert replies[0].records.digest() == record.digest()
     return into, out
 

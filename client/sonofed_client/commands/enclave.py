@@ -53,6 +53,9 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     from sonofed_client.enclave.enclave import InProcessEnclave
     from sonofed_client.enclave.jobs import Jobs
     from sonofed_client.enclave.ledger import Entry
+    from sonofed_client.enclave.parts import HEADER_BYTES
+    from sonofed_client.enclave.policy import read_policy
+    from sonofed_client.enclave.room import Room
     from sonofed_client.enclave.server import Service, serve, wait_for_the_end
 
     assert settings.socket is not None
@@ -63,7 +66,9 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
         enclave.ledger.append(Entry(outcome="note", message=note))
     jobs = Jobs(enclave, enclave.site.store, lambda: enclave.site.snapshot)
     enclave.site.events.listeners.append(jobs.progress)
-    server = serve(Service(enclave, jobs, enclave.ledger), settings.socket)
+    # What is larger than the policy takes is not even read.
+    room = Room(read_policy(settings.policy).received_bytes + HEADER_BYTES)
+    server = serve(Service(enclave, jobs, enclave.ledger, room), settings.socket)
     how = "without a network" if is_isolated else "NOT isolated"
     print(f"the enclave of site {settings.name} answers, {how}", flush=True)
     wait_for_the_end(server)

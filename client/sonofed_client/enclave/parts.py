@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
+from sonofed_client.enclave.room import memory
 from sonofed_common.contract.enclave_pb2 import Failure, Head, Part
 from sonofed_common.contract.errors import ParameterError, SonoFedError, error_from_code
 from sonofed_common.contract.records import Array, Records, checked
@@ -81,37 +82,31 @@ def send(records: Records, action: str = "") -> Iterator[Part]:
     yield Part(sha256=digest.digest())
 
 
-def receive(parts: Iterable[Part], limit: int) -> Received:
+def receive(parts: Iterable[Part], allocate: Callable[[int], mmap.mmap] = memory) -> Received:
     """Put parts together.
 
     Parameters
     ----------
     parts : iterable of Part
         What `send` made.
-    limit : int
-        Most bytes that the file may have.
+    allocate : callable
+        Gives memory of a size, or refuses by an error of the catalogue.
 
     Raises
     ------
     ParameterError
         The parts are not one whole record.
     SonoFedError
-        The sender ended the stream with a failure.
+        The sender ended the stream with a failure, or there is no memory for the record.
     """
     stream = iter(parts)
     first = next(stream, None)
     if first is None or first.WhichOneof("part") != "head":
         _refuse(first)
     size = first.head.size
-    if not 8 < size <= limit:
-        raise ParameterError(
-            f"a record of {size} bytes is not taken here; the most is {limit} bytes"
-        )
-    try:
-        # Memory comes with the bytes, not with the promise of them.
-        file = memoryview(mmap.mmap(-1, size))
-    except (OSError, ValueError, OverflowError, MemoryError):
-        raise ParameterError("this machine has no room for the record; send less") from None
+    if size <= 8:
+        _refuse(first)
+    file = memoryview(allocate(size))
     digest, filled = hashlib.sha256(), 0
     for part in stream:
         kind = part.WhichOneof("part")

@@ -18,6 +18,7 @@ from sonofed_client.enclave.interface import Enclave
 from sonofed_client.enclave.jobs import Job, Jobs, State
 from sonofed_client.enclave.ledger import Entry, Ledger
 from sonofed_client.enclave.parts import failure, read, receive, send
+from sonofed_client.enclave.room import Room
 from sonofed_common.contract import enclave_pb2 as messages
 from sonofed_common.contract.enclave_pb2_grpc import (
     EnclaveServicer,
@@ -54,12 +55,13 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         Does the rest.
     ledger : Ledger
         Gets what is refused before it comes to be a request.
+    room : Room
+        Memory for requests.
     """
 
-    def __init__(self, enclave: Enclave, jobs: Jobs, ledger: Ledger) -> None:
-        self._enclave, self._jobs, self._ledger = enclave, jobs, ledger
+    def __init__(self, enclave: Enclave, jobs: Jobs, ledger: Ledger, room: Room) -> None:
+        self._enclave, self._jobs, self._ledger, self._room = enclave, jobs, ledger, room
         self._watches = threading.BoundedSemaphore(WATCHES)
-        self._limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
     def Describe(self, request: messages.Request, _: grpc.ServicerContext) -> messages.Reply:  # noqa: N802
         """Answer ``query.describe``."""
@@ -78,7 +80,7 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         timer.daemon = True
         timer.start()
         try:
-            received = self._noting(lambda: receive(request_iterator, self._limit))
+            received = self._noting(lambda: receive(request_iterator, self._room.memory))
             return _status(self._jobs.submit(received))
         except grpc.RpcError:
             raise

@@ -17,9 +17,6 @@ from sonofed_common.contract.records import Records, from_bytes, to_bytes
 PATIENCE_SECONDS = 120.0
 """How long an enclave may be away, for example while it starts anew."""
 
-LIMIT = 2**40
-"""What an enclave sends is bounded by the hospital's policy."""
-
 OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -103,7 +100,7 @@ class SocketEnclave:
         if status.state != messages.DONE:
             return None
         try:
-            return receive(self._stub.Fetch(job, timeout=MOVE_SECONDS), LIMIT).records
+            return receive(self._stub.Fetch(job, timeout=MOVE_SECONDS)).records
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return None
