@@ -517,6 +517,41 @@ JOB_REQUESTS = {
 }
 
 
+@pytest.mark.parametrize("action", ["train.embed", "train.classifier"])
+def test_an_interrupted_training_goes_on_from_its_last_epoch(site, bundle, tmp_path, action):
+    def make():
+        if action == "train.classifier":
+            return fine_tuning(bundle, settings=Finetuning(rounds=1, local_epochs=3))
+        settings = Embedding(dimension=8, rounds=1, local_epochs=3)
+        return actions.Embed(**encode(bundle) | {"settings": settings}, round=0)
+
+    def opened(settings):
+        enclave = InProcessEnclave(settings)
+        talk(enclave, bundle)
+        return enclave
+
+    def interrupt(event):
+        if event["event"] == "progress" and event.get("epoch") == 3:
+            raise KeyboardInterrupt
+
+    # The same key, for the ids' order is the images'.
+    site = site.model_copy(update={"image_key": "0" * 64})
+    enclave = opened(site)
+    folder = site.store / "checkpoints"
+    assert not list(folder.glob("*"))
+    enclave.site.events.listeners.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        enclave.perform(action, request(make()))
+    assert len(list(folder.iterdir())) == 1
+    seen = []
+    enclave.site.events.listeners[:] = [seen.append]
+    resumed = enclave.perform(action, request(make()))
+    assert {e["epoch"] for e in seen if e["event"] == "progress"} == {3}
+    assert not list(folder.iterdir())
+    other = opened(site.model_copy(update={"store": tmp_path / "other"}))
+    assert to_bytes(resumed) == to_bytes(other.perform(action, request(make())))
+
+
 @pytest.mark.parametrize("merge", ["fedavg", "fedema"])
 def test_a_second_study_shares_jobs_unless_they_build_on_the_first(site, bundle, merge):
     enclave = InProcessEnclave(site)

@@ -44,16 +44,18 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     if parameters.pairs == "reconstruction":
         partners = reconstructions(site, parameters, parameters.reconstruction)
     seed = derive_seed(parameters.seed, site.settings.name, "embed", parameters.round)
-    report = train_round(
-        student,
-        predictor,
-        images,
-        partners,
-        parameters.settings,
-        parameters.round,
-        seed,
-        site.events,
-    )
+    with site.checkpoint(parameters, request) as checkpoint:
+        report = train_round(
+            student,
+            predictor,
+            images,
+            partners,
+            parameters.settings,
+            parameters.round,
+            seed,
+            site.events,
+            checkpoint,
+        )
     arrays = weights_of(student)
     if parameters.settings.merge == "fedema":
         kept = site.study_artifact(parameters.study, "student")
