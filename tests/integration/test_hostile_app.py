@@ -41,7 +41,7 @@ pytestmark = [
 RELAY_USER, RELAY_GROUP = 65534, 61234
 """The SuperNode's user, and the group that may use the enclave's socket."""
 
-WAIT_SECONDS = 240
+WAIT_SECONDS = 500
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 STUDY = Study(name="trial", seed=3, phases=("enrol", "ship"), cohort={"sites": ["north"]})
@@ -439,6 +439,8 @@ def test_an_app_that_ships_its_own_python_gets_nothing(home, site, approved, enc
     assert sent["sha256"] == entries(site)[before - 1]["sha256"]
     assert enclave.poll() is None
     open_ledger(open_store(settings)).verify()
-    secrets = {row.id for row in open_store(settings).images()}
-    secrets |= {row.name for row in open_store(settings).images()}
-    assert not [s for s in secrets if s in json.dumps(loot)]
+    rows = open_store(settings).images()
+    secrets = {text for row in rows for text in (row.id, row.name)}
+    # What the system says of a file names it; what the enclave says names none.
+    answers = json.dumps([loot[name] for name in (*REFUSED, "replay", "a job of nobody")])
+    assert not [s for s in secrets if s in answers]
