@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tomli_w
 from PIL import Image
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 from sonofed_client.cli import app as site
+from sonofed_client.enclave.enclave import InProcessEnclave
+from sonofed_client.settings import read_site
+from sonofed_common.contract.actions import Describe, request
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import CATALOGUE
+from sonofed_common.contract.errors import CATALOGUE, StudyDeniedError, StudyWaitingError
 from sonofed_common.contract.results import (
     SEGMENTATION_METRICS,
     SEGMENTATION_STAGES,
@@ -26,6 +30,7 @@ from sonofed_common.contract.study import (
     ACTIVE_LEARNING,
     PRESETS,
     SEGMENTATION,
+    Cohort,
     Strategy,
     Study,
 )
@@ -36,12 +41,14 @@ from sonofed_server.cli import app as coordinator
 from sonofed_server.source.settings import PRESETS as SOURCE_PRESETS
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.cli import app as lab
+from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
 from sonofed_simulations.scenarios.scenario import Hospital, built_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESEARCHER = (ROOT / "docs" / "researcher.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 PROGRAMS = {"sonofed-lab": lab, "sonofed-coordinator": coordinator, "sonofed-site": site}
 
@@ -50,7 +57,23 @@ INTAKE_EXAMPLE = "sonofed-site intake runs/two_phantoms/sites/north/site-0.toml"
 COMPARE_EXAMPLE = "sonofed-lab compare margin_or_random.toml --out runs/margin_or_random"
 SEGMENTATION_EXAMPLE = "sonofed-lab run outlines.toml --out runs/two_branches"
 
+HOSPITAL = (
+    "sonofed-site intake site.toml",
+    "sonofed-site policy check --site site.toml",
+    "sonofed-site policy test study.toml --site site.toml",
+    "sonofed-site studies list --site site.toml",
+    "sonofed-site studies show trial --site site.toml",
+    "sonofed-site studies approve trial --site site.toml",
+    "sonofed-site ledger show --site site.toml",
+    "sonofed-site ledger verify --site site.toml",
+    "sonofed-site ledger export ledger.jsonl --site site.toml",
+    "sonofed-site studies deny trial --site site.toml",
+    "sonofed-site store rotate-key site.toml",
+)
+
 COVERED = {
+    **dict.fromkeys(HOSPITAL, "here"),
+    "sonofed-site enclave --site site.toml": "tests/integration/test_enclave_process.py",
     "make demo": "tests/integration/test_demo.py",
     "make test": "this is it",
     "sonofed-lab scenarios": "here",
@@ -116,7 +139,7 @@ def test_options_are_known() -> None:
         if program not in PROGRAMS:
             continue
         verbs = [w for w in words if not w.startswith("-")]
-        depth = 2 if program == "sonofed-coordinator" else 1
+        depth = 1 if program == "sonofed-lab" else 2
         arguments = [*verbs[:depth], "--help"]
         help_text = CliRunner().invoke(PROGRAMS[program], arguments, env={"COLUMNS": "200"})
         assert help_text.exit_code == 0, command
@@ -157,6 +180,38 @@ def test_the_example_of_segmentation_and_of_its_ensemble_runs(
     assert "torch.Size([4, 32, 32])" in capsys.readouterr().out
     assert len(names["ensemble"].branches) == len(names["prediction"].weights) == 2
     assert int(names["prediction"].mask.max()) <= 1
+
+
+def test_a_hospital_can_do_what_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```toml\n(name = \"north\".*?)```", SECURITY, re.S)
+    for path in ("/var/lib", "/run", "/etc", "/srv"):
+        block = block.replace(f'"{path}/', f'"{tmp_path}{path}/')
+    images = tmp_path / "srv" / "ultrasound"
+    write_dataset(images, SCANNERS["riverside"], 20, 5, 64, 0.4)
+    monkeypatch.chdir(tmp_path)
+    Path("site.toml").write_text(block, encoding="utf-8")
+    key = tmp_path / "etc" / "sonofed" / "master.key"
+    key.parent.mkdir(parents=True)
+    key.write_text("ab" * 32, encoding="utf-8")
+    study = Study(name="trial", cohort=Cohort(sites=("north",)), classifiers=("shufflenet_v2",))
+    values = study.model_dump(mode="json", exclude_none=True)
+    Path("study.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+    settings = read_site(Path("site.toml"))
+    facts = {"study": "trial", "seed": study.seed, "study_digest": study.digest()}
+    asked = request(Describe(**facts, content=study))
+    with pytest.raises(StudyWaitingError):
+        InProcessEnclave(settings).perform("query.describe", asked)
+    said = {command: invoke(command) for command in HOSPITAL}
+    assert "to choose from" in said[HOSPITAL[0]]
+    assert "trial" in said["sonofed-site studies list --site site.toml"]
+    assert "labels asked" in said["sonofed-site studies show trial --site site.toml"]
+    assert "refused" in said["sonofed-site ledger show --site site.toml"]
+    assert Path("ledger.jsonl").read_text(encoding="utf-8").count("\n") > 2
+    assert key.read_text(encoding="utf-8").strip() != "ab" * 32
+    with pytest.raises(StudyDeniedError):
+        InProcessEnclave(settings).perform("query.describe", asked)
 
 
 def test_the_example_of_own_images_is_read(tmp_path: Path) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
-from functools import lru_cache
-from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from sonofed_common.contract.actions import ACTIONS
-from sonofed_common.contract.errors import EngineError, SonoFedError
+from sonofed_client.relay import SITES_VARIABLE, enclave_of
+from sonofed_common.contract.errors import SonoFedError
+from sonofed_common.contract.names import ACTION_NAMES
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records
 
-SITES_VARIABLE = "SONOFED_SIMULATED_SITES"
-"""Environment variable of a simulation: the sites' settings files, in the order of partitions."""
+__all__ = ["SITES_VARIABLE", "app", "relay"]
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -31,7 +27,7 @@ def relay(message: Message, context: Context) -> Message:
     message : Message
         Its type is the action's name.
     context : Context
-        Its node configuration says which simulated site this is.
+        Its node configuration names the enclave's socket or, in a simulation, the site.
     """
     try:
         reply = _perform(message, context)
@@ -47,31 +43,14 @@ def relay(message: Message, context: Context) -> Message:
 
 def _perform(message: Message, context: Context) -> Records:
     try:
-        enclave = _enclave(_settings(context))
+        enclave = enclave_of(context.node_config)
     except SonoFedError as error:
         # What opening a site says names its folders: that is for the site alone.
         log.error("the site cannot be opened: %s", error)
         raise type(error)("this site is not ready; its own log says why") from None
-    reply: Records = enclave.perform(
-        message.metadata.message_type, from_recorddict(message.content)
-    )
-    return reply
+    return enclave.perform(message.metadata.message_type, from_recorddict(message.content))
 
 
-def _settings(context: Context) -> str:
-    files = [f for f in os.environ.get(SITES_VARIABLE, "").split(os.pathsep) if f]
-    partition = int(str(context.node_config.get("partition-id", -1)))
-    if not 0 <= partition < len(files):
-        raise EngineError("this node has no site; start it with its site's settings")
-    return files[partition]
-
-
-@lru_cache(maxsize=64)
-def _enclave(settings: str) -> Any:
-    # Imported by name: the relay itself never loads torch or a model.
-    return importlib.import_module("sonofed_client.enclave.opening").open_enclave(settings)
-
-
-for name in ACTIONS:
+for name in ACTION_NAMES:
     category, _, action = name.partition(".")
     getattr(app, category)(action)(relay)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 
@@ -17,6 +18,20 @@ class SiteData(Model):
     devices: tuple[str, ...] = Field(default=(), description="scanner name prefixes; empty for all")
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     split_seed: int = Field(default=0, ge=0)
+
+
+class MasterKeySource(Model):
+    """Where the master key of a site's store comes from: exactly one of the three."""
+
+    file: Path | None = None
+    environment: str | None = Field(default=None, description="name of a variable, hex")
+    command: tuple[str, ...] = Field(default=(), description="prints the key, hex: a KMS client")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(map(bool, (self.file, self.environment, self.command))) != 1:
+            raise ValueError("give exactly one of file, environment and command")
+        return self
 
 
 class SiteSettings(Model):
@@ -40,6 +55,16 @@ class SiteSettings(Model):
     oracle: bool = False
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; default: torch's choice"
+    )
+    policy: Path | None = Field(default=None, description="egress policy; default: the standard")
+    master_key: MasterKeySource | None = Field(
+        default=None, description="default: a file beside the store, made on first use"
+    )
+    socket: Path | None = Field(
+        default=None, description="unix socket of the enclave's process; default: in this process"
+    )
+    auto_approve: bool = Field(
+        default=False, description="do what the coordinator's studies ask without a person's word"
     )
 
 

@@ -14,7 +14,7 @@ from sonofed_common.contract.errors import BundleError, ConfigurationError
 from sonofed_common.runtime import write_atomically
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """Hex SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 

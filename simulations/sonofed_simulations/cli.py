@@ -30,7 +30,7 @@ from sonofed_simulations.segmentation_summary import (
     summarise_masks,
     write_mask_summary,
 )
-from sonofed_simulations.simulation import Engine, simulate
+from sonofed_simulations.simulation import Enclaves, Engine, simulate
 
 PLAIN_WIDTH = 110
 """Columns of a table that goes to a file or a log."""
@@ -44,12 +44,25 @@ EngineOption = Annotated[
     Engine,
     typer.Option("--engine", help="flower: Flower's simulation on Ray; inline: this process."),
 ]
+EnclavesOption = Annotated[
+    Enclaves,
+    typer.Option(
+        "--enclaves",
+        help="process: each hospital's enclave is a process of its own, without a network; "
+        "library: it runs inside the engine.",
+    ),
+]
 
 
 @app.command()
-def demo(out: Out = Path("runs/demo"), engine: EngineOption = "flower", seed: Seed = 0) -> None:
+def demo(
+    out: Out = Path("runs/demo"),
+    engine: EngineOption = "flower",
+    seed: Seed = 0,
+    enclaves: EnclavesOption = "library",
+) -> None:
     """Run the phantom study: one source, three hospitals, every phase."""
-    _run("demo", None, out, engine, seed)
+    _run("demo", None, out, engine, seed, enclaves)
 
 
 @app.command()
@@ -59,9 +72,10 @@ def run(
     data: Data = None,
     engine: EngineOption = "inline",
     seed: Seed = 0,
+    enclaves: EnclavesOption = "library",
 ) -> None:
     """Run one scenario from data to report."""
-    _run(scenario, data, out, engine, seed)
+    _run(scenario, data, out, engine, seed, enclaves)
 
 
 @app.command()
@@ -120,10 +134,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
-def _run(name: str, data: Path | None, out: Path, engine: Engine, seed: int) -> Results:
+def _run(
+    name: str, data: Path | None, out: Path, engine: Engine, seed: int, enclaves: Enclaves
+) -> Results:
     scenario = read_scenario(name)
     with progress_listener() as listener:
-        results = simulate(scenario, out, data, engine, seed, Events(listeners=[listener]))
+        events = Events(listeners=[listener])
+        results = simulate(scenario, out, data, engine, seed, events, enclaves)
     _console().print(tabulate(results))
     _console().print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return results

@@ -109,6 +109,7 @@ class Laboratory:
                 coordinator_key=key,
                 image_key=sha256(f"{self.scenario.name} {name}".encode()),
                 oracle=True,
+                auto_approve=True,
                 threads=self.scenario.threads,
             )
             path = folder / name / f"site-{seed}.toml"

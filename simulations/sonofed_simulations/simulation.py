@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
+from sonofed_simulations.enclaves import enclave_processes
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
@@ -20,10 +22,17 @@ from sonofed_simulations.segmentation_views import segmentation_views
 from sonofed_simulations.views import site_views, source_quality, source_view
 
 Engine = Literal["inline", "flower"]
+Enclaves = Literal["library", "process"]
 
 
 def simulate(
-    scenario: Scenario, out: Path, data: Path | None, engine: Engine, seed: int, events: Events
+    scenario: Scenario,
+    out: Path,
+    data: Path | None,
+    engine: Engine,
+    seed: int,
+    events: Events,
+    enclaves: Enclaves = "library",
 ) -> Results:
     """Run a scenario and write ``results.json`` and ``report.html`` into ``out``.
 
@@ -41,6 +50,9 @@ def simulate(
         Seed of the study and of the splits.
     events : Events
         Progress.
+    enclaves : {"library", "process"}
+        Whether each site's enclave runs inside the engine or as a process of its own, behind its
+        socket and without a network.
 
     Raises
     ------
@@ -57,11 +69,12 @@ def simulate(
     watch = MemoryWatch()
     events.listeners.append(watch.listen)
     try:
-        with watch.running():
+        served = enclave_processes(sites) if enclaves == "process" else nullcontext(sites)
+        with watch.running(), served as asked:
             if engine == "flower":
-                results = run_flower(workspace, sites, events, scenario.threads)
+                results = run_flower(workspace, asked, events, scenario.threads)
             else:
-                results = run_inline(workspace, sites, events)
+                results = run_inline(workspace, asked, events)
     finally:
         events.listeners.remove(watch.listen)
     identity = Bundle.open(bundle, check_blobs=False).id

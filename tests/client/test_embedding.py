@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from sonofed_client.adaptation.embedding import (
@@ -125,6 +127,20 @@ def test_all_pairs_collapse_and_the_check_says_so() -> None:
     )
     with pytest.raises(CollapseError, match="collapsed"):
         train_round(student, predictor, pictures(), pictures() * 0.8, options, 0, 5)
+
+
+def test_a_round_whose_epochs_are_all_kept_reports_the_same(tmp_path: Path) -> None:
+    options = Embedding(rounds=1, local_epochs=2, dimension=16, batch_size=8)
+    checkpoint = tmp_path / "round"
+    ends = []
+    for _ in range(2):
+        student, predictor = networks()
+        images = pictures(17)
+        report = train_round(student, predictor, images, None, options, 0, 3, checkpoint=checkpoint)
+        ends.append((report, embed(student, images)))
+    assert ends[0][0] == ends[1][0] and torch.equal(ends[0][1], ends[1][1])
+    with safe_open(checkpoint, framework="pt") as file:
+        assert not [n for n in file.keys() if 17 in file.get_tensor(n).shape]  # noqa: SIM118
 
 
 def test_same_seed_same_bits_and_sites_of_one_or_no_image() -> None:

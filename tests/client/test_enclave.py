@@ -14,7 +14,9 @@ from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
 from sonofed_client.enclave.handlers import reconstruction
 from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.policy import STANDARD
 from sonofed_client.enclave.site import load_weights, weights_of
+from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import SiteData, SiteSettings, read_site
 from sonofed_common.contract import actions
@@ -515,6 +517,41 @@ JOB_REQUESTS = {
 }
 
 
+@pytest.mark.parametrize("action", ["train.embed", "train.classifier"])
+def test_an_interrupted_training_goes_on_from_its_last_epoch(site, bundle, tmp_path, action):
+    def make():
+        if action == "train.classifier":
+            return fine_tuning(bundle, settings=Finetuning(rounds=1, local_epochs=3))
+        settings = Embedding(dimension=8, rounds=1, local_epochs=3)
+        return actions.Embed(**encode(bundle) | {"settings": settings}, round=0)
+
+    def opened(settings):
+        enclave = InProcessEnclave(settings)
+        talk(enclave, bundle)
+        return enclave
+
+    def interrupt(event):
+        if event["event"] == "progress" and event.get("epoch") == 3:
+            raise KeyboardInterrupt
+
+    # The same key, for the ids' order is the images'.
+    site = site.model_copy(update={"image_key": "0" * 64})
+    enclave = opened(site)
+    folder = site.store / "checkpoints"
+    assert not list(folder.glob("*"))
+    enclave.site.events.listeners.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        enclave.perform(action, request(make()))
+    assert len(list(folder.iterdir())) == 1
+    seen = []
+    enclave.site.events.listeners[:] = [seen.append]
+    resumed = enclave.perform(action, request(make()))
+    assert {e["epoch"] for e in seen if e["event"] == "progress"} == {3}
+    assert not list(folder.iterdir())
+    other = opened(site.model_copy(update={"store": tmp_path / "other"}))
+    assert to_bytes(resumed) == to_bytes(other.perform(action, request(make())))
+
+
 @pytest.mark.parametrize("merge", ["fedavg", "fedema"])
 def test_a_second_study_shares_jobs_unless_they_build_on_the_first(site, bundle, merge):
     enclave = InProcessEnclave(site)
@@ -746,7 +783,7 @@ def test_a_selection_that_begins_forgets_the_one_before(site, bundle):
 
 @pytest.mark.parametrize("oracle", [True, False])
 def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle):
-    own = own.model_copy(update={"oracle": oracle})
+    own = own.model_copy(update={"oracle": oracle, "auto_approve": True})
     forget_labels(own.data.path)
     enclave = InProcessEnclave(own)
     install(enclave, bundle)
@@ -759,6 +796,30 @@ def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle
     reply = enclave.perform("query.annotations", request(actions.Annotations(**COMMON)))
     expected = (known, known) if oracle else (0, len(pool))
     assert (reply.metrics["done"], reply.metrics["total"]) == expected
+
+
+def test_first_rounds_are_clipped_from_what_every_site_starts_with(site, bundle, tmp_path):
+    clip = 1e-3
+    policy = tmp_path / "policy.toml"
+    text = STANDARD.read_text(encoding="utf-8")
+    policy.write_text(text.replace("numbers = 80_000_000", f"numbers = 80_000_000, clip = {clip}"))
+    enclave = InProcessEnclave(site.model_copy(update={"policy": policy}))
+    install(enclave, bundle)
+    embed = actions.Embed(**encode(bundle) | {"pairs": "augmentation"}, round=0)
+    everything = Selection(strategy="random", scope="per_site", budgets=(1.0,))
+    enclave.perform("train.score", request(actions.Score(**encode(bundle), selection=everything)))
+    enclave.perform("train.select", request(actions.Select(**COMMON, stage="mark"), cuts=NO_CUTS))
+    for action, parameters, group in (
+        ("train.embed", embed, "student"),
+        ("train.classifier", fine_tuning(bundle), "weights"),
+    ):
+        reply = enclave.perform(action, request(parameters)).group(group)
+        start = Records(dict(start_of(enclave.site, parameters, request(parameters)))).group(group)
+        floats = [n for n, a in start.items() if a.dtype.kind == "f"]
+        change = sum(((reply[n].astype(float) - start[n]) ** 2).sum() for n in floats) ** 0.5
+        # Changes this small lose up to some percent of themselves to float32.
+        assert reply.keys() == start.keys() and 0.5 * clip < change < 1.5 * clip
+        assert enclave.ledger.entries()[-1]["privacy"][f"{group}/* clip"] == clip
 
 
 def intake(site):

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from sonofed_client.adaptation import pretraining
 from sonofed_client.enclave.handlers.pretraining import pool_sectors, pretrain
 from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.starts import start_of
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract.actions import Pretrain, parse, request
 from sonofed_common.contract.bundle import BundleWriter
@@ -80,8 +81,8 @@ def site(tmp_path, hospital, segmenter):
     return site, bundle.id
 
 
-def ask(site, bundle, round=0, weights=None, **changes):
-    parameters = Pretrain(
+def asked(bundle, round=0, **changes):
+    return Pretrain(
         study="trial",
         seed=3,
         bundle=bundle,
@@ -89,7 +90,10 @@ def ask(site, bundle, round=0, weights=None, **changes):
         round=round,
         settings=SETTINGS.model_copy(update=changes),
     )
-    message = request(parameters, weights=weights or {})
+
+
+def ask(site, bundle, round=0, weights=None, **changes):
+    message = request(asked(bundle, round, **changes), weights=weights or {})
     return pretrain(site, parse("train.pretrain", message), message)
 
 
@@ -128,6 +132,8 @@ def test_the_start_is_the_shipped_segmenters_or_drawn_alike_everywhere(
 
     monkeypatch.setattr("sonofed_client.enclave.handlers.pretraining.pretrain_round", untrained)
     source = ask(site, bundle, start="source").group("weights")
+    start = start_of(site, asked(bundle, start="source"), Records())
+    assert equal(source, Records(dict(start)).group("weights"))
     shipped = segmenter.encoder.state_dict()
     assert all(np.array_equal(source[f"encoder.{name}"], shipped[name]) for name in shipped)
     drawn = ask(site, bundle).group("weights")

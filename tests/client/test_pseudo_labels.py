@@ -271,6 +271,7 @@ def unlabelled(tmp_path, key):
         data=SiteData(kind="table", path=data, test_fraction=0.4),
         coordinator_key=public_hex(key),
         threads=1,
+        auto_approve=True,
     )
     site = Site(settings)
     site.images("pool", SIZE)
@@ -328,7 +329,8 @@ def test_a_repeated_or_interrupted_request_gives_the_first_reply(unlabelled, bun
             if event["event"] == "progress" and event["epoch"] == 2:
                 raise KeyboardInterrupt
 
-        return adapt_round(*arguments, events=Events(listeners=[interrupt]))
+        *rest, _ = arguments
+        return adapt_round(*rest, events=Events(listeners=[interrupt]))
 
     with monkeypatch.context() as patch:
         patch.setattr(segmentation, "adapt_round", stopped)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ SMALLEST_JUDGED = 8
 """With fewer images, likeness says nothing about collapse."""
 LEAST_SPREAD = 0.05
 LARGEST_COSINE = 0.99
+COLLAPSE = ("spread", "cosine")
 
 
 def angular_loss(
@@ -103,14 +105,18 @@ def check_collapse(z: Tensor) -> dict[str, float]:
         images lie in a cone too, but a far wider one.
     """
     found = collapse_statistics(z)
-    if len(z) >= SMALLEST_JUDGED and (
+    _judge(found, len(z))
+    return found
+
+
+def _judge(found: Mapping[str, float], count: int) -> None:
+    if count >= SMALLEST_JUDGED and (
         found["spread"] < LEAST_SPREAD or found["cosine"] > LARGEST_COSINE
     ):
         raise CollapseError(
-            f"the embedding collapsed: {len(z)} images have a mean cosine of {found['cosine']:.4f} "
+            f"the embedding collapsed: {count} images have a mean cosine of {found['cosine']:.4f} "
             f"and a spread of {found['spread']:.4f}; use matched pairs and a lower learning rate"
         )
-    return found
 
 
 def train_round(
@@ -122,6 +128,7 @@ def train_round(
     round: int,
     seed: int,
     events: Events = SILENT,
+    checkpoint: Path | None = None,
 ) -> dict[str, float]:
     """Train student and predictor in place for one federated round.
 
@@ -143,6 +150,9 @@ def train_round(
         Seed of this site.
     events : Events
         Gets progress, and loss and collapse statistics of each epoch.
+    checkpoint : Path or None
+        Written after every epoch; where it exists the round goes on from it, on CPU bit for bit.
+        It holds weights and statistics, no image's point.
 
     Returns
     -------
@@ -170,6 +180,7 @@ def train_round(
     augment = Augmentation(seed)
     points: list[Tensor] = []
     predictions: list[Tensor] = []
+    latest = _Statistics()
 
     def before_epoch(epoch: int) -> None:
         nonlocal augment
@@ -190,21 +201,19 @@ def train_round(
         predictions.append(predicted.detach())
         return angular_loss(fixed, predicted, settings.margin, settings.loss)
 
-    def statistics(of: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
-        predicted = of(torch.cat(predictions))
-        return of(torch.cat(points)) | {f"predicted_{k}": v for k, v in predicted.items()}
-
     def after_step(done: int, total: int) -> None:
         momentum = teacher_momentum(settings.teacher_momentum, done / total)
         with torch.no_grad():
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.lerp_(new, 1 - momentum)
         if sum(map(len, points)) == len(images):
+            latest.keep(torch.cat(points), torch.cat(predictions))
             epoch = done * settings.rounds * settings.local_epochs // total
-            events.emit("embedding", epoch=epoch, **statistics(collapse_statistics))
+            events.emit("embedding", epoch=epoch, **latest.named())
 
+    trained = nn.ModuleList([student, predictor])
     losses = fit(
-        nn.ModuleList([student, predictor]),
+        nn.ModuleList([trained, teacher, latest]),
         len(images),
         loss_of_batch,
         Training(
@@ -215,12 +224,36 @@ def train_round(
             first_epoch=round * settings.local_epochs,
             last_epoch=settings.rounds * settings.local_epochs,
         ),
-        events=events,
-        task="embedding",
+        checkpoint,
+        events,
+        "embedding",
+        parameters=trained,
         before_epoch=before_epoch,
         after_step=after_step,
     )
-    return {"images": float(len(images)), "loss": losses[-1], **statistics(check_collapse)}
+    found = latest.named()
+    for prefix in ("predicted_", ""):
+        _judge({key: found[prefix + key] for key in COLLAPSE}, len(images))
+    return {"images": float(len(images)), "loss": losses[-1], **found}
+
+
+class _Statistics(nn.Module):
+    """Collapse statistics of the latest epoch; a module, so that a checkpoint holds them."""
+
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(2, len(COLLAPSE), dtype=torch.float64))
+
+    def keep(self, points: Tensor, predictions: Tensor) -> None:
+        for row, z in enumerate((points, predictions)):
+            found = collapse_statistics(z)
+            self.values[row] = torch.tensor([found[k] for k in COLLAPSE], dtype=torch.float64)
+
+    def named(self) -> dict[str, float]:
+        names = [*COLLAPSE, *(f"predicted_{key}" for key in COLLAPSE)]
+        return dict(zip(names, self.values.flatten().tolist(), strict=True))
 
 
 def teacher_momentum(start: float, share: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -64,6 +65,7 @@ def finetune_round(
     seed: int,
     events: Events = SILENT,
     replay: tuple[Tensor, Tensor] | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, float]:
     """Train a classifier in place for one federated round.
 
@@ -89,6 +91,8 @@ def finetune_round(
         Synthetic source images (M, 1, S, S) in [0, 1] and their class indices (M,). Every epoch
         spreads them evenly over the batches of labelled images, to whose loss they add; N and N_c
         count them.
+    checkpoint : Path or None
+        Written after every epoch; where it exists the round goes on from it, on CPU bit for bit.
 
     Returns
     -------
@@ -157,8 +161,9 @@ def finetune_round(
         len(images),
         loss_of_batch,
         training,
-        events=events,
-        task="fine-tuning",
+        checkpoint,
+        events,
+        "fine-tuning",
         before_epoch=renew_draws,
     )
     return {"examples": float(len(images)), "loss": losses[-1]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 from sonofed_client.enclave.handlers import (
     bundles,
@@ -17,9 +17,12 @@ from sonofed_client.enclave.handlers import (
     segmentation,
     selection,
 )
+from sonofed_client.enclave.ledger import Ledger
 from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.starts import start_of
+from sonofed_client.enclave.wall import Wall
 from sonofed_client.settings import SiteSettings
-from sonofed_common.contract.actions import Embed, Parameters, TrainClassifier, parse
+from sonofed_common.contract.actions import Embed, Parameters, TrainClassifier
 from sonofed_common.contract.records import Records
 from sonofed_common.runtime import set_threads
 from sonofed_common.security import sha256
@@ -59,14 +62,6 @@ JOBS = frozenset(
 """Actions whose result is kept and given again when the same request returns."""
 
 
-class Enclave(Protocol):
-    """What a relay may ask of an enclave, wherever it runs."""
-
-    def perform(self, action: str, request: Records) -> Records:
-        """Do one named action."""
-        ...
-
-
 class InProcessEnclave:
     """An enclave inside the calling process, for simulations and tests.
 
@@ -79,23 +74,47 @@ class InProcessEnclave:
     ------
     DataMissingError, DataUnreadableError, SiteEmptyError, OneClassError
         The site's data cannot serve.
+    ConfigurationError, PolicyError
+        The site's policy does not validate, or does not take the site's coordinator.
+    LedgerError
+        The site's ledger cannot be used.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
         set_threads(settings.threads)
         self._site = Site(settings)
+        self._wall = Wall(settings, self._site.store)
+
+    @property
+    def site(self) -> Site:
+        """What the handlers see."""
+        return self._site
+
+    @property
+    def ledger(self) -> Ledger:
+        """What left the site and what was refused."""
+        return self._wall.ledger
 
     def perform(self, action: str, request: Records) -> Records:
-        """Validate and do one action; a repeated job gives its first result.
+        """Do one action behind the wall; a repeated job gives its first result.
 
         Raises
         ------
         UnknownActionError, ParameterError
             The request is not one that a site answers.
+        StudyWaitingError, StudyDeniedError, PolicyError
+            The hospital has not approved the study, or its policy refuses.
         OrderError
             A phase before it is missing at this site.
         """
-        parameters = parse(action, request)
+        return self._wall.perform(
+            action,
+            request,
+            lambda parameters: self._work(action, parameters, request),
+            lambda parameters, received: start_of(self._site, parameters, received),
+        )
+
+    def _work(self, action: str, parameters: Parameters, request: Records) -> Records:
         set_threads(self._site.settings.threads)
         handler = HANDLERS[action]
         if action not in JOBS:

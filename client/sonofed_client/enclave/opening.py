@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sonofed_client.enclave.enclave import Enclave, InProcessEnclave
+from sonofed_client.enclave.enclave import InProcessEnclave
+from sonofed_client.enclave.interface import Enclave
 from sonofed_client.settings import read_site
 
 

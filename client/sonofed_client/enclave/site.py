@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,17 +17,19 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from sonofed_client.enclave.intake import masks, pixels, take_in
-from sonofed_client.enclave.store import CataloguedImage, Store
+from sonofed_client.enclave.store import CataloguedImage, open_store
 from sonofed_client.settings import SiteSettings
+from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.bundle import Manifest, verify_manifest
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import OrderError, ParameterError
+from sonofed_common.contract.errors import OrderError, ParameterError, SonoFedError
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.models.diffusion import DiffusionStack
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
-from sonofed_common.runtime import device
+from sonofed_common.runtime import Events, device
+from sonofed_common.security import sha256
 
 T = TypeVar("T")
 WARM_MODELS = 8
@@ -38,19 +43,63 @@ class Site:
     ----------
     settings : SiteSettings
         The images are taken in at once.
+
+    Attributes
+    ----------
+    events : Events
+        Progress of the work at hand; a listener that raises ends that work.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings = settings
-        self.store = Store(settings.store)
+        self.store = open_store(settings)
         take_in(settings, self.store)
         self.device = device()
+        self.events = Events()
         self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     @property
     def snapshot(self) -> str:
         """Digest of the catalogue, which an intake beside this process may have replaced."""
         return take_in(self.settings, self.store)
+
+    @contextmanager
+    def checkpoint(
+        self, parameters: Parameters, request: Records, *others: object
+    ) -> Iterator[Path]:
+        """Name the file in which one training keeps its state from epoch to epoch.
+
+        Parameters
+        ----------
+        parameters : Parameters
+            Of the action.
+        request : Records
+            Its arrays.
+        others : object
+            What else the training is made of, as JSON.
+
+        Yields
+        ------
+        Path
+            An interruption leaves the file, and the same request goes on from it; an end takes it
+            away, and so does an error of the catalogue, which the same request would meet again.
+        """
+        facts = [
+            version("sonofed"),
+            type(parameters).__name__,
+            parameters.model_dump(mode="json"),
+            request.digest(),
+            self.snapshot,
+            *others,
+        ]
+        name = sha256(json.dumps(facts, sort_keys=True).encode())
+        path = self.store.folder / "checkpoints" / f"{name}.safetensors"
+        try:
+            yield path
+        except SonoFedError:
+            path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
 
     def images(self, part: str, image_size: int) -> tuple[list[CataloguedImage], Tensor]:
         """Return one part (``pool`` or ``test``): rows, and images (N, 1, S, S) in [0, 1]."""

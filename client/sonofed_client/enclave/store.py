@@ -1,59 +1,27 @@
-"""The site's store: a SQLite catalogue over content-addressed blobs."""
+"""The site's store: a SQLite catalogue over content-addressed, encrypted blobs."""
 
 from __future__ import annotations
 
-import secrets
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine, create_engine, delete, event, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
-from sonofed_common.contract.errors import SonoFedError
+from sonofed_client.enclave.blobs import Blobs, damaged_blob
+from sonofed_client.enclave.catalogue import Annotation, Artifact, Catalogue, Image
+from sonofed_client.enclave.durable import full_disk_named
+from sonofed_client.enclave.keys import KeyRing
+from sonofed_client.enclave.master_key import MasterKey
+from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
-from sonofed_common.runtime import write_atomically
 from sonofed_common.security import sha256
 
 JOB_CACHE_BYTES = 2 * 1024**3
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class Image(_Base):
-    """One image of the site. Names and groups stay in this table."""
-
-    __tablename__ = "images"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    part: Mapped[str]
-    label: Mapped[int | None]
-    group: Mapped[str]
-    position: Mapped[int]
-
-
-class Annotation(_Base):
-    """A label that an expert (or the oracle of a simulation) gave."""
-
-    __tablename__ = "annotations"
-    image: Mapped[str] = mapped_column(primary_key=True)
-    label: Mapped[int]
-    author: Mapped[str]
-    time: Mapped[float]
-
-
-class Artifact(_Base):
-    """A named blob: pixels, reconstructions, embeddings, selections, weights, job results."""
-
-    __tablename__ = "artifacts"
-    name: Mapped[str] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(index=True)
-    bytes: Mapped[int]
-    used: Mapped[float]
 
 
 @dataclass(frozen=True)
@@ -68,46 +36,72 @@ class CataloguedImage:
     position: int
 
 
+def open_store(settings: SiteSettings) -> Store:
+    """Open the store of a site with the master key that its settings name."""
+    return Store(settings.store, KeyRing.open(settings.store, MasterKey.of(settings)))
+
+
 class Store:
-    """Everything a site keeps.
+    """Everything a site keeps, readable by its owner only.
 
     Parameters
     ----------
     folder : Path
-        Made if absent; readable by its owner only.
+        Made if absent.
+    keys : KeyRing or None
+        Of this folder; None opens it with the default master key.
+
+    Raises
+    ------
+    StoreError
+        Another master key, a damaged or unencrypted store, or a full disk.
+
+    Notes
+    -----
+    Blobs and the images' names and groups are encrypted. Ids, parts, labels, positions and the
+    names, sizes and digests of artifacts stand in the catalogue as they are. An old blob goes only
+    when the catalogue on the disk no longer names it: at any instant, all that was there is.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+    def __init__(self, folder: Path, keys: KeyRing | None = None) -> None:
         self.folder = folder
-        self._blobs = folder / "blobs"
-        self._engine = _open(folder / "store.sqlite")
-        _Base.metadata.create_all(self._engine)
+        self.keys = keys or KeyRing.open(folder, MasterKey.beside(folder))
+        self._used: dict[str, float] = {}
+        with full_disk_named():
+            self._blobs = Blobs(folder / "blobs", self.keys)
+            self._catalogue = Catalogue(folder / "store.sqlite")
 
     def image_key(self) -> bytes:
-        """Return the site's secret for image ids, made on first use."""
-        path = self.folder / "image.key"
-        if not path.exists():
-            write_atomically(path, secrets.token_bytes(32), mode=0o600)
-        return path.read_bytes()
+        """Return the site's secret for image ids."""
+        return self.keys.images
 
     def catalogue(self, images: Sequence[CataloguedImage]) -> None:
         """Replace the catalogue of images."""
-        with Session(self._engine) as session, session.begin():
+        rows = [
+            Image(
+                id=i.id,
+                part=i.part,
+                label=i.label,
+                position=i.position,
+                sealed=self.keys.seal(json.dumps([i.name, i.group]), f"image {i.id}"),
+            )
+            for i in images
+        ]
+        with self._catalogue.write() as session:
             session.execute(delete(Image))
-            session.add_all(Image(**vars(image)) for image in images)
+            session.add_all(rows)
 
     def images(self, part: str | None = None) -> list[CataloguedImage]:
         """Return the catalogue in its fixed order, or one part of it (``pool`` or ``test``)."""
         query = select(Image).order_by(Image.position)
         if part is not None:
             query = query.where(Image.part == part)
-        with Session(self._engine) as session:
-            return [
-                CataloguedImage(i.id, i.name, i.part, i.label, i.group, i.position)
-                for i in session.scalars(query)
-            ]
+        with self._catalogue.read() as session:
+            return [self._catalogued(image) for image in session.scalars(query)]
+
+    def _catalogued(self, image: Image) -> CataloguedImage:
+        name, group = json.loads(self.keys.unseal(image.sealed, f"image {image.id}"))
+        return CataloguedImage(image.id, name, image.part, image.label, group, image.position)
 
     def annotate(self, labels: Iterable[tuple[str, int]], author: str) -> None:
         """Record labels as (image id, label); a second label of an image replaces the first."""
@@ -115,17 +109,15 @@ class Store:
         if not rows:
             return
         statement = insert(Annotation)
-        update = {c: statement.excluded[c] for c in ("label", "author", "time")}
-        with Session(self._engine) as session, session.begin():
-            session.execute(statement.on_conflict_do_update(["image"], set_=update), rows)
+        changes = {c: statement.excluded[c] for c in ("label", "author", "time")}
+        with self._catalogue.write() as session:
+            session.execute(statement.on_conflict_do_update(["image"], set_=changes), rows)
 
     def annotations(self) -> dict[str, int]:
         """Return the labels given so far, by image id."""
-        with Session(self._engine) as session:
-            rows = session.execute(
-                select(Annotation.image, Annotation.label).order_by(Annotation.image)
-            )
-            return {row.image: row.label for row in rows}
+        query = select(Annotation.image, Annotation.label).order_by(Annotation.image)
+        with self._catalogue.read() as session:
+            return {row.image: row.label for row in session.execute(query)}
 
     def put(self, name: str, records: Records) -> None:
         """Store records under a name; the old blob of that name goes."""
@@ -135,35 +127,45 @@ class Store:
         """Store several records under their names: all of them or, if interrupted, none."""
         self._put({name: to_bytes(r) for name, r in records.items()})
 
-    def put_bytes(self, name: str, data: bytes) -> None:
-        """Store bytes under a name."""
-        self._put({name: data})
+    def put_bytes(self, name: str, data: bytes | memoryview, digest: str | None = None) -> None:
+        """Store bytes under a name; ``digest`` is their SHA-256, where it is known already."""
+        self._put({name: data}, {} if digest is None else {name: digest})
 
-    def _put(self, blobs: Mapping[str, bytes]) -> None:
-        digests = {name: sha256(data) for name, data in blobs.items()}
-        for name, data in blobs.items():
-            path = self._path(digests[name])
-            if not path.exists():
-                write_atomically(path, data)
+    def _put(
+        self, blobs: Mapping[str, bytes | memoryview], known: Mapping[str, str] | None = None
+    ) -> None:
+        known = known or {}
+        digests = {name: known.get(name) or sha256(data) for name, data in blobs.items()}
         statement = insert(Artifact)
-        update = {c: statement.excluded[c] for c in ("digest", "bytes", "used")}
+        changes = {c: statement.excluded[c] for c in ("digest", "bytes", "used")}
         now = time.time()
         rows = [
             {"name": name, "digest": digests[name], "bytes": len(data), "used": now}
             for name, data in blobs.items()
         ]
-        with Session(self._engine) as session, session.begin():
-            old = set(session.scalars(select(Artifact.digest).where(Artifact.name.in_(blobs))))
-            session.execute(statement.on_conflict_do_update(["name"], set_=update), rows)
-        for digest in old - set(digests.values()):
-            self._collect(digest)
+        unnamed = set(digests.values())
+        try:
+            for name, data in blobs.items():
+                self._blobs.write(digests[name], data)
+            self._blobs.settle()
+            with self._catalogue.write() as session:
+                for name, data in blobs.items():
+                    # Another process may have removed the last name of the same content just now.
+                    if not self._blobs.has(digests[name]):
+                        self._blobs.write(digests[name], data)
+                        self._blobs.settle()
+                old = set(session.scalars(select(Artifact.digest).where(Artifact.name.in_(blobs))))
+                session.execute(statement.on_conflict_do_update(["name"], set_=changes), rows)
+            unnamed = old - unnamed
+        finally:
+            self._collect(unnamed)
 
     def get(self, name: str) -> Records | None:
         """Return the records of a name, or None.
 
         Raises
         ------
-        SonoFedError
+        StoreError
             The blob on disk is missing or differs from what was written.
         """
         data = self.get_bytes(name)
@@ -171,73 +173,77 @@ class Store:
 
     def get_bytes(self, name: str) -> bytes | None:
         """Return the bytes of a name, or None; checked against their digest."""
-        digest = self.digest(name)
-        if digest is None:
-            return None
-        path = self._path(digest)
-        data = path.read_bytes() if path.exists() else b""
-        if sha256(data) != digest:
-            raise SonoFedError(
-                "a blob of the site store is damaged; restore the store from its backup"
-            )
-        with Session(self._engine) as session, session.begin():
-            session.get_one(Artifact, name).used = time.time()
-        return data
+        while (digest := self.digest(name)) is not None:
+            data = self._blobs.read(digest)
+            if data is not None:
+                self._used[name] = time.time()
+                return data
+            # Another process may have replaced it since the catalogue was read; not under the lock.
+            with self._catalogue.write() as session:
+                named = _digest(session, name) == digest
+                lost = named and not self._blobs.has(digest)
+            if lost:
+                raise damaged_blob()
+        return None
 
     def digest(self, name: str) -> str | None:
         """Return the digest stored under a name, or None."""
-        with Session(self._engine) as session:
-            return session.scalar(select(Artifact.digest).where(Artifact.name == name))
+        with self._catalogue.read() as session:
+            return _digest(session, name)
 
     def names(self, prefix: str) -> set[str]:
         """Return the artifact names that start with a prefix."""
-        with Session(self._engine) as session:
+        with self._catalogue.read() as session:
             query = select(Artifact.name).where(Artifact.name.startswith(prefix, autoescape=True))
             return set(session.scalars(query))
 
     def remove(self, prefix: str) -> None:
         """Remove the artifacts whose names start with a prefix."""
-        for name in self.names(prefix):
-            self._remove(name)
+        self._remove(self.names(prefix))
 
     def trim(self, prefix: str, limit: int = JOB_CACHE_BYTES) -> None:
         """Remove the least recently used artifacts of a prefix until they fit a limit in bytes."""
         match = Artifact.name.startswith(prefix, autoescape=True)
-        with Session(self._engine) as session:
-            total = session.scalar(select(func.sum(Artifact.bytes)).where(match)) or 0
-            if total <= limit:
-                return
-            rows = list(session.scalars(select(Artifact).where(match).order_by(Artifact.used)))
+        used, self._used = self._used, {}
+        with self._catalogue.write() as session:
+            for name, moment in used.items():
+                session.execute(
+                    update(Artifact)
+                    .where(Artifact.name == name, Artifact.used < moment)
+                    .values(used=moment)
+                )
+            query = select(Artifact.name, Artifact.bytes).where(match).order_by(Artifact.used)
+            rows = list(session.execute(query))
+        total = sum(row.bytes for row in rows)
+        dropped = []
         for row in rows:
             if total <= limit:
-                return
-            self._remove(row.name)
+                break
+            dropped.append(row.name)
             total -= row.bytes
+        self._remove(dropped)
 
-    def _remove(self, name: str) -> None:
-        digest = self.digest(name)
-        with Session(self._engine) as session, session.begin():
-            session.execute(delete(Artifact).where(Artifact.name == name))
-        if digest is not None:
-            self._collect(digest)
+    def _remove(self, names: Iterable[str]) -> None:
+        dropped: set[str] = set()
+        with self._catalogue.write() as session:
+            for name in names:
+                gone = delete(Artifact).where(Artifact.name == name).returning(Artifact.digest)
+                dropped.update(session.scalars(gone))
+        self._collect(dropped)
 
-    def _collect(self, digest: str) -> None:
-        with Session(self._engine) as session:
-            if session.scalar(select(func.count()).where(Artifact.digest == digest)) == 0:
-                self._path(digest).unlink(missing_ok=True)
+    def _collect(self, digests: Iterable[str]) -> None:
+        """Remove the blobs that no name needs any more."""
+        digests = list(digests)
+        if not digests:
+            return
+        # Else a power cut could bring names back that have no blob any more.
+        self._catalogue.settle()
+        # Under the lock, nobody gives one of them a name between the question and the removal.
+        with self._catalogue.write() as session:
+            for digest in digests:
+                if session.scalar(select(func.count()).where(Artifact.digest == digest)) == 0:
+                    self._blobs.remove(digest)
 
-    def _path(self, digest: str) -> Path:
-        return self._blobs / digest[:2] / digest
 
-
-def _open(path: Path) -> Engine:
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-
-    @event.listens_for(engine, "connect")
-    def _pragmas(connection: object, _: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
-
-    return engine
+def _digest(session: Session, name: str) -> str | None:
+    return session.scalar(select(Artifact.digest).where(Artifact.name == name))

@@ -19,6 +19,7 @@ from sonofed_common.contract.study import (
     PseudoLabels,
     Reconstruction,
     Selection,
+    Study,
 )
 
 
@@ -30,9 +31,23 @@ class Parameters(Model):
 
 
 class Describe(Parameters):
-    """Name, versions, device and rounded counts of a site."""
+    """Name, versions, device and rounded counts of a site.
+
+    ``content`` is what the hospital reads before it approves; the later actions are held to it.
+    """
 
     study_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    content: Study | None = Field(default=None, description="the study itself")
+
+    @model_validator(mode="after")
+    def _same_study(self) -> Self:
+        content = self.content
+        if content is None:
+            return self
+        named = (content.name, content.seed, content.digest())
+        if named != (self.study, self.seed, self.study_digest):
+            raise ValueError("the study's content is not of this name, seed and digest")
+        return self
 
 
 class Missing(Parameters):

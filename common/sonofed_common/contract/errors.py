@@ -111,6 +111,46 @@ class EngineError(SonoFedError):
     code, exit_code = "engine", 70
 
 
+class PolicyError(SonoFedError):
+    """A hospital's egress policy refuses what was asked, or what would have left.
+
+    Attributes
+    ----------
+    rule : str
+        Clause of the policy, for the hospital's ledger; it does not cross the network.
+    """
+
+    code, exit_code = "policy", 80
+
+    def __init__(self, message: str, rule: str = "") -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class StudyWaitingError(SonoFedError):
+    """A hospital has not yet decided on a study; ask again later."""
+
+    code, exit_code = "study-waiting", 81
+
+
+class StudyDeniedError(SonoFedError):
+    """A hospital refuses a study, or a request goes beyond the study that it approved."""
+
+    code, exit_code = "study-denied", 82
+
+
+class LedgerError(SonoFedError):
+    """A ledger was changed, cut or cannot be written."""
+
+    code, exit_code = "ledger", 83
+
+
+class StoreError(SonoFedError):
+    """A site's store is damaged, full, or not to be opened with the master key that was given."""
+
+    code, exit_code = "store", 84
+
+
 CATALOGUE: dict[str, type[SonoFedError]] = {
     error.code: error
     for error in (
@@ -128,6 +168,11 @@ CATALOGUE: dict[str, type[SonoFedError]] = {
         DivergenceError,
         QuorumError,
         EngineError,
+        PolicyError,
+        StudyWaitingError,
+        StudyDeniedError,
+        LedgerError,
+        StoreError,
     )
 }
 

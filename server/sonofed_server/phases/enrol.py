@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from sonofed_common.contract.actions import Describe, request
-from sonofed_common.contract.errors import QuorumError, SonoFedError, error_from_code
+from sonofed_common.contract.errors import (
+    QuorumError,
+    SonoFedError,
+    StudyWaitingError,
+    error_from_code,
+)
 from sonofed_common.contract.records import Records
 from sonofed_server.phases.select import bar_unselected
 from sonofed_server.study.run import StudyRun
 
 RETRY_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two questions to a hospital that still thinks about the study; each is in its ledger."""
 
 
 def enrol(run: StudyRun) -> None:
     """Ask every node for its name until the whole cohort has answered or the deadline has passed.
 
-    A resumed study starts anew where a site's images are not those that it enrolled with.
+    A hospital that has not yet decided on the study is asked again, with growing pauses. A resumed
+    study starts anew where a site's images are not those that it enrolled with.
 
     Raises
     ------
@@ -25,17 +34,26 @@ def enrol(run: StudyRun) -> None:
         when there is one.
     """
     exchange, cohort = run.exchange, run.study.cohort
-    message = request(Describe(**run.common, study_digest=run.study.digest()))
+    message = request(Describe(**run.common, study_digest=run.study.digest(), content=run.study))
     until = time.monotonic() + cohort.deadline_seconds
     asked: set[int] = set()
+    waiting: dict[int, _Waiting] = {}
     failures: list[SonoFedError] = []
     replies: dict[str, Records] = {}
     # A node that fails has no name; it counts as one of the cohort, which need not wait for it.
     while len(exchange.nodes) + len(failures) < len(cohort.sites):
-        fresh = sorted(set(exchange.grid.get_node_ids()) - asked)
+        now = time.monotonic()
+        undecided = {node for node, wait in waiting.items() if now < wait.until}
+        fresh = sorted(set(exchange.grid.get_node_ids()) - asked - undecided)
         asked.update(fresh)
         for node, reply in exchange.ask_nodes("query.describe", message, fresh, until):
-            if isinstance(reply, SonoFedError):
+            before = waiting.pop(node, None)
+            if isinstance(reply, StudyWaitingError):
+                asked.discard(node)
+                waiting[node] = _Waiting.after(before, reply)
+                if before is None:
+                    run.events.emit("study-waiting", reason=str(reply))
+            elif isinstance(reply, SonoFedError):
                 failures.append(reply)
                 run.events.emit("node-failed", reason=str(reply))
             elif (site := str(reply.config["site"])) in cohort.sites:
@@ -46,6 +64,7 @@ def enrol(run: StudyRun) -> None:
             break
         if len(exchange.nodes) + len(failures) < len(cohort.sites):
             time.sleep(RETRY_SECONDS)
+    failures += [wait.error for wait in waiting.values()]
     if changed := [site for site, reply in replies.items() if _changed(run, site, reply)]:
         run.state.clear()
         run.events.emit("study-restarted", reason="the images changed", sites=changed)
@@ -54,6 +73,18 @@ def enrol(run: StudyRun) -> None:
     if "select" in run.state.done:
         bar_unselected(run)
     _check_quorum(run, failures)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    error: StudyWaitingError
+    pause: float
+    until: float
+
+    @classmethod
+    def after(cls, before: _Waiting | None, error: StudyWaitingError) -> _Waiting:
+        pause = RETRY_SECONDS if before is None else min(2 * before.pause, LONGEST_PAUSE_SECONDS)
+        return cls(error, pause, time.monotonic() + pause)
 
 
 def _changed(run: StudyRun, site: str, reply: Records) -> bool:

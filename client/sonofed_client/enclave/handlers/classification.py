@@ -38,15 +38,19 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     model = starting_model(site, parameters, request, images, parameters.settings.batch_norm)
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
-    report = finetune_round(
-        model,
-        images[index],
-        targets,
-        parameters.settings,
-        parameters.round,
-        seed,
-        replay=_replay(site, parameters, len(index), seed),
-    )
+    replay = _replay(site, parameters, len(index), seed)
+    with site.checkpoint(parameters, request, labels) as checkpoint:
+        report = finetune_round(
+            model,
+            images[index],
+            targets,
+            parameters.settings,
+            parameters.round,
+            seed,
+            site.events,
+            replay,
+            checkpoint,
+        )
     return Records(
         grouped("weights", weights_of(model)),
         config={"examples": len(index)},

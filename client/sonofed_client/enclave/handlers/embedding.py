@@ -32,7 +32,7 @@ UNIT_LENGTH_TOLERANCE = 1e-3
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     """One federated round of hypersphere contrastive learning on the pool."""
     rows, images = site.images("pool", parameters.image_size)
-    student, predictor = _networks(site, parameters)
+    student, predictor = networks(site, parameters)
     if student_weights := request.group("student"):
         load_weights(student, student_weights)
         load_weights(predictor, request.group("predictor"))
@@ -44,9 +44,18 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     if parameters.pairs == "reconstruction":
         partners = reconstructions(site, parameters, parameters.reconstruction)
     seed = derive_seed(parameters.seed, site.settings.name, "embed", parameters.round)
-    report = train_round(
-        student, predictor, images, partners, parameters.settings, parameters.round, seed
-    )
+    with site.checkpoint(parameters, request) as checkpoint:
+        report = train_round(
+            student,
+            predictor,
+            images,
+            partners,
+            parameters.settings,
+            parameters.round,
+            seed,
+            site.events,
+            checkpoint,
+        )
     arrays = weights_of(student)
     if parameters.settings.merge == "fedema":
         kept = site.study_artifact(parameters.study, "student")
@@ -122,7 +131,7 @@ def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, A
     before = site.store.get(f"embedding/{key}")
     if before is None:
         _, images = site.images("pool", parameters.image_size)
-        student, _ = _networks(site, parameters)
+        student, _ = networks(site, parameters)
         load_weights(student, request.group("student"))
         embedding = embed(student, images)
         distance = _representativeness(site, parameters, student, images, embedding)
@@ -132,7 +141,8 @@ def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, A
     return before.arrays
 
 
-def _networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predictor]:
+def networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predictor]:
+    """Student and predictor as every site starts with them."""
     # Every site draws the same projector and predictor, so round 0 needs no broadcast.
     dimension = parameters.settings.dimension
     backbone = site.classifier(parameters.bundle, parameters.classifier)

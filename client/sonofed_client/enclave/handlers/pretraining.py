@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +13,6 @@ from sonofed_common.contract.records import Records, grouped
 from sonofed_common.data.sector import sectors
 from sonofed_common.models.encoders import Encoder, build_encoder
 from sonofed_common.runtime import derive_seed
-from sonofed_common.security import sha256
 
 
 def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
@@ -28,25 +23,25 @@ def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
     rows, images = site.images("pool", parameters.image_size)
     # Every site draws the same decoder and projector, so round 0 needs no broadcast.
     model = PretrainingModel(
-        _start(site, parameters),
+        starting_encoder(site, parameters),
         parameters.settings,
         parameters.image_size,
         derive_seed(parameters.seed, "pretraining"),
     ).to(site.device)
     if weights := request.group("weights"):
         load_weights(model, weights)
-    checkpoint = _checkpoint(site, parameters, request)
-    report = pretrain_round(
-        model,
-        images,
-        pool_sectors(site, images),
-        [row.group for row in rows],
-        parameters.settings,
-        parameters.round,
-        derive_seed(parameters.seed, site.settings.name, "pretrain", parameters.round),
-        checkpoint,
-    )
-    checkpoint.unlink(missing_ok=True)
+    with site.checkpoint(parameters, request) as checkpoint:
+        report = pretrain_round(
+            model,
+            images,
+            pool_sectors(site, images),
+            [row.group for row in rows],
+            parameters.settings,
+            parameters.round,
+            derive_seed(parameters.seed, site.settings.name, "pretrain", parameters.round),
+            checkpoint,
+            site.events,
+        )
     return Records(
         grouped("weights", weights_of(model)),
         config={"examples": len(rows)},
@@ -67,19 +62,9 @@ def pool_sectors(site: Site, images: Tensor) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_)).view(images.shape)
 
 
-def _start(site: Site, parameters: Pretrain) -> Encoder:
+def starting_encoder(site: Site, parameters: Pretrain) -> Encoder:
+    """Return the encoder that every site starts from."""
     if parameters.settings.start == "source":
         return site.segmenter(parameters.bundle, "source", parameters.image_size).encoder
     name = site.segmentation(parameters.bundle).encoder
     return build_encoder(name, pretrained=True, seed=derive_seed(parameters.seed, "encoder"))
-
-
-def _checkpoint(site: Site, parameters: Pretrain, request: Records) -> Path:
-    facts = [
-        version("sonofed"),
-        parameters.model_dump(mode="json"),
-        request.digest(),
-        site.snapshot,
-    ]
-    name = sha256(json.dumps(facts, sort_keys=True).encode())
-    return site.store.folder / "checkpoints" / f"{name}.safetensors"

@@ -41,6 +41,7 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
             {f"{name}/{rows[n].id}": Records({"image": kept[i]}) for i, n in enumerate(todo)}
         )
         done.update(rows[n].id for n in todo)
+        site.events.progress("reconstruct", sum(row.id in done for row in rows), len(rows))
         # Asked only now: the shortest slice still brings the work forward by a batch.
         if time.monotonic() > until:
             break

@@ -1,0 +1,74 @@
+"""``sonofed-site enclave``: the process that owns the images, behind its socket."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_client.enclave.isolation import enter, isolated, with_key
+from sonofed_client.enclave.lock import alone
+from sonofed_client.settings import SiteSettings, read_site
+from sonofed_common.contract.errors import ConfigurationError
+
+WARNING = (
+    "the enclave of site {} runs WITHOUT network isolation: this process, which reads the images, "
+    "could reach the network; {}"
+)
+UNABLE = "start it as root, allow user namespaces, or use the systemd unit's PrivateNetwork=yes"
+
+log = logging.getLogger(__name__)
+
+
+def enclave(
+    site: Annotated[Path, typer.Option(help="The site's settings, a TOML file.")],
+    no_isolation: Annotated[
+        bool, typer.Option("--no-isolation", help="Stay on the network, for example to debug.")
+    ] = False,
+) -> None:
+    """Answer the site's relay on a unix socket, without a network, until ended."""
+    settings = read_site(site)
+    if settings.socket is None:
+        raise ConfigurationError(f"{site.name} names no socket; add: socket = '/run/...'")
+    without_network = isolated()
+    if not without_network and not no_isolation:
+        enter(settings)
+    settings = with_key(settings)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Nothing that this process writes is for anyone else, whoever started it.
+    os.umask(0o077)
+    with alone(settings.store):
+        _answer(settings, without_network, "--no-isolation was given" if no_isolation else UNABLE)
+    # A job that runs now is taken up by the next enclave; its thread is not waited for.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
+    # Only now: torch and the models load once, in the process that stays.
+    from sonofed_client.enclave.enclave import InProcessEnclave
+    from sonofed_client.enclave.jobs import Jobs
+    from sonofed_client.enclave.ledger import Entry
+    from sonofed_client.enclave.parts import HEADER_BYTES
+    from sonofed_client.enclave.policy import read_policy
+    from sonofed_client.enclave.room import Room
+    from sonofed_client.enclave.server import Service, serve, wait_for_the_end
+
+    assert settings.socket is not None
+    enclave = InProcessEnclave(settings)
+    if not is_isolated:
+        log.warning(WARNING.format(settings.name, why_not))
+        note = f"the enclave runs without network isolation: {why_not}"
+        enclave.ledger.append(Entry(outcome="note", message=note))
+    jobs = Jobs(enclave, enclave.site.store, lambda: enclave.site.snapshot)
+    enclave.site.events.listeners.append(jobs.progress)
+    # What is larger than the policy takes is not even read.
+    room = Room(read_policy(settings.policy).received_bytes + HEADER_BYTES)
+    server = serve(Service(enclave, jobs, enclave.ledger, room), settings.socket)
+    how = "without a network" if is_isolated else "NOT isolated"
+    print(f"the enclave of site {settings.name} answers, {how}", flush=True)
+    wait_for_the_end(server)

@@ -1,0 +1,50 @@
+"""``sonofed-site policy``: what this site's policy says, and what it would refuse of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_client.enclave.forecast import explain, refusals
+from sonofed_client.enclave.policy import read_policy
+from sonofed_client.settings import read_site
+from sonofed_common.contract.errors import PolicyError
+from sonofed_common.contract.study import read_study
+
+app = typer.Typer(help="The site's egress policy.", no_args_is_help=True)
+Site = Annotated[Path, typer.Option(help="The site's settings, a TOML file.")]
+
+
+@app.callback()
+def policy() -> None:
+    """Explain and try the site's egress policy."""
+
+
+@app.command()
+def check(site: Site) -> None:
+    """Say in words what the policy lets in and out."""
+    settings = read_site(site)
+    read = read_policy(settings.policy)
+    if read.coordinators and settings.coordinator_key not in read.coordinators:
+        raise PolicyError(
+            "the policy's coordinators do not name the coordinator_key of the site's settings"
+        )
+    for line in explain(read):
+        print(line)
+
+
+@app.command()
+def test(
+    site: Site, study: Annotated[Path, typer.Argument(help="The study's file, TOML.")]
+) -> None:
+    """Say before a study starts what the policy would refuse of it, and why."""
+    read = read_policy(read_site(site).policy)
+    asked = read_study(study)
+    found = refusals(asked, read)
+    for line in found:
+        print(line)
+    if found:
+        raise PolicyError(f"the policy '{read.name}' would refuse study {asked.name}")
+    print(f"the policy '{read.name}' refuses nothing that study {asked.name} is known to ask")

@@ -1,0 +1,239 @@
+"""Forecast: what a study will ask of a site, and what of it the site's policy would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sonofed_client.enclave.ledger import payload
+from sonofed_client.enclave.policy import ActionRule, ArrayRule, Kind, Policy, read_policy
+from sonofed_client.enclave.release import release
+from sonofed_common.contract import actions
+from sonofed_common.contract.actions import Parameters
+from sonofed_common.contract.errors import PolicyError
+from sonofed_common.contract.records import Array, Json, Records, grouped
+from sonofed_common.contract.selection import MAX_PARTS
+from sonofed_common.contract.study import Infusion, Study
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANY = 10**6
+_ANY = "0" * 64
+_SAMPLES: Mapping[Kind, Json] = {
+    "count": MANY,
+    "counts": [MANY],
+    "digest": _ANY,
+    "digests": [_ANY],
+    "text": "any",
+    "texts": {"any": "any"},
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One action that a study asks of a site.
+
+    Attributes
+    ----------
+    action : str
+        Named action.
+    parameters : Parameters
+        As the coordinator sends them, but for a bundle that nobody has seen yet.
+    times : int
+        How often at most; where nobody can know before, once.
+    """
+
+    action: str
+    parameters: Parameters
+    times: int = 1
+
+
+def questions(study: Study) -> Iterator[Question]:
+    """Yield what a study asks of a site, in the order of its phases."""
+    common: dict[str, Any] = {"study": study.name, "seed": study.seed}
+    pooled: dict[str, Any] = {**common, "bundle": _ANY, "image_size": study.image_size}
+    settings: dict[str, Any] = {"settings": study.embedding, "reconstruction": study.reconstruction}
+    name = next(iter(study.classifiers), "")
+    encode: dict[str, Any] = {**pooled, "classifier": name, "pairs": study.pairs, **settings}
+    ask, selection = Question, study.selection
+    for phase in study.phases:
+        if phase == "enrol":
+            digest = study.digest()
+            yield ask("query.describe", actions.Describe(**common, study_digest=digest))
+        elif phase == "ship":
+            yield ask("query.missing", actions.Missing(**common))
+            yield ask("train.install", actions.Install(**common))
+        elif phase == "reconstruct":
+            redraw = actions.Reconstruct(**pooled, settings=study.reconstruction)
+            yield ask("train.reconstruct", redraw)
+        elif phase == "embed":
+            embed = actions.Embed(**encode, round=0)
+            yield ask("train.embed", embed, study.embedding.rounds)
+        elif phase == "cluster":
+            times = study.clustering.iterations + 1
+            yield ask("query.cluster", actions.Cluster(**encode), times)
+        elif phase == "select":
+            yield ask("train.score", actions.Score(**encode, selection=selection))
+            counts = actions.Histogram(**common, column="informativeness", split=MAX_PARTS)
+            if selection.scope != "per_site":
+                yield ask("query.histogram", counts)
+            yield ask("train.select", actions.Select(**common, stage="mark"))
+        elif phase == "annotate":
+            yield ask("query.annotations", actions.Annotations(**common))
+        elif phase == "classifier":
+            yield from _classifiers(study, pooled)
+        elif phase == "pretrain":
+            pretrain = actions.Pretrain(**pooled, round=0, settings=study.pretraining)
+            yield ask("train.pretrain", pretrain, study.pretraining.rounds)
+        elif phase == "pseudo_label":
+            per_site = study.supervision.branches == "per_site"
+            branches = (len(study.cohort.sites) if per_site else 1) * ("supervise" in study.phases)
+            train = actions.TrainSegmenter(
+                **pooled, branch="source", round=0, settings=study.pseudo_labels
+            )
+            yield ask("train.segmenter", train, (1 + branches) * study.pseudo_labels.rounds)
+        elif phase == "ensemble" and study.infusion.calibration == "consensus":
+            yield ask("train.ensemble", actions.TrainEnsemble(**pooled, branches=("source",)), 2)
+        elif phase == "evaluate":
+            plain = Infusion(rule="mean", calibration="none")
+            test = actions.EvaluateSegmenter(**pooled, branches=("source",), infusion=plain)
+            yield ask("evaluate.segmenter", test, 7)
+
+
+def refusals(study: Study, policy: Policy) -> list[str]:
+    """Return, in words, what a policy would refuse of a study; empty where nothing is known.
+
+    Replies are made up as the standard policy describes them, which names all that actions answer;
+    a study's classifiers have their true size. Counts of a small site and segmenters, whose size is
+    known once their bundle is here, may still be refused.
+    """
+    found: dict[str, None] = {}
+    total = 0
+    for question in questions(study):
+        try:
+            policy.admit(question.parameters, question.action, Records())
+            reply = _sample(question, study)
+            released = release(policy, question.action, reply, lambda: reply.arrays)  # noqa: B023
+            size, _ = payload(released.records)
+            policy.check_bytes(question.action, size, 0, 0)
+        except PolicyError as error:
+            found[f"{question.action}: {error.message} (rule {error.rule})"] = None
+            continue
+        total += size * question.times
+    if total > policy.study_bytes:
+        found[f"{total} bytes or more would leave, above study_bytes = {policy.study_bytes}"] = None
+    return list(found)
+
+
+def asks(study: Study, policy: Policy) -> list[str]:
+    """Return, in words, what a study asks of a site and what of it leaves under a policy."""
+    budgets = ", ".join(f"{share:.0%}" for share in study.selection.budgets)
+    lines = [f"phases: {', '.join(study.phases)}"]
+    if "annotate" in study.phases:
+        lines.append(f"labels asked of the experts: {budgets} of the pool")
+    lines.append("what leaves, and how often at most where that is known:")
+    for question in questions(study):
+        rule = policy.actions.get(question.action)
+        often = f" ({question.times} times)" if question.times > 1 else ""
+        lines.append(f"- {question.action}{often}: {_leaves(rule) if rule else 'refused'}")
+    found = refusals(study, policy)
+    lines += ["the policy would refuse:", *(f"- {line}" for line in found)] if found else []
+    return lines
+
+
+def explain(policy: Policy) -> list[str]:
+    """Return, in words, what a policy lets in and out."""
+    lines = [
+        f"policy '{policy.name}', digest {policy.digest()}",
+        f"coordinators: {', '.join(policy.coordinators) or 'the one of the site settings'}",
+        f"a request may bring {policy.received_bytes} bytes, a reply {policy.message_bytes}",
+        f"a study may take {policy.study_bytes} bytes away, all studies {policy.day_bytes} a day",
+        "these actions are done, and this may leave; nothing else:",
+    ]
+    for action, rule in policy.actions.items():
+        lines.append(f"- {action}: {_leaves(rule)}")
+        for path, limit in rule.parameters.items():
+            words = [f"at least {limit.least:g}"] if limit.least is not None else []
+            words += [f"at most {limit.most:g}"] if limit.most is not None else []
+            words += [f"one of {', '.join(map(str, limit.values))}"] if limit.values else []
+            lines.append(f"    only with {path} {' and '.join(words)}")
+    refused = [action for action in actions.ACTIONS if action not in policy.actions]
+    lines.append(f"refused: {', '.join(refused) or 'no action that this version knows'}")
+    return lines
+
+
+def _leaves(rule: ActionRule) -> str:
+    parts = [_array(array, rule.min_count) for array in rule.arrays]
+    facts = [f"{name} ({kind})" for name, kind in rule.config.items()]
+    facts += [f"{name} (count)" for name in rule.counted]
+    parts += [f"facts {', '.join(facts)}"] if facts else []
+    parts += [f"metrics {', '.join(rule.metrics)}"] if rule.metrics else []
+    if rule.min_count > 1:
+        parts.append(f"no count from 1 to {rule.min_count - 1}")
+    if rule.secure_aggregation:
+        parts.append("by secure aggregation only")
+    if rule.message_bytes is not None:
+        parts.append(f"at most {rule.message_bytes} bytes")
+    return "; ".join(parts) or "an empty answer"
+
+
+def _array(rule: ArrayRule, least: int) -> str:
+    text = f"{rule.key} ({' or '.join(rule.dtypes)}, at most {rule.numbers} numbers"
+    if rule.clip is not None:
+        text += f", change clipped to {rule.clip:g}, noise {rule.noise or 0:g} times that"
+    if rule.counts and rule.small == "zero" and least > 1:
+        text += ", small counts set to zero"
+    return text + ")"
+
+
+def _classifiers(study: Study, pooled: Mapping[str, Json]) -> Iterator[Question]:
+    settings, budgets = study.finetuning, len(study.selection.budgets)
+    for name in study.classifiers:
+        for budget in range(budgets):
+            train = actions.TrainClassifier(
+                **pooled, classifier=name, round=0, budget=budget, settings=settings
+            )
+            yield Question("train.classifier", train, settings.rounds)
+        test = actions.EvaluateClassifier(**pooled, classifier=name, batch_norm=settings.batch_norm)
+        yield Question("evaluate.classifier", test, 2 + budgets)
+
+
+def _sample(question: Question, study: Study) -> Records:
+    """Make up a reply of all that an action may answer."""
+    rule = read_policy(None).actions[question.action]
+    # The exact selection asks until a bin holds one image.
+    count = 1 if question.action == "query.histogram" else MANY
+    arrays: dict[str, Array] = {}
+    for own in rule.arrays:
+        name = own.key.replace("*", "any")
+        arrays[name] = np.full(1, count if own.counts else 0, dtype=own.dtypes[0])
+    arrays = _weights(question.parameters) or arrays
+    config = {name: _SAMPLES[kind] for name, kind in rule.config.items()}
+    metrics = dict.fromkeys(rule.metrics, 0.5) | dict.fromkeys(rule.counted, MANY)
+    return Records(arrays, config, metrics)
+
+
+def _weights(parameters: Parameters) -> dict[str, Array]:
+    """Weights of the size that a reply has, where the study says which network it is."""
+    if not isinstance(parameters, actions.TrainClassifier | actions.Embed):
+        return {}
+    from sonofed_common.models.classifiers import build_classifier
+    from sonofed_common.models.encoder import HypersphereEncoder, Predictor
+
+    backbone = build_classifier(parameters.classifier, pretrained=False)
+    networks: dict[str, nn.Module] = {"weights": backbone}
+    if isinstance(parameters, actions.Embed):
+        dimension = parameters.settings.dimension
+        networks = {
+            "student": HypersphereEncoder(backbone, dimension, 0),
+            "predictor": Predictor(dimension, 0),
+        }
+    arrays: dict[str, Array] = {}
+    for group, network in networks.items():
+        state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        arrays |= grouped(group, state)
+    return arrays

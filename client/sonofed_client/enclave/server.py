@@ -1,0 +1,208 @@
+"""The enclave's server: its five calls on a unix socket, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from sonofed_client.enclave.interface import Enclave
+from sonofed_client.enclave.jobs import Job, Jobs, State
+from sonofed_client.enclave.ledger import Entry, Ledger
+from sonofed_client.enclave.parts import failure, read, receive, send
+from sonofed_client.enclave.room import Room
+from sonofed_common.contract import enclave_pb2 as messages
+from sonofed_common.contract.enclave_pb2_grpc import (
+    EnclaveServicer,
+    add_EnclaveServicer_to_server,
+)
+from sonofed_common.contract.errors import ConfigurationError, SonoFedError
+from sonofed_common.contract.names import DESCRIBE
+from sonofed_common.contract.records import to_bytes
+
+T = TypeVar("T")
+THREADS = 16
+CALLS = 24
+"""Calls at a time; one more is told at once that the enclave is busy."""
+
+WATCHES = 8
+WATCH_SECONDS = 20.0
+SUBMIT_SECONDS = 600.0
+"""Longest time that one request may take to come in."""
+
+PATH_BYTES = 107
+OPTIONS = [("grpc.so_reuseport", 0)]
+
+log = logging.getLogger(__name__)
+
+
+class Service(EnclaveServicer):  # type: ignore[misc]
+    """Answers the calls of `enclave.proto`.
+
+    Parameters
+    ----------
+    enclave : Enclave
+        Answers descriptions at once.
+    jobs : Jobs
+        Does the rest.
+    ledger : Ledger
+        Gets what is refused before it comes to be a request.
+    room : Room
+        Memory for requests.
+    """
+
+    def __init__(self, enclave: Enclave, jobs: Jobs, ledger: Ledger, room: Room) -> None:
+        self._enclave, self._jobs, self._ledger, self._room = enclave, jobs, ledger, room
+        self._watches = threading.BoundedSemaphore(WATCHES)
+
+    def Describe(self, request: messages.Request, _: grpc.ServicerContext) -> messages.Reply:  # noqa: N802
+        """Answer ``query.describe``."""
+        try:
+            asked = self._noting(lambda: read(memoryview(request.records)))
+            return messages.Reply(records=to_bytes(self._enclave.perform(DESCRIBE, asked)))
+        except Exception as error:
+            return messages.Reply(failure=failure(_named(error)))
+
+    def Submit(  # noqa: N802
+        self, request_iterator: Iterator[messages.Part], context: grpc.ServicerContext
+    ) -> messages.Status:
+        """Take a request in and queue its job."""
+        # A sender that stalls would hold a thread, and its request's memory, for ever.
+        timer = threading.Timer(SUBMIT_SECONDS, context.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            received = self._noting(lambda: receive(request_iterator, self._room.memory))
+            return _status(self._jobs.submit(received))
+        except grpc.RpcError:
+            raise
+        except Exception as error:
+            return messages.Status(state=State.FAILED, failure=failure(_named(error)))
+        finally:
+            timer.cancel()
+
+    def Watch(  # noqa: N802
+        self, request: messages.Job, context: grpc.ServicerContext
+    ) -> Iterator[messages.Status]:
+        """Tell the state of a job now, and each time that it changes."""
+        job = self._jobs.find(request.id)
+        if job is None:
+            yield messages.Status(job=request.id[:64])
+            return
+        yield _status(job)
+        if not self._watches.acquire(blocking=False):
+            return
+        try:
+            changes, until = job.changes, time.monotonic() + WATCH_SECONDS
+            while not job.state.over and time.monotonic() < until and context.is_active():
+                now = self._jobs.wait(job, changes, 1.0)
+                if now != changes:
+                    yield _status(job)
+                changes = now
+        finally:
+            self._watches.release()
+
+    def Fetch(  # noqa: N802
+        self, request: messages.Job, context: grpc.ServicerContext
+    ) -> Iterator[messages.Part]:
+        """Send the reply of a job that is done."""
+        job = self._jobs.find(request.id)
+        reply = job.reply if job is not None and job.state is State.DONE else None
+        if job is None or reply is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no reply; submit the request again")
+            return
+        yield from send(reply)
+        self._jobs.fetched(job)
+
+    def Cancel(self, request: messages.Job, _: grpc.ServicerContext) -> messages.Status:  # noqa: N802
+        """Cancel a job."""
+        job = self._jobs.find(request.id)
+        if job is None:
+            return messages.Status(job=request.id[:64])
+        self._jobs.cancel(job)
+        return _status(job)
+
+    def _noting(self, take_in: Callable[[], T]) -> T:
+        try:
+            return take_in()
+        except SonoFedError as error:
+            self._ledger.append(Entry(outcome="refused", message=str(error)))
+            raise
+
+
+def serve(service: Service, path: Path) -> grpc.Server:
+    """Start to answer on a unix socket, readable and writable by its owner and group only.
+
+    Parameters
+    ----------
+    service : Service
+        Answers.
+    path : Path
+        Of the socket; its folder is made if absent.
+
+    Raises
+    ------
+    ConfigurationError
+        The socket cannot be made there.
+    """
+    path = path.absolute()
+    if len(os.fsencode(path)) > PATH_BYTES:
+        raise ConfigurationError(
+            f"the socket's path has more than {PATH_BYTES} bytes; choose a shorter one"
+        )
+    # Modes from the first instant, not after a chmod.
+    before = os.umask(0o027)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(before)
+    server = grpc.server(
+        ThreadPoolExecutor(THREADS, "calls"), maximum_concurrent_rpcs=CALLS, options=OPTIONS
+    )
+    add_EnclaveServicer_to_server(service, server)
+    os.umask(0o117)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError:
+        raise ConfigurationError(
+            f"the socket {path} cannot be made; check its folder and that no file is in its place"
+        ) from None
+    finally:
+        os.umask(before)
+    server.start()
+    return server
+
+
+def wait_for_the_end(server: grpc.Server) -> None:
+    """Answer until the process is asked to end; then let calls finish for a moment."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+    server.stop(grace=1.0).wait()
+
+
+def _status(job: Job) -> messages.Status:
+    error = job.error
+    return messages.Status(
+        job=job.id,
+        state=int(job.state),
+        percent=job.percent,
+        failure=failure(error) if error is not None else None,
+    )
+
+
+def _named(error: Exception) -> SonoFedError:
+    if isinstance(error, SonoFedError):
+        return error
+    # The text of an error that we did not write may name a file or a patient.
+    log.error("a call failed: %s", type(error).__name__)
+    return SonoFedError("the site could not do the work; its own log says why")

@@ -1,0 +1,572 @@
+"""A real enclave process, started by its command, behind its socket and its walls."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors import safe_open
+from safetensors.torch import save
+
+from sonofed_client.app import app
+from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.isolation import WRAPPERS, isolated
+from sonofed_client.enclave.parts import send
+from sonofed_client.enclave.store import open_store
+from sonofed_client.enclave.transport import SocketEnclave
+from sonofed_client.enclave.wall import open_ledger
+from sonofed_client.relay import SOCKET_KEY
+from sonofed_client.settings import read_site
+from sonofed_common.contract import actions
+from sonofed_common.contract import enclave_pb2 as messages
+from sonofed_common.contract.actions import ACTIONS, request
+from sonofed_common.contract.bundle import BundleWriter
+from sonofed_common.contract.enclave_pb2_grpc import EnclaveStub
+from sonofed_common.contract.errors import EngineError, OrderError, ParameterError
+from sonofed_common.contract.manifest import DataProvenance, Provenance
+from sonofed_common.contract.names import ACTION_NAMES
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.selection import WHOLE
+from sonofed_common.contract.study import Pretraining
+from sonofed_common.models.segmenter import build_segmenter
+from sonofed_common.security import public_hex
+from sonofed_simulations.phantoms.dataset import write_dataset
+from sonofed_simulations.phantoms.scanner import SCANNERS
+
+pytestmark = pytest.mark.slow
+
+SIZE = 32
+COMMON = {"study": "trial", "seed": 3}
+START_SECONDS = 300
+FUZZED = int(os.environ.get("SONOFED_FUZZED_REQUESTS", "2000"))
+NOBODY = 65534
+CONNECT = "import socket; socket.create_connection(('{}', 80), timeout=5)"
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
+
+
+@pytest.fixture(scope="module")
+def home():
+    """A short path, for sockets, that other users may pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="sonofed-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def bundle(home):
+    key = Ed25519PrivateKey.generate()
+    data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
+    provenance = Provenance(data=data, settings="0" * 64)
+    writer = BundleWriter(home / "bundle", name="b", kind="source", provenance=provenance)
+    segmenter = build_segmenter("unet", 2, SIZE, pretrained=False, seed=9)
+    weights = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
+    writer.add("segmenters/source.safetensors", save(weights))
+    writer.facts["segmentation"] = {
+        "encoder": "unet",
+        "classes": 2,
+        "heads": ["unet", "aspp"],
+        "class_ratio": [0.9, 0.1],
+        "foreground_range": [0.01, 0.3],
+    }
+    return writer.sign(key), public_hex(key)
+
+
+@pytest.fixture(scope="module")
+def hospital(home):
+    return write_dataset(home / "north", SCANNERS["riverside"], 20, 5, 64, 0.4)
+
+
+@pytest.fixture(scope="module")
+def write_site(home, hospital, bundle):
+    def write(name, **more):
+        folder = home / name
+        folder.mkdir()
+        settings = {
+            "name": "north",
+            "store": str(folder / "store"),
+            "coordinator_key": bundle[1],
+            "image_key": "0" * 64,
+            "oracle": True,
+            "threads": 1,
+            "socket": str(folder / "run" / "enclave.sock"),
+            "data": {"kind": "table", "path": str(hospital), "test_fraction": 0.4},
+            **more,
+        }
+        path = folder / "site.toml"
+        path.write_text(tomli_w.dumps(settings))
+        return path
+
+    return write
+
+
+@contextmanager
+def process(site, *options):
+    """An enclave process that answers; its log is beside its settings."""
+    command = [str(Path(sys.executable).with_name("sonofed-site")), "enclave", "--site", str(site)]
+    log = site.with_suffix(".log")
+    with log.open("ab") as file:
+        began = file.tell()
+        started = subprocess.Popen([*command, *options], stdout=file, stderr=file)
+    try:
+        until = time.monotonic() + START_SECONDS
+        while b" answers" not in log.read_bytes()[began:]:
+            assert started.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+@pytest.fixture(scope="module")
+def site(write_site):
+    return write_site("site")
+
+
+@pytest.fixture(scope="module")
+def running(site):
+    with process(site) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def relay(running, site):
+    return SocketEnclave(read_site(site).socket, patience=30)
+
+
+@pytest.fixture(scope="module")
+def stub(running, site):
+    return EnclaveStub(grpc.insecure_channel(f"unix:{read_site(site).socket}"))
+
+
+@pytest.fixture(scope="module")
+def local(write_site):
+    """The same hospital's enclave in this process."""
+    return InProcessEnclave(read_site(write_site("local")))
+
+
+def signed(bundle):
+    return {
+        name: np.frombuffer((bundle.folder / f"manifest.{end}").read_bytes(), dtype=np.uint8)
+        for name, end in (("manifest", "json"), ("signature", "sig"))
+    }
+
+
+def installation(bundle):
+    blobs = {d: np.frombuffer(bundle.blob(d), dtype=np.uint8) for d in bundle.manifest.blobs}
+    return request(actions.Install(**COMMON), **signed(bundle), blobs=blobs)
+
+
+def description():
+    return request(actions.Describe(**COMMON, study_digest="0" * 64))
+
+
+def pretraining(bundle, epochs=2, batch=8):
+    settings = Pretraining(rounds=1, local_epochs=epochs, patch_size=8, batch_size=batch)
+    return request(
+        actions.Pretrain(**COMMON, bundle=bundle.id, image_size=SIZE, round=0, settings=settings)
+    )
+
+
+def test_names_and_actions_agree():
+    assert set(ACTION_NAMES) == ACTIONS.keys() == HANDLERS.keys()
+
+
+def test_replies_are_those_of_an_enclave_in_process(relay, local, bundle):
+    bundle, _ = bundle
+    conversation = [
+        ("query.describe", description()),
+        ("query.missing", request(actions.Missing(**COMMON), **signed(bundle))),
+        ("train.install", installation(bundle)),
+        ("query.missing", request(actions.Missing(**COMMON), **signed(bundle))),
+        ("train.pretrain", pretraining(bundle)),
+        ("train.pretrain", pretraining(bundle)),
+    ]
+    for action, message in conversation:
+        assert to_bytes(relay.perform(action, message)) == to_bytes(local.perform(action, message))
+
+
+def test_flower_reaches_the_enclave_by_the_word_of_its_node(running, site):
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+    here = UserConfig({SOCKET_KEY: str(read_site(site).socket)})
+    context = Context(1, 1, here, RecordDict(), UserConfig())
+
+    def ask(action, records):
+        message = Message(to_recorddict(records), 1, action)
+        message.metadata.__dict__["_message_id"] = "1"
+        return from_recorddict(app(message, context).content)
+
+    ask("query.describe", description())
+    taken = []
+    for _ in range(20):
+        began = time.perf_counter()
+        reply = ask("query.describe", description())
+        taken.append(time.perf_counter() - began)
+    assert reply.config["site"] == "north"
+    print(f"median of a description through Flower: {1000 * statistics.median(taken):.1f} ms")
+    refused = ask("train.pretrain", Records(config=COMMON))
+    assert refused.config["error"] == "parameters"
+
+
+def test_the_relay_starts_about_as_fast_as_flower_alone():
+    def cost(code):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    heavy = "sys.modules.keys() & {'torch', 'sqlalchemy', 'pydantic'}"
+    flower, relay = "import flwr.clientapp", "import sys, sonofed_client.app, sonofed_client.relay"
+    relay += f", sonofed_client.enclave.transport; assert not {heavy}"
+    ratios = [cost(relay) / cost(flower) for _ in range(3)]
+    assert min(ratios) <= 1.3
+
+
+def test_errors_cross_as_they_are(relay, local, bundle):
+    bundle, _ = bundle
+    question = actions.Histogram(**COMMON, column="uncertainty", split=8)
+    cuts = np.empty((0, 2), dtype=np.uint64)
+    early = request(question, edges=WHOLE["uncertainty"], cuts=cuts)
+    for error, action, message in (
+        (OrderError, "query.histogram", early),
+        (ParameterError, "query.describe", Records(config=COMMON)),
+        (ParameterError, "train.pretrain", Records(config=COMMON)),
+    ):
+        with pytest.raises(error) as one:
+            local.perform(action, message)
+        with pytest.raises(error) as other:
+            relay.perform(action, message)
+        assert one.value.message == other.value.message
+
+
+def test_a_record_that_was_changed_on_its_way_is_refused_and_noted(stub, site):
+    parts = list(send(description(), "query.missing"))
+    parts[1].data = parts[1].data[:-1] + b"X"
+    status = stub.Submit(iter(parts))
+    assert status.state == messages.FAILED and status.failure.code == "parameters"
+    large = messages.Part(head=messages.Head(action="query.missing", size=2**62))
+    assert stub.Submit(iter([large])).failure.code == "parameters"
+    assert stub.Submit(iter(list(send(description(), "a"))[:-1])).failure.code == "parameters"
+    assert stub.Submit(iter([])).failure.code == "parameters"
+    assert stub.Describe(messages.Request(records=b"{")).failure.code == "parameters"
+    settings = read_site(site)
+    ledger = open_ledger(open_store(settings))
+    assert sum(e["outcome"] == "refused" and not e["action"] for e in ledger.entries()) == 5
+
+
+def test_a_client_that_dies_finds_its_job_done(stub, relay, site, bundle):
+    bundle, _ = bundle
+    relay.perform("query.describe", description())
+    relay.perform("train.install", installation(bundle))
+    message = pretraining(bundle, epochs=5)
+    client = f"""
+from pathlib import Path
+from sonofed_client.enclave.parts import read
+from sonofed_client.enclave.transport import SocketEnclave
+request = read(memoryview(Path({str(site.with_name("request"))!r}).read_bytes()))
+SocketEnclave(Path({str(read_site(site).socket)!r})).perform("train.pretrain", request)
+"""
+    site.with_name("request").write_bytes(to_bytes(message))
+    store = open_store(read_site(site))
+    child = subprocess.Popen([sys.executable, "-c", client])
+    until = time.monotonic() + START_SECONDS
+    while not store.names("queue/"):
+        assert time.monotonic() < until and child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    status = stub.Submit(send(message, "train.pretrain"))
+    while status.state in (messages.WAITING, messages.RUNNING):
+        *_, status = stub.Watch(messages.Job(id=status.job))
+    assert status.state == messages.DONE and status.percent == 100
+    ledger = open_ledger(store)
+    sent = [e for e in ledger.entries() if e["action"] == "train.pretrain"][-1]
+    job = messages.Job(id=status.job)
+    assert b"".join(part.data for part in stub.Fetch(job))
+    # It has left: asked once more it passes the wall once more, and the work is not done again.
+    with pytest.raises(grpc.RpcError) as error:
+        list(stub.Fetch(job))
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    relay.perform("train.pretrain", message)
+    again = [e for e in ledger.entries() if e["action"] == "train.pretrain"][-1]
+    assert again["number"] > sent["number"] and again["sha256"] == sent["sha256"]
+    assert not store.names("queue/")
+
+
+def test_a_job_is_cancelled(stub, relay, site, bundle):
+    bundle, _ = bundle
+    relay.perform("query.describe", description())
+    relay.perform("train.install", installation(bundle))
+    long = stub.Submit(send(pretraining(bundle, epochs=500), "train.pretrain"))
+    waiting = stub.Submit(send(pretraining(bundle, epochs=501), "train.pretrain"))
+    assert waiting.state == messages.WAITING
+    # A description does not wait for either.
+    assert relay.perform("query.describe", description()).config["site"] == "north"
+    for job in (waiting.job, long.job):
+        stub.Cancel(messages.Job(id=job))
+        while (status := stub.Cancel(messages.Job(id=job))).state == messages.RUNNING:
+            time.sleep(0.05)
+        assert status.state == messages.FAILED and "cancelled" in status.failure.sentence
+    assert not open_store(read_site(site)).names("queue/")
+    assert stub.Cancel(messages.Job(id="no job")).state == messages.UNKNOWN
+    assert [s.state for s in stub.Watch(messages.Job(id="no job"))] == [messages.UNKNOWN]
+
+
+def test_a_second_enclave_on_the_same_store_is_refused(running, site):
+    command = [str(Path(sys.executable).with_name("sonofed-site")), "enclave", "--site", str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
+    assert done.returncode == 20 and "another enclave" in done.stderr
+
+
+def test_a_relay_says_that_the_enclave_is_gone(home):
+    with pytest.raises(EngineError, match="start it"):
+        SocketEnclave(home / "nowhere.sock", patience=1).perform("query.describe", description())
+
+
+def epochs_done(checkpoint):
+    try:
+        with safe_open(checkpoint, framework="np") as file:
+            return len(json.loads(file.metadata()["losses"]))
+    except (OSError, IndexError):
+        return 0
+
+
+def test_a_killed_enclave_takes_its_job_up(home, write_site, local, bundle):
+    bundle, _ = bundle
+    (home / "key").write_text("ab" * 32)
+    manage = f"readlink /proc/self/ns/net >> {home}/asked; cat {home}/key"
+    site = write_site("killed", master_key={"command": ["sh", "-c", manage]})
+    settings = read_site(site)
+    message = pretraining(bundle, epochs=6, batch=4)
+    checkpoints = settings.store / "checkpoints"
+    with process(site) as started:
+        relay = SocketEnclave(settings.socket)
+        relay.perform("query.describe", description())
+        relay.perform("train.install", installation(bundle))
+        stub = EnclaveStub(grpc.insecure_channel(f"unix:{settings.socket}"))
+        job = stub.Submit(send(message, "train.pretrain")).job
+        until = time.monotonic() + START_SECONDS
+        while not list(checkpoints.glob("*.safetensors")):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    (checkpoint,) = checkpoints.glob("*.safetensors")
+    before = epochs_done(checkpoint)
+    assert 1 <= before < 6
+    with process(site):
+        # Nobody asks: the enclave goes on by itself, and not from the beginning.
+        stub = EnclaveStub(grpc.insecure_channel(f"unix:{settings.socket}"))
+        statuses = [s for s in stub.Watch(messages.Job(id=job)) if checkpoint.exists()]
+        assert all(s.percent >= 100 * before // 6 for s in statuses if s.percent)
+        reply = SocketEnclave(settings.socket).perform("train.pretrain", message)
+        assert not open_store(settings).names("queue/")
+    assert b"taken up" in site.with_suffix(".log").read_bytes()
+    local.perform("query.describe", description())
+    local.perform("train.install", installation(bundle))
+    assert to_bytes(reply) == to_bytes(local.perform("train.pretrain", message))
+    # The command that gives the master key may need the network: it never ran without.
+    assert set((home / "asked").read_text().split()) == {str(Path("/proc/self/ns/net").readlink())}
+
+
+def network(pid):
+    return Path(f"/proc/{pid}/ns/net").stat().st_ino
+
+
+@root_only
+def test_the_enclave_has_no_network(running):
+    assert network(running.pid) != network(os.getpid())
+    lines = Path(f"/proc/{running.pid}/net/dev").read_text().splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in lines] == ["lo"]
+    for address in ("127.0.0.1", "192.0.2.1", "8.8.8.8"):
+        inside = ["nsenter", f"--net=/proc/{running.pid}/ns/net", sys.executable, "-c"]
+        tried = subprocess.run([*inside, CONNECT.format(address)], capture_output=True, text=True)
+        assert tried.returncode and "Network is unreachable" in tried.stderr
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=" ".join)
+def test_the_wrappers_take_the_network_away(wrapper):
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let us have namespaces of our own")
+    probe = (
+        "import sys, socket; from sonofed_client.enclave.isolation import isolated\n"
+        "print(isolated()); socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    )
+    tried = subprocess.run([*wrapper, sys.executable, "-c", probe], capture_output=True, text=True)
+    assert tried.stdout == "True\n" and "Network is unreachable" in tried.stderr
+
+
+@pytest.mark.skipif(isolated(), reason="there is no network to stay on")
+def test_without_isolation_there_is_a_warning_and_a_line_in_the_ledger(write_site):
+    site = write_site("open")
+    with process(site, "--no-isolation") as started:
+        assert network(started.pid) == network(os.getpid())
+        started.terminate()
+        assert started.wait(30) == 0
+    assert b"WITHOUT network isolation" in site.with_suffix(".log").read_bytes()
+    (entry,) = open_ledger(open_store(read_site(site))).entries()
+    assert entry["outcome"] == "note" and "without network isolation" in entry["message"]
+
+
+@root_only
+def test_another_user_reads_neither_store_nor_keys(running, site):
+    settings = read_site(site)
+    secrets = [p for p in settings.store.rglob("*") if p.is_file()]
+    secrets += [p for p in settings.store.parent.iterdir() if "key" in p.name]
+    assert any("key" in p.name for p in secrets) and len(secrets) > 3
+    for path in [settings.store, *secrets]:
+        tool = "ls" if path.is_dir() else "cat"
+        got = subprocess.run([tool, path], user=NOBODY, group=NOBODY, extra_groups=[])
+        assert got.returncode, path
+    # The store's own modes would do: they do not lean on those of the folders above.
+    assert all(not stat.S_IMODE(p.stat().st_mode) & 0o077 for p in secrets)
+
+
+@root_only
+def test_the_socket_is_for_its_owner_and_group(running, site):
+    socket = read_site(site).socket
+    assert stat.S_IMODE(socket.stat().st_mode) == 0o660 and stat.S_ISSOCK(socket.stat().st_mode)
+    socket.parent.chmod(0o755)
+    for group, expected in ((NOBODY, "refused"), (socket.stat().st_gid, "connected")):
+        child = os.fork()
+        if not child:
+            import socket as sockets
+
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(NOBODY)
+            try:
+                sockets.socket(sockets.AF_UNIX).connect(str(socket))
+                os._exit(0)
+            except PermissionError:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert ("refused" if status else "connected") == expected
+
+
+def mutated(data, dice):
+    """Bytes like these, but not quite."""
+    data = bytearray(data)
+    for _ in range(dice.choice((1, 1, 2, 5))):
+        at = dice.randrange(len(data) + 1)
+        match dice.randrange(5):
+            case 0:
+                data[at : at + 1] = bytes([dice.randrange(256)])
+            case 1:
+                del data[at : at + dice.randrange(1, 9)]
+            case 2:
+                data[at:at] = dice.randbytes(dice.randrange(1, 9))
+            case 3:
+                data[at:at] = data[at : at + dice.randrange(1, 33)]
+            case _:
+                del data[at:]
+    return bytes(data)
+
+
+def seeds(bundle):
+    """Actions and requests that an enclave takes, or nearly."""
+    question = actions.Histogram(**COMMON, column="uncertainty", split=8)
+    cuts = np.empty((0, 2), dtype=np.uint64)
+    asked = [
+        ("query.annotations", request(actions.Annotations(**COMMON))),
+        ("query.histogram", request(question, edges=WHOLE["uncertainty"], cuts=cuts)),
+        ("query.missing", request(actions.Missing(**COMMON), **signed(bundle))),
+        ("train.select", request(actions.Select(**COMMON, stage="mark"), cuts=cuts)),
+        ("train.pretrain", Records(config=COMMON)),
+        ("query.images", request(actions.Annotations(**COMMON))),
+    ]
+    return [(action.encode(), to_bytes(records)) for action, records in asked]
+
+
+def attempt(requests, dice):
+    """One call of the protocol and its encoded messages, spoiled somewhere."""
+    call = dice.choice(("Submit", "Submit", "Submit", "Describe", "Watch", "Fetch", "Cancel"))
+    if call == "Describe":
+        file = mutated(to_bytes(description()), dice)
+        encoded = messages.Request(records=file).SerializeToString()
+        return call, [encoded if dice.random() < 0.7 else mutated(encoded, dice)]
+    if call != "Submit":
+        return call, [mutated(messages.Job(id="0" * 64).SerializeToString(), dice)]
+    action, file = dice.choice(requests)
+    # Sealed after they were spoiled, most get past the digest, to the decoder and the wall.
+    if dice.random() < 0.6:
+        file = mutated(file, dice)
+    if dice.random() < 0.2:
+        action = mutated(action, dice)
+    head = messages.Head(action=action.decode(errors="replace"), size=len(file))
+    digest = hashlib.sha256(file).digest()
+    parts = [messages.Part(head=head), messages.Part(data=file), messages.Part(sha256=digest)]
+    encoded = [part.SerializeToString() for part in parts]
+    if dice.random() < 0.3:
+        at = dice.randrange(3)
+        encoded[at] = mutated(encoded[at], dice)
+    if dice.random() < 0.1:
+        dice.shuffle(encoded)
+    return call, encoded[: dice.choice((3, 3, 3, 3, 2, 1))]
+
+
+def test_mutated_requests_neither_stop_it_nor_get_data(running, relay, site, bundle):
+    bundle, _ = bundle
+    rows = open_store(read_site(site)).images()
+    secrets = {text.encode() for row in rows for text in (row.id, row.name, row.group)}
+    secrets |= {str(read_site(site).data.path).encode(), str(read_site(site).store).encode()}
+    requests = seeds(bundle)
+    log = site.with_suffix(".log")
+    logged = log.stat().st_size
+    found, codes = [], set()
+
+    def attack(seed):
+        dice = random.Random(seed)
+        channel = grpc.insecure_channel(
+            f"unix:{read_site(site).socket}", [("grpc.use_local_subchannel_pool", 1)]
+        )
+        for _ in range(FUZZED // 4):
+            call, parts = attempt(requests, dice)
+            kind = {"Submit": "stream_unary", "Watch": "unary_stream", "Fetch": "unary_stream"}
+            method = getattr(channel, kind.get(call, "unary_unary"))(
+                f"/sonofed.enclave.v1.Enclave/{call}"
+            )
+            try:
+                reply = method(iter(parts) if call == "Submit" else parts[0], timeout=60)
+                replies = list(reply) if call in ("Watch", "Fetch") else [reply]
+            except grpc.RpcError as error:
+                codes.add(error.code())
+                replies = [error.details().encode()]
+            found.extend(s for s in secrets for r in replies if s in r)
+        channel.close()
+
+    attackers = [threading.Thread(target=attack, args=(seed,)) for seed in range(4)]
+    for attacker in attackers:
+        attacker.start()
+    for attacker in attackers:
+        attacker.join()
+    assert not found
+    assert codes <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN}
+    assert relay.perform("query.describe", description()).config["site"] == "north"
+    assert running.poll() is None
+    with log.open("rb") as file:
+        file.seek(logged)
+        text = file.read()
+    assert not [s for s in secrets if s in text]
