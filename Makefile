@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-demo check clean
 
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
@@ -13,7 +13,10 @@ demo: $(READY)
 # Two workers of one thread each; a file stays whole, so its fixtures are made once.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not demo" $(PYTEST_ARGS)
+
+test-demo: $(READY)
+	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

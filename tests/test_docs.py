@@ -4,7 +4,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import tomli_w
@@ -264,7 +264,8 @@ def fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every option of a model and of the models inside it, by its dotted key."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
+        listed = get_origin(field.annotation) is tuple
+        kinds = [] if listed else [field.annotation, *get_args(field.annotation)]
         inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         if inner:
             found |= fields(inner[0], f"{prefix}{name}.")

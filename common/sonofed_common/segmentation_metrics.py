@@ -96,7 +96,7 @@ def segmentation_metrics(scores: ImageScores) -> dict[str, float]:
         calibration error of the pixels' largest probability (15 equal-width bins; Guo et al., ICML
         2017) over the pixels of all images. NaN without images.
     """
-    values = _weighted_metrics(scores, np.ones((1, len(scores))))
+    values = weighted_metrics(scores, np.ones((1, len(scores))))
     return {name: float(value[0]) for name, value in values.items()}
 
 
@@ -131,7 +131,7 @@ def segmentation_intervals(
         size = min(step, replicates - start)
         counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
         weights = counts.astype(np.float64)[:, members]
-        for name, value in _weighted_metrics(scores, weights).items():
+        for name, value in weighted_metrics(scores, weights).items():
             drawn[name].append(value)
     return {name: _percentiles(np.concatenate(values)) for name, values in drawn.items()}
 
@@ -141,8 +141,21 @@ def _percentiles(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _weighted_metrics(scores: ImageScores, weights: Floats) -> dict[str, Floats]:
-    """Metrics under each row of weights (R, N): arrays (R,)."""
+def weighted_metrics(scores: ImageScores, weights: Floats) -> dict[str, Floats]:
+    """Compute the metrics under several weightings of the images.
+
+    Parameters
+    ----------
+    scores : ImageScores
+        Of N images.
+    weights : ndarray (R, N)
+        How often each image counts.
+
+    Returns
+    -------
+    dict of str to ndarray (R,)
+        As `segmentation_metrics`; NaN where nothing counts.
+    """
     if not len(scores):
         return {name: np.full(len(weights), np.nan) for name in SEGMENTATION_METRICS}
     images, pixels = weights.sum(axis=1), weights @ scores.pixels

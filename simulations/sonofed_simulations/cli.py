@@ -112,7 +112,10 @@ def _compare_selection(path: Path, out: Path, data: Path | None, seeds: list[int
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         run_comparison(chosen, scenario, out, data, tuple(seeds or chosen.seeds), events)
-    summary = summarise(chosen, finished_cells(chosen, out))
+    cells, left_out = finished_cells(chosen, scenario, out, data)
+    if left_out:
+        _console().print(f"left out, of other settings or images: {', '.join(left_out)}")
+    summary = summarise(chosen, cells)
     write_summary(summary, out)
     return summary_table(summary)
 
@@ -124,7 +127,8 @@ def _compare_segmentation(
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         run_mask_comparison(chosen, scenario, out, data, tuple(seeds or chosen.seeds), events)
-    summary = summarise_masks(chosen, finished_scores(chosen, out), this_machine())
+        scores = finished_scores(chosen, scenario, out, events)
+    summary = summarise_masks(chosen, scores, this_machine())
     write_mask_summary(summary, out)
     return mask_table(summary)
 

@@ -22,8 +22,8 @@ from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.results import Results, read_results
-from sonofed_common.contract.study import Study
-from sonofed_common.runtime import Events, write_atomically
+from sonofed_common.contract.study import PRESETS, Study
+from sonofed_common.runtime import SILENT, Events, write_atomically
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
@@ -38,7 +38,8 @@ class Comparison(Model):
     Notes
     -----
     A variant is a partial study: what it says replaces what the scenario's study says, section by
-    section. ``reference`` names the variants whose mean all others are measured against.
+    section. ``reference`` names the variants whose mean all others are measured against, and
+    ``counterparts`` for a variant the one that differs from it in one choice.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -47,6 +48,7 @@ class Comparison(Model):
     reference: tuple[str, ...] = Field(min_length=1)
     threads: int = Field(default=1, ge=1, description="CPU threads; run seeds side by side instead")
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    counterparts: dict[str, str] = Field(default={})
 
 
 CONTROLS: dict[str, Literal["global", "site"]] = {"source-only": "global", "bn-adapted": "site"}
@@ -95,14 +97,21 @@ def read_comparison(path: Path) -> tuple[Comparison, Scenario]:
     scenario = scenario.model_copy(update={"threads": comparison.threads, "source": source})
     for name in comparison.variants:
         study_of(comparison, scenario, name, comparison.seeds[0])
-    if unknown := sorted(set(comparison.reference) - comparison.variants.keys()):
-        raise ConfigurationError(f"{path.name}: reference {unknown[0]} is not one of its variants")
+    named = {*comparison.reference, *comparison.counterparts, *comparison.counterparts.values()}
+    if unknown := sorted(named - comparison.variants.keys()):
+        raise ConfigurationError(f"{path.name}: {unknown[0]} is not one of its variants")
     return comparison, scenario
 
 
 def study_of(comparison: Comparison, scenario: Scenario, variant: str, seed: int) -> Study:
     """Return the study of one cell."""
     values = scenario.study.model_dump(mode="json", exclude_unset=True)
+    preset = comparison.variants[variant].get("preset", scenario.study.preset)
+    if preset != scenario.study.preset:
+        # The scenario's study holds what its own preset set as if it had said so itself.
+        for section, settings in PRESETS[scenario.study.preset].items():
+            own = values[section].items()
+            values[section] = {k: v for k, v in own if k not in settings or v != settings[k]}
     for key, value in comparison.variants[variant].items():
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if both else value
@@ -136,18 +145,21 @@ def run_comparison(
     if unknown := sorted(set(seeds) - set(comparison.seeds)):
         raise ConfigurationError(f"seed {unknown[0]} is not one of the comparison's seeds")
     laboratory = Laboratory(scenario, out, data, events)
-    bundle = laboratory.prepare_source()
-    _redraw_once(laboratory, bundle, comparison, events)
+    with laboratory.alone():
+        bundle = laboratory.prepare_source()
+        _redraw_once(laboratory, bundle, comparison, events)
     total = len(seeds) * len(comparison.variants)
     cells: list[Cell] = []
     for seed in seeds:
         copy = out / f"seed-{seed}" / "sites"
-        if not copy.exists():
-            partial = copy.with_name(".sites")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(out / "sites", partial)
-            partial.rename(copy)
-        sites = laboratory.prepare_sites(seed, copy)
+        # Another process may be redrawing at the common sites, whose stores are copied here.
+        with laboratory.alone():
+            if not copy.exists():
+                partial = copy.with_name(".sites")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(out / "sites", partial)
+                partial.rename(copy)
+            sites = laboratory.prepare_sites(seed, copy)
         for variant in comparison.variants:
             study = study_of(comparison, scenario, variant, seed)
             folder = out / f"seed-{seed}" / variant
@@ -158,16 +170,42 @@ def run_comparison(
     return cells
 
 
-def finished_cells(comparison: Comparison, out: Path) -> list[Cell]:
-    """Return every finished cell and control that was made from the bundle as it is now."""
-    bundle = Bundle.open(out / "source", check_blobs=False).id
-    return [
-        _read_cell(folder, name, seed)
-        for seed in comparison.seeds
-        for name in (*CONTROLS, *comparison.variants)
-        if (folder := out / f"seed-{seed}" / name).joinpath(PREDICTIONS).exists()
-        and from_bytes((folder / PREDICTIONS).read_bytes()).config["origin"]["bundle"] == bundle
-    ]
+def finished_cells(
+    comparison: Comparison, scenario: Scenario, out: Path, data: Path | None
+) -> tuple[list[Cell], list[str]]:
+    """Return what is finished, of all seeds, and still is what the comparison asks for.
+
+    Returns
+    -------
+    cells : list of Cell
+        Finished cells and controls of the studies, the bundle and the images as they are now.
+    left_out : list of str
+        Finished ones of other studies, another bundle or other images, by ``seed-<n>/<variant>``.
+    """
+    laboratory = Laboratory(scenario, out, data, SILENT)
+    bundle = out / "source"
+    cells: list[Cell] = []
+    left_out: list[str] = []
+    for seed in comparison.seeds:
+        folder = out / f"seed-{seed}"
+        sites = _unchanged_sites(laboratory, seed, folder / "sites")
+        for name in (*CONTROLS, *comparison.variants):
+            if not (folder / name / PREDICTIONS).exists():
+                continue
+            variant = name if name in comparison.variants else next(iter(comparison.variants))
+            study = study_of(comparison, scenario, variant, seed)
+            if sites and _is_finished(folder / name, _origin(study, bundle, sites)):
+                cells.append(_read_cell(folder / name, name, seed))
+            else:
+                left_out.append(f"seed-{seed}/{name}")
+    return cells, left_out
+
+
+def _unchanged_sites(laboratory: Laboratory, seed: int, folder: Path) -> list[Path]:
+    """Settings files of a seed's sites, or none where one has other data than the scenario says."""
+    sites = [laboratory.site(name, seed, folder) for name in laboratory.scenario.hospitals]
+    same = all(path.exists() and read_site(path).data == now.data for now, path in sites)
+    return [path for _, path in sites] if same else []
 
 
 def _redraw_once(

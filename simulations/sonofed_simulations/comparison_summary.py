@@ -24,7 +24,7 @@ from sonofed_simulations.paired import (
     interval,
 )
 
-BASELINE = "bn-adapted"
+SOURCE, BASELINE = CONTROLS
 
 
 class Row(Model):
@@ -53,7 +53,9 @@ class Summary(Model):
     patients, not of seeds. ``over_reference`` is the difference to the mean of the reference
     variants and ``over_baseline`` to normalisation re-estimated without labels, in the same
     samples and seeds; p is two-sided, and Holm's correction is over the variants' contrasts with
-    the reference.
+    the reference. ``differences`` are those of two rows, over the seeds that both have finished:
+    what re-estimated normalisation brings over the weights as shipped, and each variant over its
+    counterpart; they are not corrected.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Summary(Model):
     study_seconds: float
     reference: tuple[str, ...]
     rows: tuple[Row, ...]
+    differences: dict[str, Contrast]
 
 
 def summarise(comparison: Comparison, cells: Sequence[Cell]) -> Summary:
@@ -83,6 +86,7 @@ def summarise(comparison: Comparison, cells: Sequence[Cell]) -> Summary:
         study_seconds=sum(result.seconds for result in results),
         reference=comparison.reference,
         rows=_corrected(rows),
+        differences=_differences(comparison, curves),
     )
 
 
@@ -110,6 +114,13 @@ def write_summary(summary: Summary, out: Path) -> None:
         *_table(
             ("variant", *sites),
             [[row.variant, *(_text(row.sites[site]) for site in sites)] for row in summary.rows],
+        ),
+        "",
+        "Differences of two rows:",
+        "",
+        *_table(
+            ("difference", "AUROC (95%)", "p"),
+            [[name, _text(d, "+"), f"{d.p:.3f}"] for name, d in summary.differences.items()],
         ),
     ]
     write_atomically(out / "comparison.md", ("\n".join(lines) + "\n").encode())
@@ -203,6 +214,21 @@ def _contrast(
     if variant in others or variant in CONTROLS or len(paired) < len(others):
         return None
     return contrast(mean, np.mean(paired, axis=0))
+
+
+def _differences(
+    comparison: Comparison, curves: dict[tuple[str, int], dict[str, Floats]]
+) -> dict[str, Contrast]:
+    found = {}
+    for variant, other in [(BASELINE, SOURCE), *comparison.counterparts.items()]:
+        seeds = [s for s in comparison.seeds if {(variant, s), (other, s)} <= curves.keys()]
+        if seeds:
+            means = [
+                np.mean([np.mean(list(curves[v, s].values()), axis=0) for s in seeds], axis=0)
+                for v in (variant, other)
+            ]
+            found[f"{variant} over {other}"] = contrast(means[0], means[1])
+    return found
 
 
 def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +55,21 @@ class Laboratory:
         """The simulated coordinator's signing key."""
         return self.root / "coordinator.pem"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder while what several processes share is made, waiting for one that does.
+
+        The system lets go of it when the process ends.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "laboratory.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.events.emit("waiting", reason=f"another process prepares {self.root}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def prepare_source(self) -> Path:
         """Train the source's models unless that is done, and return the bundle.
 
@@ -96,28 +114,30 @@ class Laboratory:
             The scenario uses real data sets and one of them is not there.
         """
         self._check_data()
-        key = public_hex(load_or_create_signing_key(self.key))
         paths = []
         names = self.scenario.hospitals
-        folder = (folder or self.root / "sites").resolve()
         for name in self.events.track(names, "hospitals", len(names)):
-            hospital = self.scenario.hospitals[name]
-            settings = SiteSettings(
-                name=name,
-                store=folder / name / "store",
-                data=self._site_data(name, hospital, seed),
-                coordinator_key=key,
-                image_key=sha256(f"{self.scenario.name} {name}".encode()),
-                oracle=True,
-                auto_approve=True,
-                threads=self.scenario.threads,
-            )
-            path = folder / name / f"site-{seed}.toml"
+            settings, path = self.site(name, seed, folder)
             values = settings.model_dump(mode="json", exclude_none=True)
             write_atomically(path, tomli_w.dumps(values).encode())
             open_enclave(str(path))
             paths.append(path)
         return paths
+
+    def site(self, name: str, seed: int, folder: Path | None = None) -> tuple[SiteSettings, Path]:
+        """Settings of one site as the scenario is now, and the file that `prepare_sites` writes."""
+        folder = (folder or self.root / "sites").resolve()
+        settings = SiteSettings(
+            name=name,
+            store=folder / name / "store",
+            data=self._site_data(name, self.scenario.hospitals[name], seed),
+            coordinator_key=public_hex(load_or_create_signing_key(self.key)),
+            image_key=sha256(f"{self.scenario.name} {name}".encode()),
+            oracle=True,
+            auto_approve=True,
+            threads=self.scenario.threads,
+        )
+        return settings, folder / name / f"site-{seed}.toml"
 
     def workspace(self, study: Study, bundle: Path, root: Path) -> Workspace:
         """Lay out the workspace of a study; an earlier one of the same study is kept, to resume.

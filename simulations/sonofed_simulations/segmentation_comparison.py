@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from sonofed_common.contract.bundle import MANIFEST, SIGNATURE, Bundle, BundleWr
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array, Records, from_bytes, to_bytes
-from sonofed_common.contract.study import Infusion, Study
-from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
+from sonofed_common.contract.study import Study
+from sonofed_common.runtime import SILENT, Events, derive_seed, set_threads, write_atomically
 from sonofed_common.security import load_or_create_signing_key
 from sonofed_common.segmentation_metrics import ImageScores
 from sonofed_server.source.segmentation_data import SegmentationPart
@@ -34,10 +35,13 @@ from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.segmentation_rows import CONTROL, CONTROLS, MaskRow, row_names, row_of
 
-MEASURES = ("dice", "nsd", "hd95")
-CONTROL = "control"
-PLAIN = Infusion(rule="mean", calibration="none")
+MEASURES = tuple(field.name for field in fields(ImageScores))
+TAKEN = (CONTROL, "source", "sites", "branches", "phantoms")
+"""Folders of a seed that no variant may take."""
+MARK = "origin.json"
+"""Says what a folder's scores are made of."""
 
 
 class Supervised(Model):
@@ -53,8 +57,9 @@ class SegmentationComparison(Model):
     Notes
     -----
     A variant is a partial study: what it says replaces what the scenario's study says, section by
-    section. ``rows`` names what is shown as ``variant/what``; see `rows_of`. ``plug_in`` names for
-    a row the one that it started from.
+    section. ``rows`` names what is shown as ``variant/what`` (see `row_names`), or as ``control/``
+    and one of `CONTROLS`. ``plug_in`` names for a row the one that it started from. Every seed has
+    a source training of its own, whose seed it is.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -72,44 +77,36 @@ class SegmentationComparison(Model):
         for name in [self.baseline, *self.plug_in, *self.plug_in.values()]:
             if name not in self.rows:
                 raise ValueError(f"'{name}' is not one of the rows")
+        if taken := sorted(set(TAKEN) & self.variants.keys()):
+            raise ValueError(f"a variant cannot be called '{taken[0]}'; give it another name")
         for name, source in self.rows.items():
-            variant = source.partition("/")[0]
+            variant, _, what = source.partition("/")
             if variant != CONTROL and variant not in self.variants:
                 raise ValueError(f"row '{name}' shows '{variant}', which is not a variant")
+            if variant == CONTROL and what not in CONTROLS:
+                raise ValueError(
+                    f"row '{name}' shows '{source}'; the controls are {', '.join(CONTROLS)}"
+                )
         return self
 
 
 @dataclass(frozen=True)
-class MaskRow:
-    """Segmenters to test together at every site.
+class MaskScores:
+    """Scores of one row under one seed.
 
     Attributes
     ----------
-    bundle : str
-        Id of an installed bundle.
-    branches : tuple of str
-        Of that bundle.
-    arrays : dict of str to ndarray
-        Of the infusion head.
-    infusion : Infusion
-        How the branches become one.
-    batch_norm : {"site", "global"}
-        Whose normalisation statistics.
+    patients : dict of str to list of str (N,)
+        Of each site's test images.
+    scores : dict of str to ImageScores
+        Of the same images.
+    trained : dict of str to int
+        Labelled images of each site that the row was trained on, where there are any.
     """
 
-    bundle: str
-    branches: tuple[str, ...]
-    arrays: dict[str, Array]
-    infusion: Infusion = PLAIN
-    batch_norm: Literal["site", "global"] = "site"
-
-
-@dataclass(frozen=True)
-class MaskScores:
-    """Scores of one row under one seed: for each site the patients (N,) and measures (N,)."""
-
     patients: dict[str, list[str]]
-    measures: dict[str, dict[str, Array]]
+    scores: dict[str, ImageScores]
+    trained: dict[str, int] = field(default_factory=dict)
 
 
 def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
@@ -124,8 +121,17 @@ def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
     scenario = read_scenario(comparison.scenario)
     source = scenario.source.model_copy(update={"threads": comparison.threads})
     scenario = scenario.model_copy(update={"threads": comparison.threads, "source": source})
-    for name in comparison.variants:
-        mask_study(comparison, scenario, name, comparison.seeds[0])
+    studies = {
+        name: mask_study(comparison, scenario, name, comparison.seeds[0])
+        for name in comparison.variants
+    }
+    for name, shown in comparison.rows.items():
+        variant, _, what = shown.partition("/")
+        if variant != CONTROL and what not in (known := row_names(studies[variant])):
+            raise ConfigurationError(
+                f"{path.name}: row '{name}' shows '{shown}'; variant '{variant}' has "
+                f"{', '.join(known)}"
+            )
     return comparison, scenario
 
 
@@ -164,66 +170,92 @@ def run_mask_comparison(
     events : Events
         Progress.
     """
-    laboratory = Laboratory(scenario, out, data, events)
-    bundle = laboratory.prepare_source()
     total = len(seeds) * (len(comparison.variants) + 1)
     done = 0
     for seed in seeds:
+        own = _of_seed(scenario, seed)
         folder = out / f"seed-{seed}"
-        sites = laboratory.prepare_sites(seed, folder / "sites")
+        laboratory = Laboratory(own, folder, data, events)
+        bundle = laboratory.prepare_source()
+        sites = laboratory.prepare_sites(seed)
+        origins = _origins(comparison, own, bundle, sites, seed)
         for variant in comparison.variants:
+            study = mask_study(comparison, own, variant, seed)
             shown = _shown(comparison, variant)
-            study = mask_study(comparison, scenario, variant, seed)
-            _cell(laboratory, study, bundle, sites, folder / variant, shown)
+            _cell(laboratory, study, bundle, sites, folder / variant, shown, origins[variant])
             done += 1
             events.progress("cells", done, total, variant=variant, seed=seed)
-        _controls(comparison, laboratory, bundle, sites, folder, seed)
+        _controls(comparison, laboratory, bundle, sites, folder, seed, origins[CONTROL])
         done += 1
         events.progress("cells", done, total, variant=CONTROL, seed=seed)
 
 
 def finished_scores(
-    comparison: SegmentationComparison, out: Path
+    comparison: SegmentationComparison, scenario: Scenario, out: Path, events: Events = SILENT
 ) -> dict[str, dict[int, MaskScores]]:
-    """Return the scores of every row in every seed that is finished."""
-    found: dict[str, dict[int, MaskScores]] = {}
-    for row, where in comparison.rows.items():
-        variant, _, what = where.partition("/")
-        for seed in comparison.seeds:
-            path = out / f"seed-{seed}" / variant / f"{_file(what)}.safetensors"
-            if path.exists():
-                found.setdefault(row, {})[seed] = _read(path)
-    return found
+    """Return the scores of every row in every seed that is finished.
 
-
-def rows_of(study: Study, state: StudyState, source_bundle: str) -> dict[str, MaskRow]:
-    """Everything that a finished study can be asked to show.
-
-    Returns
-    -------
-    dict of str to MaskRow
-        Branches before pseudo-labelling by their names (``source``, ``target``), and of several
-        ``mean`` and ``infusion``; the same after pseudo-labelling with ``adapted`` before the name.
+    What was made of other studies, sources or images than those at hand is left out, and an event
+    says so.
     """
-    rows: dict[str, MaskRow] = {}
-    before = {"bundle": source_bundle, "names": ["source"]}
-    for prefix, origin in (("", "branches"), ("adapted ", "adapted")):
-        known = state.facts.get(origin, before if origin == "branches" else None)
-        if known is None:
+    found: dict[str, dict[int, MaskScores]] = {}
+    for seed in comparison.seeds:
+        own, folder = _of_seed(scenario, seed), out / f"seed-{seed}"
+        bundle = folder / "source"
+        sites = [folder / "sites" / name / f"site-{seed}.toml" for name in own.hospitals]
+        if not all(path.exists() for path in (bundle / MANIFEST, *sites)):
             continue
-        bundle, names = known["bundle"], tuple(known["names"])
-        rows |= {f"{prefix}{name}": MaskRow(bundle, (name,), {}) for name in names}
-        if len(names) > 1:
-            rows[f"{prefix}mean"] = MaskRow(bundle, names, {})
-        arrays = state.group(f"ensemble/{origin}")
-        if len(names) > 1 and arrays:
-            rows[f"{prefix}infusion"] = MaskRow(bundle, names, arrays, study.infusion)
-    return rows
+        origins = _origins(comparison, own, bundle, sites, seed)
+        for variant, origin in origins.items():
+            if _mark(folder / variant) not in ("", origin):
+                events.emit("left out", seed=seed, variant=variant, reason="made of something else")
+        for row, where in comparison.rows.items():
+            variant, _, what = where.partition("/")
+            path = folder / variant / f"{_file(what)}.safetensors"
+            if path.exists() and _mark(folder / variant) == origins[variant]:
+                found.setdefault(row, {})[seed] = _read(path)
+    return {row: found[row] for row in comparison.rows if row in found}
 
 
 def _shown(comparison: SegmentationComparison, variant: str) -> set[str]:
     shown = [where.partition("/") for where in comparison.rows.values()]
     return {what for name, _, what in shown if name == variant}
+
+
+def _of_seed(scenario: Scenario, seed: int) -> Scenario:
+    """The scenario with a source training of its own, so that no seed shares what chance did."""
+    source = scenario.source.model_copy(update={"seed": seed})
+    return scenario.model_copy(update={"source": source})
+
+
+def _origins(
+    comparison: SegmentationComparison,
+    scenario: Scenario,
+    bundle: Path,
+    sites: list[Path],
+    seed: int,
+) -> dict[str, str]:
+    """What scores are made of, by variant: they are made anew when any of it changes."""
+    made_of = {
+        "scenario": scenario.model_dump(mode="json", exclude={"title", "notes", "study"}),
+        "bundle": Bundle.open(bundle, check_blobs=False).id,
+        "sites": [Site(read_site(path)).snapshot for path in sites],
+    }
+    studies = {name: mask_study(comparison, scenario, name, seed) for name in comparison.variants}
+    own: dict[str, dict[str, Any]] = {
+        name: {"study": study.digest()} for name, study in studies.items()
+    }
+    own[CONTROL] = {
+        "supervised": comparison.supervised.model_dump(mode="json"),
+        "image_size": next(iter(studies.values())).image_size,
+    }
+    return {name: json.dumps(made_of | what, sort_keys=True) for name, what in own.items()}
+
+
+def _mark(folder: Path) -> str:
+    """What a folder's scores are made of; empty where it is not finished."""
+    path = folder / MARK
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _cell(
@@ -233,26 +265,23 @@ def _cell(
     sites: list[Path],
     folder: Path,
     shown: set[str],
+    origin: str,
 ) -> None:
-    origin = f"{_origin(study, bundle)} {sorted(shown)}"
-    if (folder / "done").exists() and (folder / "done").read_text() == origin:
+    files = {name: folder / f"{_file(name)}.safetensors" for name in shown}
+    if _mark(folder) == origin and all(path.exists() for path in files.values()):
         return
+    (folder / MARK).unlink(missing_ok=True)
     workspace = laboratory.workspace(study, bundle, folder)
     # A variant that was changed may lack rows that it had.
-    for old in {folder / "done", *folder.glob("*.safetensors")} - {workspace.checkpoint}:
-        old.unlink(missing_ok=True)
+    for old in set(folder.glob("*.safetensors")) - {workspace.checkpoint}:
+        old.unlink()
     run_inline(workspace, sites, laboratory.events)
     identity = Bundle.open(bundle, check_blobs=False).id
     state = StudyState.load(workspace.checkpoint, identity_of(study, identity))
-    rows = rows_of(study, state, identity)
-    if unknown := sorted(shown - rows.keys()):
-        raise ConfigurationError(
-            f"variant {folder.name} has no row '{unknown[0]}'; it has {', '.join(rows)}"
-        )
-    for name in sorted(shown & rows.keys()):
-        _score(study, rows[name], sites, folder / f"{_file(name)}.safetensors")
+    for name, path in sorted(files.items()):
+        _score(study, row_of(study, state, identity, name), sites, path)
     _clean(workspace)
-    write_atomically(folder / "done", origin.encode())
+    write_atomically(folder / MARK, origin.encode())
 
 
 def _clean(workspace: Workspace) -> None:
@@ -268,27 +297,28 @@ def _controls(
     sites: list[Path],
     folder: Path,
     seed: int,
+    origin: str,
 ) -> None:
     study = mask_study(comparison, laboratory.scenario, next(iter(comparison.variants)), seed)
     target = folder / CONTROL
     identity = Bundle.open(bundle, check_blobs=False).id
-    _begin(target, f"{comparison.supervised.model_dump_json()} {study.image_size} {identity}")
+    _begin(target, origin)
     source = MaskRow(identity, ("source",), {}, batch_norm="global")
     adapted = MaskRow(identity, ("source",), {})
     for name, row in (("source-only", source), ("bn-adapted", adapted)):
         if not (target / f"{name}.safetensors").exists():
             _score(study, row, sites, target / f"{name}.safetensors")
     if not (target / "supervised.safetensors").exists():
-        trained = _train_supervised(comparison, laboratory, bundle, sites, target, seed)
-        _score(study, MaskRow(trained, ("source",), {}), sites, target / "supervised.safetensors")
+        trained, counts = _train_supervised(comparison, laboratory, bundle, sites, target, seed)
+        row = MaskRow(trained, ("source",), {})
+        _score(study, row, sites, target / "supervised.safetensors", counts)
 
 
 def _begin(folder: Path, origin: str) -> None:
     """Empty a folder whose files are of another origin."""
-    marker = folder / "origin"
-    if not marker.exists() or marker.read_text() != origin:
+    if _mark(folder) != origin:
         shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(marker, origin.encode())
+        write_atomically(folder / MARK, origin.encode())
 
 
 def _train_supervised(
@@ -298,8 +328,14 @@ def _train_supervised(
     sites: list[Path],
     folder: Path,
     seed: int,
-) -> str:
-    """Train on all pools' masks, as only a laboratory that owns all data may, and install it."""
+) -> tuple[str, dict[str, int]]:
+    """Train on all pools' masks, as only a laboratory that owns all data may, and install it.
+
+    Returns
+    -------
+    (str, dict of str to int)
+        Id of the bundle, and the number of each site's images that it was trained on.
+    """
     settings = laboratory.scenario.source.segmentation
     assert settings is not None
     source = Bundle.open(bundle)
@@ -328,7 +364,8 @@ def _train_supervised(
     for site in opened:
         _install(site, signed)
     (folder / "training.safetensors").unlink(missing_ok=True)
-    return signed.id
+    names = [site.settings.name for site in opened]
+    return signed.id, dict(zip(names, map(len, masks), strict=True))
 
 
 def _install(site: Site, bundle: Bundle) -> None:
@@ -347,7 +384,13 @@ def _labelled(site: Site, size: int) -> tuple[Tensor, Tensor]:
     return images[index], masks
 
 
-def _score(study: Study, row: MaskRow, sites: list[Path], path: Path) -> None:
+def _score(
+    study: Study,
+    row: MaskRow,
+    sites: list[Path],
+    path: Path,
+    trained: Mapping[str, int] | None = None,
+) -> None:
     parameters = EvaluateSegmenter(
         study=study.name,
         seed=study.seed,
@@ -366,21 +409,18 @@ def _score(study: Study, row: MaskRow, sites: list[Path], path: Path) -> None:
         scores = ImageScores.join([part.scores() for part in parts])
         patients[name] = [image.group for part in parts for image in part.rows]
         arrays |= {f"{name}/{measure}": getattr(scores, measure) for measure in MEASURES}
-    write_atomically(path, to_bytes(Records(arrays, {"patients": patients})))
+    facts = {"patients": patients, "trained": dict(trained or {})}
+    write_atomically(path, to_bytes(Records(arrays, facts)))
 
 
 def _read(path: Path) -> MaskScores:
     records = from_bytes(path.read_bytes())
     patients = records.config["patients"]
-    measures = {
-        site: {measure: np.asarray(records.arrays[f"{site}/{measure}"]) for measure in MEASURES}
+    scores = {
+        site: ImageScores(*(np.asarray(records.arrays[f"{site}/{name}"]) for name in MEASURES))
         for site in patients
     }
-    return MaskScores(patients, measures)
-
-
-def _origin(study: Study, bundle: Path) -> str:
-    return f"{study.digest()} {Bundle.open(bundle, check_blobs=False).id}"
+    return MaskScores(patients, scores, records.config["trained"])
 
 
 def _file(what: str) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 from rich.table import Table
 
 from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
 from sonofed_common.runtime import write_atomically
+from sonofed_common.segmentation_metrics import weighted_metrics
 from sonofed_simulations.paired import (
     Contrast,
     Floats,
@@ -24,21 +27,25 @@ from sonofed_simulations.paired import (
 from sonofed_simulations.segmentation_comparison import MaskScores, SegmentationComparison
 
 SOURCE, SUPERVISED = "control/source-only", "control/supervised"
+Curves = Mapping[tuple[str, int], Mapping[str, Mapping[str, Floats]]]
+"""By row and seed, site and metric: (1 + R,), the estimate first, then one value a sample."""
 
 
 class MaskSummaryRow(Model):
-    """One method over its finished seeds; Dice and NSD in [0, 1], HD95 in pixels."""
+    """One method over its finished seeds; Dice, NSD and ECE in [0, 1], HD95 in pixels."""
 
     name: str
     seeds: tuple[int, ...]
     dice: Interval
-    nsd: float
-    hd95: float
+    nsd: Interval
+    hd95: Interval
+    ece: Interval
     worst_site: str
     worst_site_dice: float
     sites: dict[str, Interval]
     over_baseline: Contrast | None = None
-    way_to_supervised: float | None = None
+    sites_over_baseline: dict[str, Interval] = Field(default={})
+    way_to_supervised: Interval | None = None
 
 
 class PlugIn(Contrast):
@@ -53,12 +60,14 @@ class MaskSummary(Model):
 
     Notes
     -----
-    ``dice`` is the mean over seeds and sites of each site's mean over its test images. Intervals
+    ``dice`` is the mean over seeds and sites of each site's mean over its test images; ``nsd``,
+    ``hd95`` and ``ece`` (see `segmentation_metrics`) are means over seeds and sites too. Intervals
     come from 2,000 bootstrap samples of patients: a patient's images, in the test sets of all
     seeds, are drawn together. They cover the choice of patients, not of seeds. Differences are in
     the same samples and seeds; p is two-sided; Holm's correction is over the differences to the
     baseline, and over those of ``plug_in``. ``way_to_supervised`` is the gain over source-only as a
-    share of that of the supervised control.
+    share of that of the supervised control. ``tested`` and ``trained`` count, for each site, the
+    test images and the labelled images of the supervised control, a number a seed.
     """
 
     name: str
@@ -66,6 +75,8 @@ class MaskSummary(Model):
     baseline: str
     rows: tuple[MaskSummaryRow, ...]
     plug_in: tuple[PlugIn, ...]
+    tested: dict[str, tuple[int, ...]]
+    trained: dict[str, tuple[int, ...]]
 
 
 def summarise_masks(
@@ -83,7 +94,13 @@ def summarise_masks(
         By row and seed, see `finished_scores`.
     machine : Machine
         Where the studies ran.
+
+    Raises
+    ------
+    ConfigurationError
+        Two rows of one seed were not tested on the same images of a site.
     """
+    _check_pairs(scores)
     draws = PatientDraws(
         (site, patients)
         for seeds in scores.values()
@@ -91,7 +108,7 @@ def summarise_masks(
         for site, patients in found.patients.items()
     )
     curves = {
-        (row, seed): {site: _means(found, site, draws) for site in found.patients}
+        (row, seed): {site: _metrics(found, site, draws) for site in found.patients}
         for row, seeds in scores.items()
         for seed, found in seeds.items()
     }
@@ -100,13 +117,37 @@ def summarise_masks(
     ]
     tested = {r.name: r.over_baseline for r in rows if r.over_baseline is not None}
     corrected = holm(tested)
+    rows_of = {where: row for row, where in comparison.rows.items()}
+    by_seed = {seed: found for seeds in scores.values() for seed, found in seeds.items()}
+    tests = [by_seed[seed] for seed in sorted(by_seed)]
+    bound = [found for _, found in sorted(scores.get(rows_of.get(SUPERVISED, ""), {}).items())]
     return MaskSummary(
         name=comparison.name,
         machine=machine,
         baseline=comparison.baseline,
         rows=tuple(r.model_copy(update={"over_baseline": corrected.get(r.name)}) for r in rows),
         plug_in=_plug_in(comparison, scores, curves),
+        tested=_counts([{s: len(p) for s, p in found.patients.items()} for found in tests]),
+        trained=_counts([found.trained for found in bound]),
     )
+
+
+def _counts(seeds: Sequence[Mapping[str, int]]) -> dict[str, tuple[int, ...]]:
+    sites = dict.fromkeys(site for counts in seeds for site in counts)
+    return {site: tuple(counts.get(site, 0) for counts in seeds) for site in sites}
+
+
+def _check_pairs(scores: Mapping[str, Mapping[int, MaskScores]]) -> None:
+    tested: dict[tuple[int, str], tuple[str, list[str]]] = {}
+    for row, seeds in scores.items():
+        for seed, found in seeds.items():
+            for site, patients in found.patients.items():
+                other, known = tested.setdefault((seed, site), (row, patients))
+                if patients != known:
+                    raise ConfigurationError(
+                        f"rows '{other}' and '{row}' of seed {seed} were tested on other patients "
+                        f"of {site}; delete the folder seed-{seed} and run the comparison again"
+                    )
 
 
 def mask_table(summary: MaskSummary) -> Table:
@@ -125,11 +166,45 @@ def write_mask_summary(summary: MaskSummary, out: Path) -> None:
     lines = [
         *_markdown(HEADER, [_cells(row) for row in summary.rows]),
         "",
-        "Dice by site:",
+        "Other measures (95%):",
+        "",
+        *_markdown(
+            ("method", "NSD", "HD95", "ECE"),
+            [
+                [row.name, _text(row.nsd), _text(row.hd95, digits=1), _text(row.ece)]
+                for row in summary.rows
+            ],
+        ),
+        "",
+        "Dice by site (95%):",
         "",
         *_markdown(
             ("method", *sites),
             [[row.name, *(_text(row.sites[site]) for site in sites)] for row in summary.rows],
+        ),
+        "",
+        f"Dice over {summary.baseline} by site (95%, uncorrected):",
+        "",
+        *_markdown(
+            ("method", *sites),
+            [
+                [row.name, *(_text(gained, "+") for gained in row.sites_over_baseline.values())]
+                for row in summary.rows
+                if row.sites_over_baseline
+            ],
+        ),
+        "",
+        "Images by site, a number a seed:",
+        "",
+        *_markdown(
+            ("", *sites),
+            [
+                [what, *(", ".join(map(str, counts.get(site, ()))) for site in sites)]
+                for what, counts in (
+                    ("tested", summary.tested),
+                    ("labelled for the supervised control", summary.trained),
+                )
+            ],
         ),
         "",
         "What the plug-in adds:",
@@ -149,6 +224,7 @@ HEADER = (
     "worst site",
     "NSD",
     "HD95",
+    "ECE",
     "over baseline (95%), p Holm",
     "of the way to supervised",
 )
@@ -162,10 +238,11 @@ def _cells(row: MaskSummaryRow) -> list[str]:
         str(len(row.seeds)),
         _text(row.dice),
         f"{row.worst_site_dice:.3f}, {row.worst_site}",
-        f"{row.nsd:.3f}",
-        f"{row.hd95:.1f}",
+        f"{row.nsd.value:.3f}",
+        f"{row.hd95.value:.1f}",
+        f"{row.ece.value:.3f}",
         "" if over is None else f"{_text(over, '+')}, {over.p_holm:.3f}",
-        "" if way is None else f"{way:.0%}",
+        "" if way is None else f"{way.value:.0%} ({way.low:.0%} to {way.high:.0%})",
     ]
 
 
@@ -174,57 +251,68 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _text(found: Interval, sign: str = "") -> str:
-    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+def _text(found: Interval, sign: str = "", digits: int = 3) -> str:
+    value, low, high = (f"{v:{sign}.{digits}f}" for v in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
 
 
-def _means(found: MaskScores, site: str, draws: PatientDraws) -> Floats:
-    """Mean Dice (1 + R,) of a site: the estimate first, then one value a sample."""
-    weights = draws.weights(site, found.patients[site])
-    means: Floats = weights @ found.measures[site]["dice"] / weights.sum(axis=1)
-    return means
+def _metrics(found: MaskScores, site: str, draws: PatientDraws) -> dict[str, Floats]:
+    """Each metric (1 + R,) of a site: the estimate first, then one value a sample."""
+    with np.errstate(invalid="ignore"):
+        return weighted_metrics(found.scores[site], draws.weights(site, found.patients[site]))
 
 
 def _row(
     comparison: SegmentationComparison,
     name: str,
     found: Mapping[int, MaskScores],
-    curves: Mapping[tuple[str, int], Mapping[str, Floats]],
+    curves: Curves,
 ) -> MaskSummaryRow:
     seeds = list(found)
     first = found[seeds[0]]
-    sites = {s: np.mean([curves[name, seed][s] for seed in seeds], axis=0) for s in first.patients}
+    sites = {site: _at(curves, name, seeds, site) for site in first.patients}
     mean = _over(curves, name, seeds)
     worst = min(sites, key=lambda site: float(sites[site][0]))
     rows = {where: row for row, where in comparison.rows.items()}
     bounds = [rows.get(SOURCE), rows.get(SUPERVISED)]
     low, high = (
-        float(_over(curves, bound, seeds)[0]) if bound and _has(curves, bound, seeds) else None
+        _over(curves, bound, seeds) if bound and _has(curves, bound, seeds) else None
         for bound in bounds
     )
-    way = None if low is None or high is None or high <= low else (mean[0] - low) / (high - low)
+    baseline = comparison.baseline
+    paired = name != baseline and _has(curves, baseline, seeds)
     return MaskSummaryRow(
         name=name,
         seeds=tuple(seeds),
         dice=interval(mean),
-        nsd=_average(found, "nsd"),
-        hd95=_average(found, "hd95"),
+        nsd=interval(_over(curves, name, seeds, "nsd")),
+        hd95=interval(_over(curves, name, seeds, "hd95")),
+        ece=interval(_over(curves, name, seeds, "ece")),
         worst_site=worst,
         worst_site_dice=float(sites[worst][0]),
         sites={site: interval(values) for site, values in sites.items()},
-        over_baseline=(
-            None
-            if name == comparison.baseline or not _has(curves, comparison.baseline, seeds)
-            else contrast(mean, _over(curves, comparison.baseline, seeds))
+        over_baseline=contrast(mean, _over(curves, baseline, seeds)) if paired else None,
+        sites_over_baseline=(
+            {s: interval(own - _at(curves, baseline, seeds, s)) for s, own in sites.items()}
+            if paired
+            else {}
         ),
-        way_to_supervised=way,
+        way_to_supervised=None if low is None or high is None else _way(mean, low, high),
     )
+
+
+def _way(mean: Floats, low: Floats, high: Floats) -> Interval | None:
+    """Share of the way from low to high; samples in which there is no way are left out."""
+    if high[0] <= low[0]:
+        return None
+    way = np.where(high > low, high - low, np.nan)
+    return interval((mean - low) / way)
 
 
 def _plug_in(
     comparison: SegmentationComparison,
     scores: Mapping[str, Mapping[int, MaskScores]],
-    curves: Mapping[tuple[str, int], Mapping[str, Floats]],
+    curves: Curves,
 ) -> tuple[PlugIn, ...]:
     found: dict[str, Contrast] = {}
     for method, start in comparison.plug_in.items():
@@ -237,22 +325,18 @@ def _plug_in(
     )
 
 
-def _over(
-    curves: Mapping[tuple[str, int], Mapping[str, Floats]], name: str, seeds: Sequence[int]
-) -> Floats:
+def _over(curves: Curves, name: str, seeds: Sequence[int], metric: str = "dice") -> Floats:
     """Mean over sites and seeds (1 + R,)."""
-    values: Floats = np.mean([list(curves[name, seed].values()) for seed in seeds], axis=(0, 1))
+    found = [[site[metric] for site in curves[name, seed].values()] for seed in seeds]
+    values: Floats = np.mean(found, axis=(0, 1))
     return values
 
 
-def _has(
-    curves: Mapping[tuple[str, int], Mapping[str, Floats]], name: str, seeds: Sequence[int]
-) -> bool:
+def _at(curves: Curves, name: str, seeds: Sequence[int], site: str) -> Floats:
+    """Mean Dice of a site over seeds (1 + R,)."""
+    values: Floats = np.mean([curves[name, seed][site]["dice"] for seed in seeds], axis=0)
+    return values
+
+
+def _has(curves: Curves, name: str, seeds: Sequence[int]) -> bool:
     return all((name, seed) in curves for seed in seeds)
-
-
-def _average(found: Mapping[int, MaskScores], measure: str) -> float:
-    means = [
-        np.mean(site[measure]) for scores in found.values() for site in scores.measures.values()
-    ]
-    return float(np.mean(means))

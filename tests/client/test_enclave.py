@@ -346,10 +346,6 @@ def with_second_class(folder):
         mask.save(path)
 
 
-def without_masks(folder):
-    rewrite(folder, lambda row: {**row, "mask": ""})
-
-
 def spoilt(kind, bundle):
     if kind == "weights":
         return "train.segmenter", request(adaptation(bundle), weights={"x": np.zeros(3)})
@@ -361,7 +357,6 @@ def spoilt(kind, bundle):
 @pytest.mark.parametrize(
     ("kind", "error", "spoil"),
     [
-        ("masks", SiteEmptyError, without_masks),
         ("classes", ParameterError, with_second_class),
         ("weights", ParameterError, None),
         ("branch", ParameterError, None),
@@ -564,8 +559,27 @@ def test_a_second_study_shares_jobs_unless_they_build_on_the_first(site, bundle,
         enclave.perform("train.embed", request(actions.Embed(**values | {"study": study}, round=0)))
     store = Store(site.store)
     assert len(store.names("job/")) == {"fedavg": 1, "fedema": 2}[merge]
-    kept = {"study/first/student", "study/second/student"} if merge == "fedema" else set()
+    kept = {"study/first/student/0000", "study/second/student/0000"} if merge == "fedema" else set()
     assert store.names("study/") == kept
+
+
+def test_a_round_of_fedema_killed_before_its_result_was_kept_is_done_again_alike(site, bundle):
+    enclave = InProcessEnclave(site)
+    install(enclave, bundle)
+    settings = Embedding(dimension=8, rounds=3, merge="fedema")
+    values = encode(bundle) | {"pairs": "augmentation", "settings": settings}
+
+    def round_of(number: int) -> bytes:
+        return to_bytes(
+            enclave.perform("train.embed", request(actions.Embed(**values, round=number)))
+        )
+
+    first = [round_of(0), round_of(1)]
+    store = Store(site.store)
+    store.remove("job/")
+    assert round_of(1) == first[1]
+    round_of(2)
+    assert {name[-4:] for name in store.names("study/")} == {"0001", "0002"}
 
 
 def test_a_job_of_other_labels_is_another_job(site, bundle):
@@ -576,6 +590,18 @@ def test_a_job_of_other_labels_is_another_job(site, bundle):
     store.annotate([(i, 1 - y) for i, y in store.annotations().items()], "expert")
     second = enclave.perform("train.classifier", request(fine_tuning(bundle)))
     assert to_bytes(first) != to_bytes(second)
+
+
+def test_another_key_gives_other_ids_of_the_same_images(site):
+    taken = {}
+    for key in ("0" * 64, "1" * 64, "0" * 64):
+        store = Store(site.store)
+        snapshot = take_in(site.model_copy(update={"image_key": key}), store)
+        known = {image.name: image.id for image in store.images()}
+        assert taken.setdefault(key, (snapshot, known)) == (snapshot, known)
+    (first, ids), (second, others) = taken.values()
+    assert first != second and ids.keys() == others.keys()
+    assert not set(ids.values()) & set(others.values())
 
 
 def test_two_sites_of_the_same_images_do_the_same(site, bundle, tmp_path):

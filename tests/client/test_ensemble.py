@@ -7,14 +7,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 from safetensors.torch import save
 
-from sonofed_client.adaptation.ensemble import branch_probabilities, consensus_log_temperatures
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
+from sonofed_client.adaptation.ensemble import (
+    CONSENSUS_IMAGES,
+    branch_probabilities,
+    consensus_log_temperatures,
+)
+from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_client.enclave.enclave import InProcessEnclave
+from sonofed_client.enclave.handlers import ensemble
 from sonofed_client.enclave.handlers.ensemble import predict_site
 from sonofed_client.enclave.intake import take_in
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import SiteData, SiteSettings
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
@@ -78,7 +84,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path, rows):
-    data = SiteData(kind="table", path=tmp_path / "data", test_fraction=0.4)
+    data = SiteData(kind="table", path=tmp_path / "data", test_fraction=0.5)
     return SiteSettings(
         name="north",
         store=tmp_path / "store",
@@ -171,13 +177,41 @@ def test_without_labels_the_split_is_of_patients_with_masks(settings, rows):
 
 
 @pytest.mark.parametrize("patients", [0, 1])
-def test_masks_of_one_patient_cannot_be_tested_on(settings, rows, patients):
+def test_a_site_without_masks_of_two_patients_takes_part_untested(settings, rows, bundle, patients):
     masked = [
         {**row, "mask": row["mask"] if n < 2 * patients else ""} for n, row in enumerate(rows)
     ]
     write(settings.data.path, masked)
-    with pytest.raises(SiteEmptyError, match=r"north.*masks of two patients"):
-        Site(settings)
+    enclave = InProcessEnclave(settings)
+    install(enclave, bundle)
+    site = Site(settings)
+    assert len(site.store.images("pool")) == IMAGES and not site.store.images("test")
+    assert site.images("test", SIZE)[1].shape == (0, 1, SIZE, SIZE)
+    reply = enclave.perform("evaluate.segmenter", request(evaluation(bundle)))
+    assert reply.config == {"examples": 0} and not reply.metrics
+    asked = actions.Describe(**COMMON, study_digest="0" * 64)
+    described = enclave.perform("query.describe", request(asked))
+    assert described.metrics == {"pool": 10, "test": 0}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_means_over_few_images_stay(settings, rows, bundle, count):
+    """Images of one patient each: ``count`` in the pool, or ``count`` with masks."""
+    folder = settings.data.path
+    few = [{**row, "mask": "", "patient": row["image"]} for row in rows[:count]]
+    write(folder, few)
+    enclave = InProcessEnclave(settings)
+    install(enclave, bundle)
+    ask = request(actions.TrainEnsemble(**pooled(bundle), branches=BRANCHES))
+    reply = enclave.perform("train.ensemble", ask)
+    assert reply.config == {"examples": 0} and not reply.arrays["log_temperatures"].any()
+    write(folder, [{**row, "patient": row["image"]} for row in rows[: 2 * count]])
+    masked = settings.model_copy(update={"store": folder.parent / "other"})
+    enclave = InProcessEnclave(masked)
+    install(enclave, bundle)
+    assert len(Site(masked).masks("test", SIZE)[0]) == count
+    reply = enclave.perform("evaluate.segmenter", request(evaluation(bundle)))
+    assert reply.config == {"examples": 0} and not reply.metrics
 
 
 def test_a_site_with_labels_keeps_its_split_and_has_masks(settings, rows):
@@ -300,6 +334,29 @@ def test_a_branch_alone_needs_no_consensus():
     assert consensus_log_temperatures([segmenter(0), segmenter(1)], images[:0]).tolist() == [0, 0]
 
 
+def test_a_consensus_of_many_images_is_of_evenly_spaced_ones():
+    images = torch.rand(80, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    models = [segmenter(0), segmenter(1)]
+    for model in models:
+        adapt_batch_norm(model, images)
+    found = consensus_log_temperatures(models, images)
+    few = consensus_log_temperatures(models, evenly_spaced(images, CONSENSUS_IMAGES))
+    assert found.tolist() == few.tolist()
+    assert found.tolist() != consensus_log_temperatures(models, images[:64]).tolist()
+
+
+def test_statistics_are_of_evenly_spaced_pool_images(enclave, bundle, settings, monkeypatch):
+    monkeypatch.setattr(ensemble, "BATCH_NORM_IMAGES", 4)
+    parameters = evaluation(bundle, branches=("source",))
+    (prediction,) = predict_site(Site(settings), parameters, request(parameters))
+    _, pool = Site(settings).images("pool", SIZE)
+    model = segmenter(0).eval()
+    adapt_batch_norm(model, evenly_spaced(pool, 4))
+    with torch.inference_mode():
+        expected = model.probabilities(prediction.images)
+    assert torch.allclose(prediction.probabilities, expected, atol=1e-5)
+
+
 def test_batches_keep_the_order_of_images_and_leave_gradients_on():
     images = torch.rand(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     models = [segmenter(0), segmenter(1)]
@@ -338,10 +395,12 @@ def test_masks_of_classes_that_the_segmenters_do_not_know_are_refused(settings, 
         enclave.perform("evaluate.segmenter", request(evaluation(bundle)))
 
 
-def test_a_site_without_test_masks_says_so(settings, rows, bundle):
+def test_a_site_without_test_masks_is_not_tested(settings, rows, bundle):
     unmasked = [{**row, "mask": "", "label": n // 2 % 2} for n, row in enumerate(rows)]
     write(settings.data.path, unmasked)
     enclave = InProcessEnclave(settings)
     install(enclave, bundle)
+    ask = request(evaluation(bundle))
+    assert enclave.perform("evaluate.segmenter", ask).config == {"examples": 0}
     with pytest.raises(SiteEmptyError, match="no test image with a mask"):
-        enclave.perform("evaluate.segmenter", request(evaluation(bundle)))
+        next(predict_site(Site(settings), evaluation(bundle), ask))

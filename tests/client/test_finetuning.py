@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sonofed_client.adaptation.evaluation import evaluate, predict
-from sonofed_client.adaptation.finetuning import adapt_batch_norm, draw_replay, finetune_round
+from sonofed_client.adaptation.finetuning import draw_replay, finetune_round
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.runtime import derive_seed

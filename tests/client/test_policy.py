@@ -58,6 +58,21 @@ def test_the_standard_policy_names_every_action():
 
 
 RULE = {"arrays": [WEIGHTS], "config": {"examples": "count"}, "metrics": ["loss"]}
+
+
+def test_a_small_pool_gives_no_moments_of_its_embeddings():
+    rule = {
+        "min_count": 5,
+        "config": {"examples": "count"},
+        "arrays": [{"key": key, "dtypes": ["float64"], "numbers": 9} for key in ("sum", "second")],
+    }
+    moments = {"sum": np.ones(3), "second": np.ones((3, 3))}
+    with pytest.raises(PolicyError):
+        let_out(rule, Records(moments, {"examples": 4}), "query.cluster")
+    out = let_out(rule, Records(moments, {"examples": 5}), "query.cluster").records
+    assert out.arrays.keys() == moments.keys()
+
+
 names = st.one_of(
     st.sampled_from(["weights/a", "weights/", "weights", "loss", "examples", "seed", "weights/b"]),
     st.text(max_size=12),

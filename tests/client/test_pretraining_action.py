@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,12 @@ from safetensors.torch import save
 
 from sonofed_client.adaptation import pretraining
 from sonofed_client.enclave.handlers.pretraining import pool_sectors, pretrain
-from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.site import INTERRUPTED, Site
 from sonofed_client.enclave.starts import start_of
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract.actions import Pretrain, parse, request
 from sonofed_common.contract.bundle import BundleWriter
-from sonofed_common.contract.errors import ParameterError
+from sonofed_common.contract.errors import DivergenceError, ParameterError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import Pretraining
@@ -166,6 +168,42 @@ def test_a_killed_round_goes_on_from_its_last_epoch(site, monkeypatch):
     assert to_bytes(ask(site, bundle)) == to_bytes(whole)
     assert calls == steps
     assert not checkpoint.exists()
+
+
+def test_a_failed_round_leaves_no_checkpoint(site, monkeypatch):
+    site, bundle = site
+    round_of, folder = pretraining.pretrain_round, site.store.folder / "checkpoints"
+
+    def failing(*arguments):
+        round_of(*arguments)
+        assert len(list(folder.iterdir())) == 1
+        raise DivergenceError("a loss is not finite")
+
+    monkeypatch.setattr("sonofed_client.enclave.handlers.pretraining.pretrain_round", failing)
+    with pytest.raises(DivergenceError):
+        ask(site, bundle)
+    assert not list(folder.iterdir())
+
+
+def test_trainings_that_nobody_took_up_again_are_forgotten(site, monkeypatch):
+    site, bundle = site
+    folder = site.store.folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for age in range(9):
+        path = folder / f"{age}.safetensors"
+        path.write_bytes(b"")
+        os.utime(path, (1000 - age, 1000 - age))
+    with site.checkpoint(asked(bundle), Records()) as wanted:
+        assert {path.stem for path in folder.iterdir()} == {"0", "1", "2", "3"}
+        wanted.write_bytes(b"")
+    for age in range(4):
+        os.utime(folder / f"{age}.safetensors", (1000, 1000 + age))
+    with pytest.raises(KilledError), site.checkpoint(asked(bundle), Records()) as wanted:
+        wanted.write_bytes(b"")
+        os.utime(wanted, (0, 0))
+        raise KilledError
+    with site.checkpoint(asked(bundle), Records()) as again:
+        assert again == wanted and len(list(folder.iterdir())) == INTERRUPTED + 1
 
 
 def test_sectors_are_found_once_a_snapshot(site, monkeypatch):

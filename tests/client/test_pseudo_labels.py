@@ -14,18 +14,19 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
 from sonofed_client.adaptation.pseudo_labels import (
     STRATEGIES,
     adapt_round,
     check_collapse,
-    evenly_spaced,
-    foreground_share,
+    class_shares,
 )
+from sonofed_client.adaptation.source_free import views
+from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_client.enclave.enclave import InProcessEnclave
 from sonofed_client.enclave.handlers import segmentation
 from sonofed_client.enclave.site import Site
 from sonofed_client.settings import SiteData, SiteSettings
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
@@ -142,9 +143,18 @@ def test_an_interrupted_round_goes_on_to_the_same_bits(tmp_path, strategy):
         assert same(whole, resumed)
 
 
+def test_a_round_without_flips_sees_no_mirror(monkeypatch):
+    plain, mirrored, free = (network() for _ in range(3))
+    adapt_round(plain, images(), chosen(flips=False), FACTS, 0, 5)
+    monkeypatch.setattr(views, "FLIP_PROBABILITY", 1.0)
+    adapt_round(mirrored, images(), chosen(flips=False), FACTS, 0, 5)
+    adapt_round(free, images(), chosen(), FACTS, 0, 5)
+    assert same(plain, mirrored) and not same(plain, free)
+
+
 def test_the_teacher_starts_as_the_received_model():
     frozen = chosen("threshold", local_epochs=2, teacher_momentum=1.0, threshold=0.6)
-    loose = frozen.model_copy(update={"teacher_momentum": 0.0, "learning_rate": 1e-2})
+    loose = frozen.model_copy(update={"teacher_momentum": 0.0, "learning_rate": 3e-3})
     model = network()
     adapt_batch_norm(model, images())
     with torch.no_grad():
@@ -191,26 +201,61 @@ def all_background(model):
 
 def test_a_head_that_answers_background_everywhere_is_a_collapse():
     model = network()
-    before = foreground_share(model, images())
-    after = foreground_share(all_background(model), images())
-    assert 0.2 < before < 0.8 and after == 0
+    before = class_shares(model, images())
+    after = class_shares(all_background(model), images())
+    assert 0.2 < before[1] < 0.8 and before.sum() == 1 and after.tolist() == [1, 0]
     with pytest.raises(CollapseError, match=r"0.00% of the pixels"):
-        check_collapse(before, after, (0.2, 0.8))
-    check_collapse(before, before, (0.2, 0.8))
-    check_collapse(0.09, 0.0, (0.2, 0.8))
+        check_collapse(before, after, facts_of((0.2, 0.8)))
+    check_collapse(before, before, facts_of((0.2, 0.8)))
+
+
+def facts_of(foreground, ratio=(0.7, 0.3)):
+    update = {"foreground_range": foreground, "class_ratio": ratio, "classes": len(ratio)}
+    return FACTS.model_copy(update=update)
+
+
+def check_foreground(before, after, source):
+    old, new = (torch.tensor([1 - share, share], dtype=torch.float64) for share in (before, after))
+    check_collapse(old, new, facts_of(source))
 
 
 @pytest.mark.parametrize(
-    ("source", "inside", "outside"),
-    [((0.2, 0.8), (0.1, 0.9), (0.09, 0.91)), ((0.06, 0.2), (0.03, 0.4), (0.02, 0.41))],
+    ("before", "after"), [(0.009, 0.0), (0.30, 0.011), (0.7, 0.99), (0.95, 0.999), (0.95, 0.2)]
 )
-def test_a_step_over_the_border_is_no_collapse(source, inside, outside):
-    for after in inside:
-        check_collapse(0.15, after, source)
-    for after in outside:
+def test_a_foreground_or_background_that_vanishes_is_a_collapse_wherever_it_starts(before, after):
+    with pytest.raises(CollapseError):
+        check_foreground(before, after, (0.02, 0.3))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.0), (0.0, 0.1), (0.009, 0.003), (1.0, 0.9)])
+def test_a_site_outside_of_the_range_may_move(before, after):
+    check_foreground(before, after, (0.02, 0.3))
+
+
+def test_a_class_that_vanishes_is_a_collapse_where_the_site_held_it():
+    facts = facts_of((0.1, 0.4), (0.8, 0.15, 0.05))
+    before = torch.tensor([0.79, 0.2, 0.01], dtype=torch.float64)
+    check_collapse(before, torch.tensor([0.75, 0.248, 0.002], dtype=torch.float64), facts)
+    with pytest.raises(CollapseError, match=r"class 2 went from 1.00% to 0.05%"):
+        check_collapse(before, torch.tensor([0.75, 0.2495, 0.0005], dtype=torch.float64), facts)
+    rare = torch.tensor([0.797, 0.2, 0.003], dtype=torch.float64)
+    check_collapse(rare, torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64), facts)
+
+
+@pytest.mark.parametrize(
+    ("source", "starts", "inside", "outside"),
+    [
+        ((0.2, 0.8), (0.2, 0.7), (0.1, 0.9), (0.09, 0.91)),
+        ((0.06, 0.2), (0.07, 0.15), (0.03, 0.4), (0.02, 0.41)),
+    ],
+)
+def test_a_step_over_the_border_is_no_collapse(source, starts, inside, outside):
+    for before, after in zip(starts, inside, strict=True):
+        check_foreground(before, after, source)
+    for before, after in zip(starts, outside, strict=True):
         with pytest.raises(CollapseError):
-            check_collapse(0.15, after, source)
-        check_collapse(after, after / 2, source)
+            check_foreground(before, after, source)
+        check_foreground(after, after / 2, source)
 
 
 def test_a_round_that_collapses_fails_unless_it_started_outside():
@@ -230,6 +275,7 @@ def test_images_for_the_statistics_are_evenly_spaced():
     assert torch.equal(evenly_spaced(whole, 500), whole)
     steps = evenly_spaced(whole, 128).diff()
     assert len(steps) == 127 and set(steps.tolist()) == {2.0, 3.0}
+    assert len(evenly_spaced(whole[:0], 128)) == 0
 
 
 def test_no_label_can_be_given():
@@ -318,6 +364,18 @@ def test_a_site_without_a_label_adapts_a_branch_in_rounds(unlabelled, bundle):
     assert not list((unlabelled.store / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_means_over_few_images_stay(unlabelled, bundle, count):
+    enclave = InProcessEnclave(unlabelled)
+    install(enclave, bundle)
+    store = Site(unlabelled).store
+    store.catalogue(store.images("pool")[:count])
+    reply = enclave.perform("train.segmenter", request(ask(bundle)))
+    assert not reply.metrics
+    assert reply.config == {"examples": count if count > 1 else 0}
+    assert bool(reply.arrays) == (count > 1)
+
+
 def test_a_repeated_or_interrupted_request_gives_the_first_reply(unlabelled, bundle, monkeypatch):
     enclave = InProcessEnclave(unlabelled)
     install(enclave, bundle)
@@ -347,7 +405,7 @@ def test_a_repeated_or_interrupted_request_gives_the_first_reply(unlabelled, bun
 def test_a_collapse_at_a_site_leaves_no_checkpoint(unlabelled, bundle, monkeypatch):
     def collapsing(*arguments):
         adapt_round(*arguments)
-        check_collapse(0.5, 0.0, (0.2, 0.8))
+        check_foreground(0.5, 0.0, (0.2, 0.8))
 
     enclave = InProcessEnclave(unlabelled)
     install(enclave, bundle)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ from sonofed_client.adaptation.source_free.mrnet import rectified
 from sonofed_client.adaptation.source_free.self_training import entropy
 from sonofed_client.adaptation.source_free.tent import Tent
 from sonofed_client.adaptation.source_free.threshold import Threshold
-from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
+from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA, perturbed
 from sonofed_client.adaptation.source_free.views import Views
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.contract.study import PseudoLabels
@@ -154,6 +155,16 @@ def test_labels_are_of_an_image_and_its_mirror_alike(model, batch):
     assert torch.allclose(confidence, same.flip(-1), atol=1e-6)
 
 
+def test_without_flips_labels_are_of_the_image_alone(model, batch):
+    images, _ = batch
+    model.eval()
+    with torch.no_grad():
+        p = model.probabilities(images)
+        _, confidence = APL(PseudoLabels(flips=False), FACTS).judge(model, images)
+        assert torch.equal(confidence, certainty(p))
+        assert not torch.equal(confidence, APL(PseudoLabels(), FACTS).judge(model, images)[1])
+
+
 def gradients(module):
     return [p.grad for p in module.parameters() if p.grad is not None and bool(p.grad.any())]
 
@@ -169,6 +180,49 @@ def test_each_loss_reaches_its_part_only(model, batch, consistency):
         reached, spared = spared, reached
     assert gradients(reached)
     assert not gradients(spared)
+
+
+def test_disagreement_adds_half_the_sum_of_both_divergences(model, batch):
+    images, labels = batch
+    model.eval()
+
+    def loss(weight):
+        settings = PseudoLabels(
+            consistency=True, self_training=False, class_prior=0.0, disagreement=weight
+        )
+        with torch.no_grad():
+            found = APL(settings, FACTS).loss(model, images, labels, torch.ones(2, SIZE, SIZE))
+        return found.item()
+
+    with torch.no_grad():
+        p, q = (logits.softmax(1).double().numpy() for logits in model(images))
+    both = scipy.stats.entropy(p, q, axis=1) + scipy.stats.entropy(q, p, axis=1)
+    assert loss(3.0) - loss(0.0) == pytest.approx(1.5 * both.mean(), rel=1e-3)
+    assert both.mean() > 1e-3
+
+
+def test_the_loss_of_upl_is_of_its_votes_its_auxiliary_head_and_their_entropy(model, batch):
+    images, labels = batch
+    weights = draw(2, SIZE, SIZE, seed=2).round()
+    model.eval()
+    strategy = UPLSFDA(PseudoLabels(strategy="upl_sfda", perturbed_heads=3), FACTS)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = strategy.loss(model, images, labels, weights).item()
+        torch.manual_seed(0)
+        maps = model.encoder(images)
+        votes = [model.decode([perturbed(m) for m in maps], SIZE)[0] for _ in range(3)]
+        auxiliary = model.decode(maps, SIZE)[1]
+    true = np.eye(CLASSES)[labels.numpy()].transpose(0, 3, 1, 2)
+
+    def learned(logits):
+        p = logits.softmax(1).double().numpy()
+        return (-np.log((p * true).sum(1)) * weights.numpy()).mean()
+
+    mean = np.mean([vote.softmax(1).double().numpy() for vote in votes], axis=0)
+    expected = (np.mean([learned(vote) for vote in votes]) + learned(auxiliary)) / 2
+    expected += scipy.stats.entropy(mean, axis=1).mean()
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_both_losses_in_one_pass_give_the_gradients_of_each(batch):
@@ -236,6 +290,23 @@ def test_tent_trains_scales_and_shifts_only(model):
     assert chosen == {id(p) for m in norms for p in (m.weight, m.bias)}
 
 
+def test_tent_predicts_without_dropout_and_by_the_batch(model):
+    images = draw(4, 1, SIZE, SIZE)
+    unused = torch.zeros(4, SIZE, SIZE)
+    with torch.no_grad():
+        found = [
+            Tent(PseudoLabels(strategy="tent"), FACTS)
+            .loss(copy.deepcopy(model).train(), images, unused.long(), unused)
+            .item()
+            for _ in range(2)
+        ]
+        norms = copy.deepcopy(model).eval()
+        for module in norms.modules():
+            module.training = isinstance(module, nn.BatchNorm2d)
+        expected = entropy(norms.probabilities(images)).mean().item()
+    assert found == [expected, expected]
+
+
 def test_prototypes_by_hand():
     features = torch.tensor([0.0, 0.1, 0.8, 1.0, 1.1]).view(1, 1, 1, 5)
     labels = torch.tensor([[[0, 0, 0, 1, 1]]])
@@ -298,3 +369,4 @@ def test_views_move_labels_and_weights_with_the_pixels():
     assert torch.equal((x[:, 0] > 0.5).long(), y)
     assert x.min() >= 0 and x.max() <= 1
     assert torch.equal(Views(3)(images, labels, weights)[0], x)
+    assert torch.equal(Views(3, flips=False)(images, labels, weights)[1], labels)

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -34,12 +35,14 @@ from sonofed_common.contract.records import Records, from_bytes, grouped, to_byt
 from sonofed_common.contract.study import (
     ACTIVE_LEARNING,
     PRESETS,
+    ClassifierName,
     Embedding,
     Finetuning,
     Reconstruction,
     Study,
     read_study,
 )
+from sonofed_common.models.classifiers import CLASSIFIERS
 
 MINIMAL = {"name": "trial", "cohort": {"sites": ["north", "south"]}}
 
@@ -83,6 +86,14 @@ def test_a_key_that_resembles_none_lists_the_known_ones(tmp_path):
         ({"cohort": {"sites": ["a", "b"], "quorum": 3}}, "quorum 3 exceeds the 2 sites"),
         ({"cohort": {"sites": ["a", "a"]}}, "each site once"),
         ({"cohort": {"sites": []}}, "cohort.sites"),
+        (
+            {"cohort": {"sites": ["a", "Königs Klinik/1"]}},
+            "'Königs Klinik/1' is no plain site name",
+        ),
+        ({"cohort": {"sites": ["a", ".."]}}, "'..' is no plain site name"),
+        ({"classifiers": ["resnet999"]}, "classifiers.0"),
+        ({"classifiers": ["resnet18", "resnet18"]}, "each classifier once"),
+        ({"embedding": {"dimension": 2}, "clustering": {"clusters": 5}}, "twice embedding.dimens"),
         ({"selection": {"budgets": [0.4, 0.2]}}, "ascending"),
         ({"selection": {"budgets": [0.2, 0.2]}}, "ascending"),
         ({"selection": {"budgets": [0.0]}}, "ascending"),
@@ -106,6 +117,10 @@ def test_a_key_that_resembles_none_lists_the_known_ones(tmp_path):
 )
 def test_what_cannot_run_is_refused_with_the_reason(tmp_path, values, hint):
     assert hint in refused(tmp_path, **values)
+
+
+def test_a_study_names_the_classifiers_that_can_be_built():
+    assert set(get_args(ClassifierName)) == set(CLASSIFIERS)
 
 
 @pytest.mark.parametrize("text", ["name = ", "\xff", "= 1"])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -33,6 +34,12 @@ def plain(model):
     return save({n: t.contiguous().clone() for n, t in model.state_dict().items()})
 
 
+def said(**changes):
+    """What a bundle says of its infusion, changed."""
+    said = {"branches": ["target-north", "source"], "infusion": Infusion().model_dump(mode="json")}
+    return to_bytes(Records({"temperatures": np.ones(2)}, said | changes))
+
+
 @pytest.fixture(scope="module")
 def networks():
     branches = {
@@ -57,7 +64,7 @@ def ensemble_of(networks, rule="gate"):
     return SegmentationEnsemble(branches, head, classifiers)
 
 
-def written(folder, ensemble, **changes):
+def written(folder, ensemble, facts=FACTS, **changes):
     provenance = Provenance(
         data=DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1), settings="0" * 64
     )
@@ -68,7 +75,7 @@ def written(folder, ensemble, **changes):
     for path, data in (files | changes).items():
         if data is not None:
             writer.add(path, data)
-    writer.facts = {"image_size": SIZE, "segmentation": FACTS.model_dump(mode="json")}
+    writer.facts = {"image_size": SIZE, "segmentation": facts.model_dump(mode="json")}
     return writer.sign(Ed25519PrivateKey.generate())
 
 
@@ -120,6 +127,8 @@ def test_classifiers_are_optional(networks, images, tmp_path):
         (INFUSION, None),
         (INFUSION, to_bytes(Records())),
         (INFUSION, b"nonsense"),
+        (INFUSION, said(branches=3)),
+        (INFUSION, said(infusion={"rule": "loudest"})),
         ("segmenters/source.safetensors", None),
         ("segmenters/source.safetensors", save({"weight": torch.zeros(1)})),
         ("segmenters/source.safetensors", b"nonsense"),
@@ -128,3 +137,12 @@ def test_classifiers_are_optional(networks, images, tmp_path):
 def test_a_bundle_that_holds_no_whole_ensemble_is_refused(networks, tmp_path, path, data):
     with pytest.raises(BundleError):
         load_ensemble(written(tmp_path, ensemble_of(networks), **{path: data}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"encoder": "resnet999"}, {"classes": 1}, {"heads": ("unet", "none")}]
+)
+def test_facts_of_another_version_are_refused_by_name(networks, tmp_path, change):
+    facts = FACTS.model_copy(update=change)
+    with pytest.raises(BundleError, match=r"not of this version: .*(resnet999|classes|heads)"):
+        load_ensemble(written(tmp_path, ensemble_of(networks), facts))

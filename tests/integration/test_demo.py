@@ -12,7 +12,7 @@ from sonofed_common.contract.results import SEGMENTATION_STAGES, read_results
 LAB = Path(sys.executable).with_name("sonofed-lab")
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 @pytest.mark.timeout(1500)
 def test_the_demo_shows_a_domain_gap_and_closes_some_of_it(tmp_path: Path) -> None:
     command = [str(LAB), "demo", "--out", str(tmp_path)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sonofed_client.adaptation.ranking import interval_counts, keys
 from sonofed_client.adaptation.selector import PoolSelector
 from sonofed_common.contract.errors import OrderError, ParameterError, QuorumError
-from sonofed_common.contract.selection import WHOLE, RankTable, budget_count
+from sonofed_common.contract.selection import WHOLE, RankTable, budget_count, part_widths
 from sonofed_common.contract.study import Selection
 from sonofed_server.phases.refinement import (
     CountRequest,
@@ -104,6 +104,35 @@ def pooled(sites, options: Selection, seed: int = 0) -> list[set[str]]:
                     taken.append(i)
         results.append(set(taken))
     return results
+
+
+def test_which_settings_ask_how_fine_counts() -> None:
+    scores = np.random.default_rng(0).random((2, 40)).astype(np.float32)
+    ids = [f"{n:016x}" for n in range(40)]
+    asked = {}
+    for scope in ("global", "per_site"):
+        for combine in ("rank", "radians"):
+            options = Selection(scope=scope, combine=combine, budgets=(0.25,))
+            selector = PoolSelector(ids, options, 0, scores[0], scores[1])
+            alone = set()
+
+            def count(request: CountRequest, selector=selector, alone=alone):
+                counts = selector.counts(
+                    request.column, request.edges, request.split, request.cuts, request.tied
+                )
+                widths = part_widths(request.edges, request.split)
+                for interval, part in np.argwhere(counts == 1):
+                    low = request.edges[interval, 0] + np.uint64(part) * widths[interval]
+                    alone.add((request.column, int(low)))
+                return counts
+
+            select_federated(options, count, selector.set_ranks)
+            asked[scope, combine] = {c: sum(k == c for k, _ in alone) for c, _ in alone}
+    # With ranks every image stands alone in some interval of either score, in any scope.
+    for scope in ("global", "per_site"):
+        assert min(asked[scope, "rank"][c] for c in ("uncertainty", "representativeness")) >= 40
+    assert asked["global", "radians"].keys() == {"informativeness"}
+    assert asked["per_site", "radians"] == {}
 
 
 angle = st.floats(0, float(np.nextafter(np.float32(pi), np.float32(0))), width=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -18,20 +19,27 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from flwr.app import Message
 from PIL import Image
 
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.handlers.ensemble import predict_site
+from sonofed_client.enclave.scope import check_scope
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import read_site
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainSegmenter
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import CollapseError, ConfigurationError, ParameterError
+from sonofed_common.contract.errors import (
+    CollapseError,
+    ConfigurationError,
+    ParameterError,
+    StudyDeniedError,
+)
 from sonofed_common.contract.manifest import DataProvenance, Provenance
-from sonofed_common.contract.recorddict import from_recorddict
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.contract.results import (
     SEGMENTATION_METRICS,
@@ -40,15 +48,20 @@ from sonofed_common.contract.results import (
 )
 from sonofed_common.contract.study import SEGMENTATION, Study
 from sonofed_common.models.ensemble import INFUSION, load_ensemble
+from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.security import load_or_create_signing_key, public_hex, sha256_file
 from sonofed_common.segmentation_metrics import score_images, segmentation_metrics
+from sonofed_server.phases.supervise import train_branch
 from sonofed_server.source.segmentation_data import load_segmentation
 from sonofed_server.study.engine import run_study
+from sonofed_server.study.exchange import Exchange
+from sonofed_server.study.run import StudyRun
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import InlineGrid, run_inline
 from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario, built_in, read_scenario
 from sonofed_simulations.simulation import simulate
 
@@ -244,11 +257,14 @@ def test_no_site_holds_anything_of_the_source_but_weights(lab, workspace, sites)
         settings = read_site(path)
         files = [p for p in settings.store.rglob("*") if p.is_file()]
         own = needles(Site(settings).images("pool", SIZE)[1])
-        content = [p.read_bytes() for p in files]
+        store = Store(settings.store)
+        content = [store.get_bytes(name) or b"" for name in sorted(store.names(""))]
         assert any(needle in data for needle in own for data in content), "the search finds pixels"
         assert not any(needle in data for needle in source for data in content)
+        # On the disk all of it is encrypted.
+        raw = [p.read_bytes() for p in files]
+        assert not any(needle in data for needle in (*own, *source) for data in raw)
         assert not digests & {p.name for p in files}
-        store = Store(settings.store)
         shipped = {}
         for name in store.names("bundle/"):
             manifest = json.loads(store.get(name).arrays["manifest"].tobytes())
@@ -330,6 +346,123 @@ def test_a_branch_for_each_site_with_consensus_and_gate(widest, lab):
     assert any(event.get("event") == "warning" for event in events(workspace))
 
 
+class Misled(Recording):
+    """A grid on which one node cannot adapt the source's branch: it is asked for another one."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for number, message in enumerate(messages):
+            records = from_recorddict(message.content)
+            spoilt = message.metadata.message_type == "train.segmenter"
+            first = message.metadata.dst_node_id == min(self.get_node_ids())
+            if spoilt and first and records.config["branch"] == "source":
+                records.config["branch"] = "absent"
+                messages[number] = Message(
+                    to_recorddict(records), message.metadata.dst_node_id, "train.segmenter"
+                )
+        return super().push_messages(messages)
+
+
+def test_a_site_that_fails_with_one_branch_adapts_the_next(lab, tmp_path):
+    workspace, sites = lay_out(
+        lab,
+        tmp_path,
+        phases=["enrol", "ship", "pretrain", "supervise", "pseudo_label", "publish"],
+        cohort={"quorum": 1},
+        pretraining={"rounds": 1, "local_epochs": 1},
+        pseudo_labels={"strategy": "batch_norm", "rounds": 1},
+        infusion={"rule": "gate"},
+    )
+    grid = Misled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+        results = run_study(workspace, grid, "inline")
+    (lost,) = results.missing_sites
+    assert results.sites[lost].missing_reason.startswith("pseudo_label: ")
+    rounds = checkpoint(workspace).config["facts"]["pseudo_labels"]
+    assert [set(reports) for reports in rounds["source"]] == [set(HOSPITALS) - {lost}]
+    assert [set(reports) for reports in rounds["target"]] == [set(HOSPITALS)]
+    # Both can be tested with what was made without one of them.
+    adapted = checkpoint(workspace).config["facts"]["adapted"]["bundle"]
+    for path in sites:
+        assert f"bundle/{adapted}" in Store(read_site(path).store).names("bundle/")
+    # No phase trained the study's gate: what is published is the plain mean.
+    ensemble = load_ensemble(published(workspace, lab))
+    assert list(ensemble.branches) == ["source", "target"]
+    assert ensemble.head.settings.rule == "mean" and ensemble.head.gate is None
+    assert "joined by the rule 'mean'" in workspace.model_card.read_text(encoding="utf-8")
+
+
+class Interrupted(Recording):
+    """A grid whose coordinator is stopped as it sends the first message of a later strategy."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            settings = from_recorddict(message.content).config.get("settings", {})
+            if settings.get("strategy") == "threshold":
+                raise KeyboardInterrupt
+        return super().push_messages(messages)
+
+
+def test_strategies_of_a_chain_go_on_from_each_other_also_after_a_stop(lab, tmp_path):
+    chain = {
+        "phases": ["enrol", "ship", "pseudo_label"],
+        "pseudo_labels": {"strategy": "tent", "rounds": 2, "local_epochs": 1},
+        "further_pseudo_labels": [{"strategy": "threshold", "rounds": 1}],
+    }
+
+    def run(grid, workspace, sites):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+            run_study(workspace, grid, "inline")
+        return grid
+
+    def strategies(grid):
+        asked = grid.of("asked", "train.segmenter")
+        return [(m.config["settings"]["strategy"], m.config["round"]) for m in asked]
+
+    whole = lay_out(lab, tmp_path / "whole", **chain)
+    grid = run(Recording(), *whole)
+    twice = [(s, r) for s, r in (("tent", 0), ("tent", 1), ("threshold", 0)) for _ in HOSPITALS]
+    assert strategies(grid) == twice
+    replies = grid.of("answered", "train.segmenter")[2:4]
+    shares = np.array([reply.config["examples"] for reply in replies], dtype=float)
+    handed_on = grid.of("asked", "train.segmenter")[4].group("weights")
+    for name, array in handed_on.items():
+        both = np.stack([reply.group("weights")[name] for reply in replies]).astype(float)
+        expected = np.tensordot(shares / shares.sum(), both, 1)
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+    broken = lay_out(lab, tmp_path / "broken", **chain)
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), *broken)
+    assert strategies(run(Recording(), *broken)) == twice[4:]
+    first, second = (checkpoint(workspace) for workspace, _ in (whole, broken))
+    assert len(first.config["facts"]["pseudo_labels"]["source"]) == 3
+    assert first.arrays.keys() == second.arrays.keys()
+    assert all(np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays)
+
+
+def test_a_branch_is_of_the_studys_seed_and_style(lab, tmp_path):
+    network = build_segmenter("unet", image_size=SIZE, pretrained=False)
+    encoder = {k: v.numpy() for k, v in network.encoder.state_dict().items()}
+
+    def trained(**changes):
+        values = lab.scenario.study.model_dump(mode="json") | changes
+        study = Study.model_validate(values)
+        workspace = lab.workspace(study, lab.root / "source", tmp_path / "study")
+        exchange = Exchange(InlineGrid(len(HOSPITALS)), study.cohort, SILENT)
+        bundle = Bundle.open(workspace.bundle)
+        run = StudyRun(study, workspace, bundle, exchange, StudyState(), SILENT)
+        return train_branch(run, "target", encoder).digest()
+
+    plain = trained()
+    assert trained(supervision={"style_augmentation": False}) == plain, "as the source's own"
+    assert trained(supervision={"style_augmentation": True}) != plain
+    assert trained(seed=1) != plain
+
+
 def test_each_site_is_tested_with_its_own_branch(widest):
     *_, grid = widest
     asked = [records.config["branches"] for records in grid.of("asked", "evaluate.segmenter")]
@@ -341,7 +474,7 @@ def test_replies_hold_documented_keys_and_nothing_of_an_image(widest):
     _, sites, _, grid = widest
     secrets = private(sites)
     assert set(DOCUMENTED) <= {action for action, _ in grid.answered}
-    for action, reply in dict(grid.answered).items():
+    for action, reply in grid.answered:
         assert not leaks(to_bytes(reply), secrets), action
     for action, reply in grid.answered:
         if action not in DOCUMENTED:
@@ -472,28 +605,64 @@ def blank(path):
     return changed
 
 
+def unlabelled(path):
+    """Take labels and masks from a site's data; return the file of its settings."""
+    values = tomllib.loads(path.read_text())
+    folder = Path(shutil.copytree(values["data"]["path"], path.parent / "unlabelled"))
+    shutil.rmtree(folder / "masks")
+    with (folder / "table.csv").open(newline="") as file:
+        rows = [{**row, "label": "", "mask": ""} for row in csv.DictReader(file)]
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    values["data"]["path"], values["store"] = str(folder), values["store"] + "-unlabelled"
+    changed = path.with_name("unlabelled.toml")
+    changed.write_text(tomli_w.dumps(values))
+    return changed
+
+
+def test_a_hospital_without_labels_and_masks_takes_part(lab, tmp_path):
+    workspace, sites = lay_out(
+        lab,
+        tmp_path,
+        phases=["enrol", "ship", "pseudo_label", "ensemble", "evaluate", "publish"],
+        pseudo_labels={"rounds": 1, "local_epochs": 1},
+        infusion={"calibration": "consensus"},
+    )
+    results = run_inline(workspace, [sites[0], unlabelled(sites[1])], Events())
+    assert not results.missing_sites
+    tested, untested = (results.sites[name] for name in HOSPITALS)
+    assert (untested.images, untested.test_masks, untested.segmentation) == (IMAGES, 0, {})
+    assert tested.test_masks and tuple(tested.segmentation) == ("source", "bn_adapted", "adapted")
+    (reports,) = checkpoint(workspace).config["facts"]["pseudo_labels"]["source"]
+    assert reports[HOSPITALS[1]]["kept"] > 0
+    build_report(results, tmp_path, [])
+    assert HOSPITALS[0] in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 COLLAPSING = {
     "phases": ["enrol", "ship", "pseudo_label"],
-    "pseudo_labels": {"strategy": "threshold", "threshold": 0.99, "learning_rate": 0.1},
+    "pseudo_labels": {"strategy": "threshold", "threshold": 0.99, "learning_rate": 0.5},
 }
 """Steps so large that the few sure pixels carry all others away; blank images have none."""
 
 
 def test_a_site_whose_round_collapses_is_lost_by_name(lab, tmp_path):
     workspace, sites = lay_out(lab, tmp_path, cohort={"quorum": 1}, **COLLAPSING)
-    results = run_inline(workspace, [sites[0], blank(sites[1])], Events())
-    assert results.missing_sites == ("riverside",)
-    reason = results.sites["riverside"].missing_reason
+    results = run_inline(workspace, [blank(sites[0]), sites[1]], Events())
+    assert results.missing_sites == ("lakeside",)
+    reason = results.sites["lakeside"].missing_reason
     assert reason.startswith("pseudo_label: ") and reason.endswith("[collapse]")
     assert "predicted foreground went from" in reason and "lower the learning rate" in reason
     (failed,) = [e for e in events(workspace) if e["event"] == "site-failed"]
-    assert (failed["site"], failed["action"]) == ("riverside", "train.segmenter")
+    assert (failed["site"], failed["action"]) == ("lakeside", "train.segmenter")
     assert not leaks(workspace.events.read_bytes(), private(sites))
 
 
 def test_a_collapse_that_breaks_the_quorum_ends_the_study_by_name(lab, tmp_path):
     workspace, sites = lay_out(lab, tmp_path, **COLLAPSING)
-    with pytest.raises(CollapseError, match="below the quorum of 2; riverside: ") as error:
+    with pytest.raises(CollapseError, match=r"quorum of 2; (riverside|lakeside): ") as error:
         run_inline(workspace, sites, Events())
     assert error.value.exit_code == 50
     assert json.loads(workspace.failure.read_text()) == {
@@ -522,11 +691,31 @@ def test_phases_out_of_order_are_refused(phases, sentence):
         validate(Study, values, "study.toml")
 
 
+def test_a_chain_takes_the_preset_and_is_part_of_what_a_hospital_approves():
+    values = {"name": "trial", "cohort": {"sites": ["north"]}, "preset": "paper"}
+    alone = validate(Study, values, "study.toml")
+    values["pseudo_labels"] = {"strategy": "tent"}
+    values["further_pseudo_labels"] = [{"strategy": "apl", "rounds": 3}]
+    study = validate(Study, values, "study.toml")
+    (apl,) = study.further_pseudo_labels
+    assert apl == alone.pseudo_labels.model_copy(update={"rounds": 3})
+    assert study.adaptations == (study.pseudo_labels, apl)
+    assert study.digest() != alone.digest()
+    asked = {"study": "trial", "seed": 0, "bundle": "0" * 64, "image_size": 128, "branch": "source"}
+    study = study.model_copy(update={"phases": ("enrol", "ship", "pseudo_label")})
+    for settings in study.adaptations:
+        check_scope(study, "train.segmenter", TrainSegmenter(**asked, round=0, settings=settings))
+    other = TrainSegmenter(**asked, round=0, settings=apl.model_copy(update={"rounds": 4}))
+    with pytest.raises(StudyDeniedError, match=r"settings of train\.segmenter"):
+        check_scope(study, "train.segmenter", other)
+
+
 def test_an_unknown_strategy_names_the_nearest():
     values = {"name": "trial", "cohort": {"sites": ["north"]}}
-    values["pseudo_labels"] = {"strategy": "treshold"}
-    with pytest.raises(ConfigurationError, match="threshold"):
-        validate(Study, values, "study.toml")
+    wrong = {"strategy": "treshold"}
+    for section in ({"pseudo_labels": wrong}, {"further_pseudo_labels": [wrong]}):
+        with pytest.raises(ConfigurationError, match="threshold"):
+            validate(Study, values | section, "study.toml")
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "pseudo_label", "ensemble", "evaluate"])
@@ -537,6 +726,31 @@ def test_a_scenario_whose_source_trains_no_segmenter_is_refused(phase):
     values["study"] |= {"phases": ["enrol", "ship", phase], "classifiers": []}
     with pytest.raises(ConfigurationError, match=f"'{phase}' needs a segmenter"):
         validate(Scenario, values, "scenario.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"image_size": 64}, "image_size is 64, but the source's segmenter was trained on 32"),
+        ({"pretraining": {"form": "mae"}}, "'mae' needs the encoder 'vit', but the .* 'unet'"),
+    ],
+)
+def test_a_segmenter_that_does_not_fit_the_study_is_refused_at_once(
+    lab, tmp_path, changes, sentence
+):
+    values = tomllib.loads(TINY.read_text())
+    values["study"] |= changes
+    with pytest.raises(ConfigurationError, match=sentence):
+        validate(Scenario, values, "scenario.toml")
+    # A coordinator may bring study and bundle together without a scenario.
+    study = Study.model_validate(lab.scenario.study.model_dump(mode="json") | changes)
+    workspace = lab.workspace(study, lab.root / "source", tmp_path / "study")
+    with pytest.raises(ConfigurationError, match=sentence):
+        run_inline(workspace, lab.prepare_sites(0, tmp_path / "sites"), Events())
+    assert checkpoint(workspace).config["done"] == ["enrol"]
+    study = study.model_copy(update={"phases": ("enrol", "ship")})
+    workspace = lab.workspace(study, lab.root / "source", tmp_path / "study")
+    run_inline(workspace, lab.prepare_sites(0, tmp_path / "sites"), Events())
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "pseudo_label", "ensemble", "evaluate"])

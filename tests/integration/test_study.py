@@ -26,6 +26,7 @@ from sonofed_common.contract.errors import (
     DataMissingError,
     DivergenceError,
     ParameterError,
+    QuorumError,
     SonoFedError,
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
@@ -34,7 +35,7 @@ from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
-from sonofed_server.phases import reconstruct, ship
+from sonofed_server.phases import annotate, reconstruct, ship
 from sonofed_server.phases.annotate import POLL_SECONDS
 from sonofed_server.study.engine import run_study
 from sonofed_server.study.workspace import StudyState, identity_of
@@ -105,6 +106,10 @@ def test_results_hold_every_phase_and_every_number(inline, laboratory):
     chosen = np.sum([s.selected_by_budget for s in results.sites.values()], axis=0).tolist()
     assert chosen == [round(0.3 * pool), round(0.6 * pool)]
     assert sum(results.clusters) == pool
+    clustering = laboratory.scenario.study.clustering
+    moves = [e["move"] for e in events(workspace) if e.get("task") == "cluster" and "move" in e]
+    rested = moves[-1] <= clustering.tolerance
+    assert results.converged == rested and (rested or len(moves) == clustering.iterations)
 
 
 def test_weights_travel_once_and_only_in_their_phases(inline, laboratory):
@@ -425,6 +430,41 @@ def test_nobody_waits_for_labels_that_an_oracle_does_not_have(laboratory, tmp_pa
     unlabelled = [row for row in store.images("pool") if row.label is None]
     assert unlabelled and {row.id for row in unlabelled} <= set(selection(sites[0])[-1])
     assert {p.name: p for p in results.phases}["annotate"].seconds < POLL_SECONDS
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_experts_have_a_deadline_of_their_own(laboratory, tmp_path, monkeypatch, patient):
+    monkeypatch.setattr(annotate, "POLL_SECONDS", 0.1)
+    exchange, experts = (1.0, 60.0) if patient else (60.0, 0.3)
+    change = {**SHORT, "phases": ["enrol", "ship", "select", "annotate"]}
+    change["cohort"] = {"deadline_seconds": exchange, "annotation_seconds": experts}
+    workspace, sites = lay_out(laboratory, tmp_path, **change)
+    for site in sites:
+        site.write_text(site.read_text().replace("oracle = true", "oracle = false"))
+    seen = []
+
+    def label(event):
+        """Label everything, once an exchange would have been over."""
+        if event["event"] == "progress" and event["task"] == "annotate":
+            seen.append(event["done"])
+            if patient and len(seen) == 1:
+                time.sleep(exchange)
+                for site in sites:
+                    chosen = [(image, 0) for image in selection(site)[-1]]
+                    Store(read_site(site).store).annotate(chosen, "expert")
+
+    if patient:
+        run_inline(workspace, sites, Events(listeners=[label]))
+        assert seen[0] == 0 and seen[-1] == sum(len(selection(site)[-1]) for site in sites)
+    else:
+        with pytest.raises(QuorumError, match="only 0 sites have labels"):
+            run_inline(workspace, sites, Events(listeners=[label]))
+
+
+def test_two_nodes_of_one_name_are_refused(laboratory, tmp_path):
+    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
+    with pytest.raises(ConfigurationError, match="two nodes say that they are site riverside"):
+        run_inline(workspace, [sites[0], sites[0]], Events())
 
 
 class Slow(InlineGrid):

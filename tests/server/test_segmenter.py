@@ -13,9 +13,13 @@ from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError, OneClassError
 from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import Infusion
+from sonofed_common.data import augmentation
+from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import SILENT, Events
-from sonofed_server.source.segmentation_data import load_segmentation
+from sonofed_server.source.gate import train_gate
+from sonofed_server.source.segmentation_data import SegmentationPart, load_segmentation
 from sonofed_server.source.segmenter import source_temperature, train_segmenter
 from sonofed_server.source.settings import SourceSettings
 from sonofed_server.source.training import train_source
@@ -136,6 +140,15 @@ def test_masks_that_do_not_fit_are_refused_with_advice(root, tmp_path):
         train_segmenter(pool, settings_of().segmentation, 0)
 
 
+def test_normal_images_are_left_out(root, tmp_path):
+    table = write_set(tmp_path / "set") / "table.csv"
+    header, *rows = table.read_text().splitlines()
+    normal = [row.replace(",,", ",normal,") for row in rows[:4]]
+    table.write_text("\n".join([header, *normal, *rows[4:]]))
+    data = load_segmentation(settings_of(), tmp_path)
+    assert data.provenance.images == 28 and data.provenance.groups == 14
+
+
 def test_the_bundle_holds_a_segmenter_better_than_chance(bundle, root):
     assert bundle.paths == ["segmenters/source.safetensors"]
     facts = bundle.manifest.facts["segmenters"]["source"]
@@ -189,6 +202,22 @@ def test_training_starts_from_given_encoder_weights(root):
         assert torch.allclose(before, after, atol=1e-6), name
     with pytest.raises(ConfigurationError, match="another encoder"):
         train_segmenter(data.pool, wanted.segmentation, 0, {"one": torch.zeros(1)})
+
+
+def test_training_without_flips_sees_no_mirror(root, monkeypatch):
+    pool = load_segmentation(settings_of(), root).pool
+    few = SegmentationPart(pool.samples[:8], pool.images[:8], pool.masks[:8])
+    wanted = settings_of({"epochs": 1, "flips": False}).segmentation
+
+    def trained():
+        model = train_segmenter(few, wanted, 0)
+        head = InfusionHead(2, Infusion(rule="gate"), 2, 0)
+        train_gate(head, [model, build_segmenter("unet", image_size=SIZE)], few, 0, flips=False)
+        return [*model.parameters(), *head.parameters()]
+
+    plain = trained()
+    monkeypatch.setattr(augmentation, "FLIP_PROBABILITY", 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained(), strict=True))
 
 
 def test_source_file_round_trip(root, tmp_path):

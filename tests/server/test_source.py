@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,12 @@ from typer.testing import CliRunner
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import ConfigurationError, DataMissingError, OneClassError
+from sonofed_common.contract.errors import (
+    BundleError,
+    ConfigurationError,
+    DataMissingError,
+    OneClassError,
+)
 from sonofed_common.contract.records import from_bytes
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.models.stack import DiffusionStack
@@ -209,6 +215,18 @@ def test_a_finished_bundle_is_kept_as_it_is(trained, root):
     train_source(settings, root, bundle.folder, KEY, Events(listeners=[seen.append]))
     assert Bundle.open(bundle.folder).id == bundle.id
     assert not any(e.get("task", "").startswith("train") for e in seen)
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "manifest.sig", "blobs"])
+def test_a_changed_bundle_is_an_error_and_stays(trained, root, tmp_path, what):
+    settings, bundle, _ = trained
+    copy = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    path = copy / what if what != "blobs" else sorted((copy / "blobs").iterdir())[0]
+    changed = path.read_bytes()[:-2] + b"xx"
+    path.write_bytes(changed)
+    with pytest.raises(BundleError, match=r"not as it was signed .* delete the folder"):
+        train_source(settings, root, copy, KEY)
+    assert path.read_bytes() == changed
 
 
 def test_the_bundle_names_no_image_and_no_patient(trained):

@@ -77,6 +77,12 @@ def test_an_unknown_scanner(tmp_path):
     assert "riverbank" in line and "riverside" in line
 
 
+def test_a_hospital_without_a_plain_name(tmp_path):
+    scenario = tiny(tmp_path, "[hospitals.riverside]", '[hospitals."St. Mary/2"]')
+    line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)
+    assert "'St. Mary/2' is no plain site name" in line
+
+
 def test_real_data_that_was_not_given(tmp_path):
     line = sentence(lab("run", REAL, "--out", tmp_path / "out"), 10)
     assert "--data" in line and REAL in line
@@ -130,6 +136,29 @@ def test_a_run_survives_a_corrupt_image_and_reports_it_on_site(tmp_path, laborat
     events = [json.loads(line) for line in result.stderr.splitlines()]
     assert "study-completed" in {event["event"] for event in events}
     assert bad.name not in result.output
+
+
+def test_a_changed_bundle_ends_the_run_with_its_sentence(tmp_path, laboratory):
+    out = tmp_path / "out"
+    for part in ("source", "phantoms"):
+        shutil.copytree(laboratory.root / part, out / part)
+    shutil.copy(laboratory.key, out / "coordinator.pem")
+    blob = sorted((out / "source" / "blobs").iterdir())[0]
+    blob.write_bytes(blob.read_bytes() + b"x")
+    line = sentence(lab("run", TINY, "--out", out), 30)
+    assert "delete the folder" in line and blob.exists()
+
+
+def test_an_empty_site_ends_the_run_with_its_sentence(tmp_path, laboratory):
+    out = tmp_path / "out"
+    for part in ("source", "phantoms"):
+        shutil.copytree(laboratory.root / part, out / part)
+    shutil.copy(laboratory.key, out / "coordinator.pem")
+    table = out / "phantoms" / "hillview" / "table.csv"
+    rows = table.read_text().splitlines()
+    normals = [",".join([*(c := r.split(","))[:2], "normal", *c[3:]]) for r in rows[1:]]
+    table.write_text("\n".join([rows[0], *normals]))
+    assert "hillview" in sentence(lab("run", TINY, "--out", out), 11)
 
 
 def test_a_site_of_one_class_ends_the_run_with_its_sentence(tmp_path, laboratory):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.runtime import SILENT
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.study import Study
+from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.comparison import (
     PREDICTIONS,
     Cell,
@@ -16,8 +19,11 @@ from sonofed_simulations.comparison import (
     finished_cells,
     read_comparison,
     run_comparison,
+    study_of,
 )
 from sonofed_simulations.comparison_summary import summarise, write_summary
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.segmentation_comparison import read_mask_comparison
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
@@ -61,6 +67,32 @@ def test_summary_matches_an_independent_mean_and_pairs_by_patient() -> None:
     assert gain.low > 0 and gain.p_holm is not None and gain.p_holm < 0.05
 
 
+def test_differences_of_two_rows_are_those_of_their_means_over_common_seeds() -> None:
+    comparison = Comparison(
+        name="x",
+        scenario="demo",
+        seeds=(0, 1),
+        reference=("a",),
+        variants={"a": {}, "b": {}},
+        counterparts={"b": "a"},
+    )
+    shifts = (("source-only", 0.5), ("bn-adapted", 1.0), ("a", 1.4), ("b", 1.8))
+    cells = [cell(v, s, shift) for s in (0, 1) for v, shift in shifts]
+    # Seed 1 lacks b: its difference is over seed 0 alone.
+    summary = summarise(comparison, [c for c in cells if (c.variant, c.seed) != ("b", 1)])
+    means = {
+        (c.variant, c.seed): np.mean([roc_auc_score(y, p) for y, p, _ in c.predictions.values()])
+        for c in cells
+    }
+    assert set(summary.differences) == {"bn-adapted over source-only", "b over a"}
+    gained = summary.differences["bn-adapted over source-only"]
+    assert gained.value == pytest.approx(
+        np.mean([means["bn-adapted", s] - means["source-only", s] for s in (0, 1)])
+    )
+    assert gained.low < gained.value < gained.high
+    assert summary.differences["b over a"].value == pytest.approx(means["b", 0] - means["a", 0])
+
+
 def test_a_variant_without_its_paired_reference_has_no_contrast() -> None:
     comparison = Comparison(
         name="x", scenario="demo", seeds=(0, 1), reference=("a",), variants={"a": {}, "b": {}}
@@ -87,23 +119,67 @@ def test_a_variant_that_is_no_study_is_refused(tmp_path: Path) -> None:
         read_comparison(file)
 
 
+def test_two_processes_prepare_a_folder_one_after_the_other(tmp_path: Path) -> None:
+    comparison, scenario = read_comparison(built_in()["breast_selection"])
+    waiting = threading.Event()
+    failed: list[Exception] = []
+
+    def run() -> None:
+        events = Events(listeners=[lambda e: waiting.set() if e["event"] == "waiting" else None])
+        try:
+            run_comparison(comparison, scenario, tmp_path, None, (0,), events)
+        except DataMissingError as error:
+            failed.append(error)
+
+    with Laboratory(scenario, tmp_path, None, SILENT).alone():
+        other = threading.Thread(target=run)
+        other.start()
+        assert waiting.wait(30)
+        assert not failed
+    other.join(30)
+    # Once it was alone it went on, as far as it could without data.
+    assert len(failed) == 1
+
+
+def test_a_variant_of_another_preset_has_that_presets_values() -> None:
+    scenario = read_scenario(str(TINY))
+    values = scenario.study.model_dump(mode="json", exclude_unset=True)
+    values |= {"preset": "paper", "embedding": {"margin": 2.0}}
+    paper = validate(Study, values, "paper")
+    scenario = scenario.model_copy(update={"study": paper})
+    assert paper.selection.uncertainty == "range" and not paper.finetuning.balanced
+    comparison = Comparison(
+        name="x",
+        scenario="tiny",
+        seeds=(0,),
+        reference=("a",),
+        variants={"a": {"preset": "default"}, "b": {}},
+    )
+    default, same = (study_of(comparison, scenario, name, 0) for name in ("a", "b"))
+    assert default.selection.uncertainty == "margin" and default.finetuning.balanced
+    assert default.embedding.margin == 2.0 and default.finetuning.rounds == 2
+    assert same.selection == paper.selection and same.finetuning == paper.finetuning
+
+
 @pytest.mark.slow
 def test_cells_run_once_and_again_after_a_change(tmp_path: Path) -> None:
     file = tmp_path / "small.toml"
     text = (
-        f'name = "x"\nscenario = "{TINY}"\nseeds = [0]\nreference = ["random-0"]\n'
+        f'name = "x"\nscenario = "{TINY}"\nseeds = [0, 1]\nreference = ["random-0"]\n'
         f"[variants.random-0]\n{CHEAP}\nselection = {{ strategy = 'random' }}\n"
         f"[variants.random-1]\n{CHEAP}\nselection = {{ strategy = 'random', draw = 1 }}\n"
     )
     file.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
     comparison, scenario = read_comparison(file)
-    run_comparison(comparison, scenario, out, None, (0,), SILENT)
+    run_comparison(comparison, scenario, out, None, (0, 1), SILENT)
     kept = {p: p.stat().st_mtime_ns for p in out.rglob(PREDICTIONS)}
-    assert len(kept) == 4
+    assert len(kept) == 8
     run_comparison(comparison, scenario, out, None, (0,), SILENT)
     assert {p: p.stat().st_mtime_ns for p in out.rglob(PREDICTIONS)} == kept
-    summary = summarise(comparison, finished_cells(comparison, out))
+    cells, left_out = finished_cells(comparison, scenario, out, None)
+    assert len(cells) == 8 and left_out == []
+    summary = summarise(comparison, cells)
     write_summary(summary, out)
     assert [row.variant for row in summary.rows] == [
         "source-only",
@@ -111,12 +187,20 @@ def test_cells_run_once_and_again_after_a_change(tmp_path: Path) -> None:
         "random-0",
         "random-1",
     ]
-    assert "bn-adapted" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert "bn-adapted over source-only" in (out / "comparison.md").read_text(encoding="utf-8")
 
     file.write_text(text.replace("draw = 1", "draw = 2"), encoding="utf-8")
     comparison, scenario = read_comparison(file)
     run_comparison(comparison, scenario, out, None, (0,), SILENT)
-    changed = {p.parent.name for p, t in kept.items() if p.stat().st_mtime_ns != t}
-    assert changed == {"random-1"}
+    changed = {p.relative_to(out) for p, t in kept.items() if p.stat().st_mtime_ns != t}
+    assert changed == {Path("seed-0/random-1") / PREDICTIONS}
+    cells, left_out = finished_cells(comparison, scenario, out, None)
+    assert len(cells) == 7 and left_out == ["seed-1/random-1"]
+    # Other test images: nothing of either seed is of the scenario as it is now.
+    hillview = scenario.hospitals["hillview"].model_copy(update={"test_fraction": 0.3})
+    hospitals = {**scenario.hospitals, "hillview": hillview}
+    changed_scenario = scenario.model_copy(update={"hospitals": hospitals})
+    cells, left_out = finished_cells(comparison, changed_scenario, out, None)
+    assert cells == [] and len(left_out) == 8
     with pytest.raises(ConfigurationError, match="seed 7"):
         run_comparison(comparison, scenario, out, None, (7,), SILENT)

@@ -82,7 +82,7 @@ def results(
     dice: dict[Any, tuple[float, ...]] = LIFTS, names: tuple[str, ...] = NAMES, **changes: Any
 ) -> Results:
     study = Study.model_validate(
-        {"name": "organs", "phases": SEGMENTATION, "cohort": {"sites": [*names, "Gone"]}}
+        {"name": "organs", "phases": SEGMENTATION, "cohort": {"sites": ["North", "Mary", "Gone"]}}
     )
     sites = {
         name: SiteResults(

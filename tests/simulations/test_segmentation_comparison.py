@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,25 @@ import numpy as np
 import pytest
 import tomli_w
 
+from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
-from sonofed_common.runtime import SILENT
+from sonofed_common.contract.study import Study
+from sonofed_common.runtime import SILENT, Events
+from sonofed_common.segmentation_metrics import ImageScores
+from sonofed_simulations.comparison import built_in
 from sonofed_simulations.paired import Contrast, PatientDraws, contrast, holm
+from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.segmentation_comparison import (
+    TAKEN,
     MaskScores,
     SegmentationComparison,
     finished_scores,
+    mask_study,
     read_mask_comparison,
     run_mask_comparison,
 )
+from sonofed_simulations.segmentation_rows import row_names
 from sonofed_simulations.segmentation_summary import (
     MaskSummary,
     summarise_masks,
@@ -40,11 +49,18 @@ ROWS = {
 }
 
 
-def write(folder: Path, strategy: str = "batch_norm", seed: int = 0, full: bool = True) -> Path:
-    """A comparison over the tiny study, of a source trained under a seed; return its file."""
+def write(
+    folder: Path,
+    strategy: str = "batch_norm",
+    rate: float = 3e-3,
+    full: bool = True,
+    test_fraction: float = 0.4,
+) -> Path:
+    """A comparison over the tiny study, of a source trained at a rate; return its file."""
     scenario = tomllib.loads(TINY.read_text(encoding="utf-8"))
-    scenario["source"] |= {"seed": seed}
-    scenario["source"]["segmentation"]["epochs"] = 1
+    scenario["source"]["segmentation"] |= {"epochs": 1, "learning_rate": rate}
+    for hospital in scenario["hospitals"].values():
+        hospital["test_fraction"] = test_fraction
     scenario["study"] |= {"pretraining": {"rounds": 1, "local_epochs": 1, "patch_size": 8}}
     (folder / "scenario.toml").write_text(tomli_w.dumps(scenario), encoding="utf-8")
     phases = ["enrol", "ship", "pretrain", "supervise", "pseudo_label", "ensemble"]
@@ -55,7 +71,7 @@ def write(folder: Path, strategy: str = "batch_norm", seed: int = 0, full: bool 
     values = {
         "name": "small",
         "scenario": str(folder / "scenario.toml"),
-        "seeds": [0],
+        "seeds": [0, 1],
         "baseline": "BN",
         "supervised": {"epochs": 1, "learning_rate": 1e-3},
         "variants": variants,
@@ -67,39 +83,46 @@ def write(folder: Path, strategy: str = "batch_norm", seed: int = 0, full: bool 
     return file
 
 
-def run(file: Path, out: Path) -> SegmentationComparison:
+def run(
+    file: Path, out: Path, seeds: tuple[int, ...] = (0,)
+) -> tuple[SegmentationComparison, Scenario]:
     comparison, scenario = read_mask_comparison(file)
-    run_mask_comparison(comparison, scenario, out, None, (0,), SILENT)
-    return comparison
+    run_mask_comparison(comparison, scenario, out, None, seeds, SILENT)
+    return comparison, scenario
 
 
-def cells(out: Path) -> dict[str, int]:
+def cells(out: Path, seed: int = 0) -> dict[str, int]:
     """When each row's scores were written, by variant and row."""
-    files = (out / "seed-0").glob("*/*.safetensors")
+    files = (out / f"seed-{seed}").glob("*/*.safetensors")
+    files = (path for path in files if path.parent.name not in TAKEN[1:])
     return {f"{p.parent.name}/{p.stem}": p.stat().st_mtime_ns for p in files}
 
 
 @pytest.mark.slow
 def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    comparison = run(write(tmp_path), out)
+    comparison, scenario = run(write(tmp_path), out)
     first = cells(out)
     control = {f"control/{name}" for name in ("source-only", "bn-adapted", "supervised")}
     full = {f"full/{name}" for name in ("target", "mean", "infusion", "adapted-infusion")}
     short = {"short/adapted-source"}
     assert set(first) == control | full | short
 
-    scores = finished_scores(comparison, out)
+    scores = finished_scores(comparison, scenario, out)
     assert list(scores) == list(ROWS)
     for found in scores.values():
         for site, patients in found[0].patients.items():
-            dice = found[0].measures[site]["dice"]
+            dice = found[0].scores[site].dice
             assert dice.shape == (len(patients),) and dice.min() >= 0 and dice.max() <= 1
     # Nothing but the statistics was adapted, so nothing but rounding of means may differ.
-    for site, measures in scores["adapted"][0].measures.items():
-        np.testing.assert_allclose(measures["dice"], scores["BN"][0].measures[site]["dice"])
+    for site, found in scores["adapted"][0].scores.items():
+        np.testing.assert_allclose(found.dice, scores["BN"][0].scores[site].dice)
     summary = summarise_masks(comparison, scores, Machine())
     assert [row.name for row in summary.rows] == list(ROWS)
+    images = {name: hospital.phantoms.images for name, hospital in scenario.hospitals.items()}
+    for site, count in images.items():
+        assert summary.tested[site][0] + summary.trained[site][0] == count
+    assert summary.tested.keys() == summary.trained.keys() == images.keys()
 
     run(write(tmp_path), out)
     assert cells(out) == first
@@ -108,9 +131,51 @@ def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path
     second = cells(out)
     assert {name for name in first if second[name] != first[name]} == short
 
-    run(write(tmp_path, "tent", seed=1, full=False), out)
+    run(write(tmp_path, "tent", rate=1e-3, full=False), out)
     third = cells(out)
     assert {name for name in second if third[name] != second[name]} == short | control
+
+
+@pytest.mark.slow
+def test_each_seed_has_a_source_of_its_own_and_no_score_of_other_images_counts(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    comparison, scenario = run(write(tmp_path, full=False), out, (0, 1))
+    sources = [Bundle.open(out / f"seed-{seed}" / "source") for seed in (0, 1)]
+    assert [source.manifest.provenance.seeds["source"] for source in sources] == [0, 1]
+    one, other = (source.read("segmenters/source.safetensors") for source in sources)
+    assert one != other
+    before = finished_scores(comparison, scenario, out)
+    assert all(set(found) == {0, 1} for found in before.values())
+
+    # The same studies, sources and rows; other patients are tested.
+    kept = cells(out)
+    comparison, scenario = read_mask_comparison(write(tmp_path, full=False, test_fraction=0.6))
+    told = Events()
+    said: list[dict[str, Any]] = []
+    told.listeners.append(said.append)
+    assert finished_scores(comparison, scenario, out, told) == {}
+    assert {(e["seed"], e["variant"]) for e in said} == {
+        (seed, variant) for seed in (0, 1) for variant in ("control", "short")
+    }
+    run_mask_comparison(comparison, scenario, out, None, (0,), SILENT)
+    again = cells(out)
+    assert set(again) == set(kept) and all(again[name] != kept[name] for name in kept)
+    after = finished_scores(comparison, scenario, out)
+    assert all(set(found) == {0} for found in after.values())
+    for row, found in after.items():
+        for site, patients in found[0].patients.items():
+            assert len(patients) > len(before[row][0].patients[site])
+    summarise_masks(comparison, after, Machine())
+
+
+def test_rows_of_one_seed_that_were_tested_on_other_patients_are_refused() -> None:
+    scores = by_hand()
+    patients = scores["B"][1].patients
+    patients["south"] = [f"other-{name}" for name in patients["south"]]
+    with pytest.raises(ConfigurationError, match="seed 1 were tested on other patients of south"):
+        summarise_masks(HAND, scores, Machine())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +184,13 @@ def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path
         ({"baseline": "TENT"}, "'TENT' is not one of the rows"),
         ({"plug_in": {"APL": "BN"}}, "'APL' is not one of the rows"),
         ({"rows": {"BN": "control/bn-adapted", "x": "apl/source"}}, "'apl', which is not a var"),
+        ({"rows": {"BN": "control/bn-adpted"}}, "'control/bn-adpted'; the controls are source-o"),
+        (
+            {"rows": {"BN": "control/bn-adapted", "x": "short/adapted mean"}},
+            "row 'x' shows 'short/adapted mean'; variant 'short' has source, adapted source",
+        ),
         ({"variants": {"short": {"pseudo_label": {}}}}, "pseudo_labels"),
+        ({"variants": {"short": {}, "sites": {}}}, "cannot be called 'sites'"),
     ],
 )
 def test_a_comparison_that_fits_nothing_is_refused(
@@ -132,6 +203,29 @@ def test_a_comparison_that_fits_nothing_is_refused(
     file.write_text(tomli_w.dumps(values), encoding="utf-8")
     with pytest.raises(ConfigurationError, match=sentence):
         read_mask_comparison(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"phases": ["enrol", "ship", "evaluate"]}, ["source"]),
+        ({"phases": ["enrol", "ship", "pseudo_label"]}, ["source", "adapted source"]),
+        (
+            {"phases": ["enrol", "ship", "pretrain", "supervise"]},
+            ["source", "target", "mean"],
+        ),
+        (
+            {
+                "phases": ["enrol", "ship", "pretrain", "supervise", "ensemble"],
+                "supervision": {"branches": "per_site"},
+            },
+            ["source", "target-a", "target-b", "mean", "infusion"],
+        ),
+    ],
+)
+def test_names_of_the_rows_that_a_study_can_show(changes: dict[str, Any], names: list[str]) -> None:
+    study = Study.model_validate({"name": "x", "cohort": {"sites": ["a", "b"]}, **changes})
+    assert row_names(study) == names
 
 
 def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> SegmentationComparison:
@@ -147,6 +241,25 @@ def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> Segmentation
             "plug_in": plug_in,
         }
     )
+
+
+def test_the_built_in_rows_are_what_they_are_called() -> None:
+    comparison, scenario = read_mask_comparison(built_in()["breast_segmentation"])
+    assert len(set(comparison.rows.values())) == len(comparison.rows)
+    # Branch A with its statistics re-estimated is the baseline itself.
+    assert not any(shown.endswith("/source") for shown in comparison.rows.values())
+    settings = {
+        row: mask_study(comparison, scenario, shown.partition("/")[0], 0).pseudo_labels
+        for row, shown in comparison.rows.items()
+        if not shown.startswith("control/")
+    }
+    paper = Study.model_validate({"name": "x", "preset": "paper", "cohort": {"sites": ["a"]}})
+    assert settings["APL, as published"] == paper.pseudo_labels
+    alone = settings["APL, L_con alone"]
+    assert alone.consistency and not alone.self_training
+    for row in ("L_ssl with prior", "B, L_ssl with prior", "infusion, L_ssl with prior"):
+        assert not settings[row].consistency
+        assert settings[row].self_training and settings[row].class_prior > 0
 
 
 HAND = comparison_of(
@@ -170,12 +283,15 @@ def scores_of(level: float, seed: int, noise: float = 0.0, tag: int = 0) -> Mask
         "north": [f"n{n // 2}" for n in range(40)],
         "south": [f"s{n}" for n in range(25)],
     }
-    measures = {}
+    scores = {}
     for site, names in patients.items():
         shared = 0.05 * draws.standard_normal(len(names))
         dice = level + shared + noise * own.standard_normal(len(names)) + 0.1 * (site == "north")
-        measures[site] = {"dice": dice, "nsd": dice / 2, "hd95": 10 - dice}
-    return MaskScores(patients, measures)
+        residuals = np.zeros((len(names), 15))
+        residuals[:, 3], residuals[:, 9] = 12.8 * dice, -6.4 * dice
+        pixels = np.full(len(names), 64.0)
+        scores[site] = ImageScores(dice, dice / 2, 10 - dice, residuals, pixels)
+    return MaskScores(patients, scores)
 
 
 def by_hand(noise: float = 0.0) -> dict[str, dict[int, MaskScores]]:
@@ -190,7 +306,7 @@ def test_means_worst_site_and_way_to_supervised() -> None:
     rows = {row.name: row for row in summarise_masks(HAND, scores, Machine()).rows}
     for name, seeds in scores.items():
         means = {
-            site: [found.measures[site]["dice"].mean() for found in seeds.values()]
+            site: [found.scores[site].dice.mean() for found in seeds.values()]
             for site in ("north", "south")
         }
         expected = (np.mean(means["north"]) + np.mean(means["south"])) / 2
@@ -198,14 +314,45 @@ def test_means_worst_site_and_way_to_supervised() -> None:
         assert row.seeds == (0, 1)
         assert row.dice.value == pytest.approx(expected)
         assert row.dice.low < expected < row.dice.high
-        assert row.nsd == pytest.approx(expected / 2) and row.hd95 == pytest.approx(10 - expected)
+        # NSD, HD95 and ECE are functions of Dice here, so their samples are too.
+        for of, found in (
+            (lambda dice: dice / 2, row.nsd),
+            (lambda dice: 10 - dice, row.hd95),
+            (lambda dice: (12.8 + 6.4) * dice / 64, row.ece),
+        ):
+            assert found.value == pytest.approx(of(expected))
+            ends = sorted([of(row.dice.low), of(row.dice.high)])
+            assert [found.low, found.high] == pytest.approx(ends)
         assert (row.worst_site, row.worst_site_dice) == (
             "south",
             pytest.approx(np.mean(means["south"])),
         )
         share = (LEVELS[name] - 0.3) / (0.7 - 0.3)
-        assert row.way_to_supervised == pytest.approx(share)
+        # Noise is shared here, so that only rounding is left of the ratio's interval.
+        assert row.way_to_supervised is not None
+        way = row.way_to_supervised
+        assert [way.value, way.low, way.high] == pytest.approx([share] * 3, abs=1e-6)
         assert row.sites["north"].value == pytest.approx(np.mean(means["north"]))
+
+
+def test_a_site_below_the_baseline_shows() -> None:
+    scores = by_hand(noise=0.02)
+    for found in scores["B"].values():
+        south = found.scores["south"]
+        found.scores["south"] = replace(south, dice=south.dice - 0.25)
+    rows = {row.name: row for row in summarise_masks(HAND, scores, Machine()).rows}
+    assert rows["BN"].sites_over_baseline == {}
+    gained = rows["B"].sites_over_baseline
+    for site, found in gained.items():
+        pairs = [scores[name] for name in ("B", "BN")]
+        mine, theirs = ([s.scores[site].dice.mean() for s in one.values()] for one in pairs)
+        assert found.value == pytest.approx(np.mean(mine) - np.mean(theirs))
+    assert gained["south"].high < 0 < gained["north"].low
+    assert rows["B"].over_baseline is not None
+    mean = np.mean([found.value for found in gained.values()])
+    assert rows["B"].over_baseline.value == pytest.approx(mean)
+    way = rows["B"].way_to_supervised
+    assert way is not None and way.low < way.value < way.high
 
 
 def test_differences_of_one_constant_are_sure() -> None:
@@ -239,7 +386,7 @@ def test_intervals_are_those_of_an_independent_bootstrap_of_patients() -> None:
             size = 2 if site == "north" else 1
             images = (drawn[:, None] * size + np.arange(size)).ravel()
             for seed in (0, 1):
-                pair = (scores[name][seed].measures[site]["dice"][images] for name in ("B", "BN"))
+                pair = (scores[name][seed].scores[site].dice[images] for name in ("B", "BN"))
                 one, other = pair
                 sites.append(one.mean() - other.mean())
         samples.append(np.mean(sites))
@@ -293,11 +440,17 @@ def test_rows_without_a_paired_seed_have_no_difference() -> None:
 
 
 def test_the_summary_is_written_for_machines_and_for_readers(tmp_path: Path) -> None:
-    summary = summarise_masks(HAND, by_hand(), Machine())
+    scores = by_hand()
+    for found in scores["supervised"].values():
+        found.trained.update({"north": 31, "south": 17})
+    summary = summarise_masks(HAND, scores, Machine())
     write_mask_summary(summary, tmp_path)
     kept = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert MaskSummary.model_validate(kept) == summary
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     for row in summary.rows:
         assert f"| {row.name} | 2 | {row.dice.value:.3f} (" in text
+    assert "| tested | 40, 40 | 25, 25 |" in text
+    assert "| labelled for the supervised control | 31, 31 | 17, 17 |" in text
+    assert "Dice over BN by site" in text and "| B | +0.100 (+0.100 to +0.100) |" in text
     assert "| B | A | +0.050 (+0.050 to +0.050) | 0.002 |" in text

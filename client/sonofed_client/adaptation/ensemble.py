@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_common.models.infusion import fit_temperature, lattice
 from sonofed_common.models.segmenter import Segmenter
 
@@ -69,8 +70,7 @@ def consensus_log_temperatures(models: Sequence[Segmenter], images: Tensor) -> N
     """
     if len(models) == 1 or not len(images):
         return np.zeros(len(models))
-    step = max(1, len(images) // CONSENSUS_IMAGES)
-    chosen = images[::step][:CONSENSUS_IMAGES]
+    chosen = evenly_spaced(images, CONSENSUS_IMAGES)
     parts = [lattice(p) for p in branch_probabilities(models, chosen)]
     pixels = torch.cat(parts, dim=1).movedim(2, -1).flatten(1, 3)
     total = pixels.sum(dim=0)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sonofed_client.adaptation.contrastive import BYOL, SimCLR, random_crops
 from sonofed_client.adaptation.embedding import teacher_momentum
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
 from sonofed_client.adaptation.masked_modelling import (
     MAE,
     SimMIM,
@@ -22,6 +21,7 @@ from sonofed_client.adaptation.masked_modelling import (
     masked_mean,
     pixels_of,
 )
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.errors import ConfigurationError, SiteEmptyError
 from sonofed_common.contract.study import Pretraining
 from sonofed_common.models.encoders import Encoder

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
 from sonofed_client.adaptation.source_free.apl import APL
 from sonofed_client.adaptation.source_free.batch_norm import BatchNorm
 from sonofed_client.adaptation.source_free.cbst import CBST
@@ -19,6 +18,8 @@ from sonofed_client.adaptation.source_free.tent import Tent
 from sonofed_client.adaptation.source_free.threshold import Threshold
 from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
 from sonofed_client.adaptation.source_free.views import Views
+from sonofed_client.adaptation.spacing import evenly_spaced
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.errors import CollapseError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.contract.study import PseudoLabels, Strategy
@@ -28,6 +29,17 @@ from sonofed_common.training import Training, fit
 
 STATISTICS_IMAGES = 128
 """Most images that normalisation statistics and the foreground are estimated on."""
+
+LEAST_KEPT = 1 / 4
+"""Of the foreground's and of the background's share; a round that keeps less has collapsed."""
+
+LEAST_CLASS_KEPT = 1 / 10
+"""Of the share of each single class, which is rarer than the foreground and moves more."""
+
+PRESENT = 1 / 10
+"""Of the source's share of a class; a site that holds less of it may lose it in a round."""
+
+REMEDY = "lower the learning rate of [pseudo_labels] or raise its class_prior"
 
 STRATEGIES: dict[Strategy, type[SelfTraining]] = {
     "apl": APL,
@@ -85,7 +97,7 @@ def adapt_round(
     SiteEmptyError
         There is no image.
     CollapseError
-        The round brought the foreground far out of the source's range; see `check_collapse`.
+        The round lost a class or the source's range of foreground; see `check_collapse`.
     DivergenceError
         A loss or a weight is not finite.
 
@@ -99,15 +111,15 @@ def adapt_round(
         raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
     sample = evenly_spaced(images, STATISTICS_IMAGES)
     adapt_batch_norm(model, sample)
-    before = foreground_share(model, sample)
+    before = class_shares(model, sample)
     strategy = STRATEGIES[settings.strategy](settings, facts)
     if len(images) == 1 or not list(strategy.trained(model)):
-        return {"loss": 0.0, "foreground": before, "kept": 0.0}
+        return {"loss": 0.0, "foreground": before[1:].sum().item(), "kept": 0.0}
     loss, kept = _train(strategy, model, images, round, seed, checkpoint, events)
     adapt_batch_norm(model, sample)
-    after = foreground_share(model, sample)
-    check_collapse(before, after, facts.foreground_range)
-    return {"loss": loss, "foreground": after, "kept": kept}
+    after = class_shares(model, sample)
+    check_collapse(before, after, facts)
+    return {"loss": loss, "foreground": after[1:].sum().item(), "kept": kept}
 
 
 def _train(
@@ -127,11 +139,11 @@ def _train(
     kept = torch.zeros(())
     whole.register_buffer("kept", kept)
     labels, weights = torch.empty(0), torch.empty(0)
-    views = Views(seed)
+    views = Views(seed, settings.flips)
 
     def before_epoch(epoch: int) -> None:
         nonlocal labels, weights, views
-        views = Views(derive_seed(seed, "views", epoch))
+        views = Views(derive_seed(seed, "views", epoch), settings.flips)
         adapt_batch_norm(teacher, evenly_spaced(images, STATISTICS_IMAGES))
         labels, weights = strategy.label(teacher, images)
         kept.fill_((weights > 0).float().mean().item())
@@ -175,55 +187,61 @@ def _train(
     return losses[-1], kept.item()
 
 
-def evenly_spaced(images: Tensor, count: int) -> Tensor:
-    """Return up to ``count`` images, evenly spaced: neighbours are often of one patient."""
-    count = min(count, len(images))
-    return images[torch.arange(count) * len(images) // count]
-
-
-def foreground_share(model: Segmenter, images: Tensor) -> float:
-    """Mean share of the pixels of images (N, 1, S, S), N > 0, that are predicted as no background.
+def class_shares(model: Segmenter, images: Tensor) -> Tensor:
+    """Mean share (C,), float64, of the pixels of images (N, 1, S, S), N > 0, predicted as a class.
 
     The model's mode (training or evaluation) is restored.
     """
     place = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    counts: list[Tensor] = []
     try:
         with torch.inference_mode():
-            counts = [
-                int((model.probabilities(batch.to(place)).argmax(dim=1) > 0).sum())
-                for batch in torch.split(images, LABEL_BATCH)
-            ]
+            for batch in torch.split(images, LABEL_BATCH):
+                p = model.probabilities(batch.to(place))
+                counts.append(p.argmax(dim=1).flatten().bincount(minlength=p.shape[1]).cpu())
     finally:
         model.train(was_training)
-    return sum(counts) / images.numel()
+    return torch.stack(counts).sum(dim=0).double() / images.numel()
 
 
-def check_collapse(before: float, after: float, source: tuple[float, float]) -> None:
-    """Fail where a round brought the predicted foreground far out of the source's range.
+def check_collapse(before: Tensor, after: Tensor, facts: SegmentationFacts) -> None:
+    """Fail where a round took most of a class away, or the foreground out of the source's range.
 
     The range is widened, to half its lower end and to the nearer of twice its upper end and half of
     the background beyond it: a site's true mean may lie somewhat outside, and a step over the
-    border is no collapse. A round that already started outside is let through: that site's images
-    may really hold far less or more foreground, and the range says nothing of them.
+    border is no collapse. A round that already started outside is not held to it: that site's
+    images may really hold far less or more foreground, and the range says nothing of them.
 
     Parameters
     ----------
-    before, after : float
-        Mean predicted foreground share, before and after the round.
-    source : pair of float
-        The source's 5% and 95% quantile.
+    before, after : Tensor (C,)
+        Predicted share of each class, before and after the round.
+    facts : SegmentationFacts
+        Of the source: the 5% and 95% quantile of its foreground's share, and its class ratio.
 
     Raises
     ------
     CollapseError
-        ``before`` lies in the widened range and ``after`` outside.
+        The foreground or the background fell below `LEAST_KEPT` of its share, wherever it started;
+        or, with more than two classes, one that the site clearly held (`PRESENT` of the source's
+        share of it) below `LEAST_CLASS_KEPT`; or the foreground left the widened range.
     """
+    old, new = before[1:].sum().item(), after[1:].sum().item()
+    source = facts.foreground_range
     low, high = source[0] / 2, min(2 * source[1], (1 + source[1]) / 2)
-    if low <= before <= high and not low <= after <= high:
+    left = low <= old <= high and not low <= new <= high
+    gone = new < LEAST_KEPT * old or 1 - new < LEAST_KEPT * (1 - old)
+    if left or gone:
         raise CollapseError(
-            f"source-free adaptation collapsed: its predicted foreground went from {before:.2%} to "
-            f"{after:.2%} of the pixels, far outside the source's {source[0]:.2%} to "
-            f"{source[1]:.2%}; lower the learning rate of [pseudo_labels] or raise its class_prior"
+            f"source-free adaptation collapsed: its predicted foreground went from {old:.2%} to "
+            f"{new:.2%} of the pixels; the source's is {source[0]:.2%} to {source[1]:.2%}; {REMEDY}"
+        )
+    held = before > PRESENT * before.new_tensor(facts.class_ratio)
+    lost = torch.nonzero(held & (after < LEAST_CLASS_KEPT * before)).flatten().tolist()
+    if lost:
+        raise CollapseError(
+            f"source-free adaptation collapsed: its predicted share of class {lost[0]} went from "
+            f"{before[lost[0]]:.2%} to {after[lost[0]]:.2%} of the pixels; {REMEDY}"
         )

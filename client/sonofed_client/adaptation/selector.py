@@ -1,4 +1,4 @@
-"""The site's half of exact federated selection: it answers counts and keeps its scores."""
+"""The site's half of exact federated selection: it answers counts of its scores."""
 
 from __future__ import annotations
 

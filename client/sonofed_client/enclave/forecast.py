@@ -92,10 +92,9 @@ def questions(study: Study) -> Iterator[Question]:
         elif phase == "pseudo_label":
             per_site = study.supervision.branches == "per_site"
             branches = (len(study.cohort.sites) if per_site else 1) * ("supervise" in study.phases)
-            train = actions.TrainSegmenter(
-                **pooled, branch="source", round=0, settings=study.pseudo_labels
-            )
-            yield ask("train.segmenter", train, (1 + branches) * study.pseudo_labels.rounds)
+            for wanted in study.adaptations:
+                train = actions.TrainSegmenter(**pooled, branch="source", round=0, settings=wanted)
+                yield ask("train.segmenter", train, (1 + branches) * wanted.rounds)
         elif phase == "ensemble" and study.infusion.calibration == "consensus":
             yield ask("train.ensemble", actions.TrainEnsemble(**pooled, branches=("source",)), 2)
         elif phase == "evaluate":

@@ -83,13 +83,13 @@ def _pairs(study: Study, parameters: Parameters) -> list[tuple[str, object, tupl
         pairs.append(("classifier", parameters.classifier, study.classifiers))
     if isinstance(parameters, actions.EvaluateSegmenter):
         pairs.append(("infusion", parameters.infusion, (study.infusion, PLAIN)))
-    sections: tuple[tuple[type[Parameters], BaseModel], ...] = (
-        (actions.Reconstruct, study.reconstruction),
-        (actions.TrainClassifier, study.finetuning),
-        (actions.Pretrain, study.pretraining),
-        (actions.TrainSegmenter, study.pseudo_labels),
+    sections: tuple[tuple[type[Parameters], tuple[BaseModel, ...]], ...] = (
+        (actions.Reconstruct, (study.reconstruction,)),
+        (actions.TrainClassifier, (study.finetuning,)),
+        (actions.Pretrain, (study.pretraining,)),
+        (actions.TrainSegmenter, study.adaptations),
     )
-    for kind, section in sections:
+    for kind, approved in sections:
         if isinstance(parameters, kind):
-            pairs.append(("settings", getattr(parameters, "settings", None), (section,)))
+            pairs.append(("settings", getattr(parameters, "settings", None), approved))
     return pairs

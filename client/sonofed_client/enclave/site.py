@@ -34,6 +34,11 @@ from sonofed_common.security import sha256
 T = TypeVar("T")
 WARM_MODELS = 8
 FEATURE_BATCH = 64
+INTERRUPTED = 4
+"""Most checkpoints of trainings that were broken off: of cancelled studies nobody takes them up."""
+
+SMALLEST_MEASURED = 5
+"""Fewest images whose mean may leave a site: that of one is the image's own number."""
 
 
 class Site:
@@ -82,7 +87,8 @@ class Site:
         ------
         Path
             An interruption leaves the file, and the same request goes on from it; an end takes it
-            away, and so does an error of the catalogue, which the same request would meet again.
+            away, and so does an error of the catalogue, which the same request would meet again. Of
+            trainings that nobody took up again the newest `INTERRUPTED` files stay.
         """
         facts = [
             version("sonofed"),
@@ -94,12 +100,19 @@ class Site:
         ]
         name = sha256(json.dumps(facts, sort_keys=True).encode())
         path = self.store.folder / "checkpoints" / f"{name}.safetensors"
+        self._forget_interrupted(path)
         try:
             yield path
         except SonoFedError:
             path.unlink(missing_ok=True)
             raise
         path.unlink(missing_ok=True)
+
+    def _forget_interrupted(self, wanted: Path) -> None:
+        others = [path for path in wanted.parent.glob("*") if path != wanted]
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+        for path in others[:-INTERRUPTED]:
+            path.unlink()
 
     def images(self, part: str, image_size: int) -> tuple[list[CataloguedImage], Tensor]:
         """Return one part (``pool`` or ``test``): rows, and images (N, 1, S, S) in [0, 1]."""
@@ -278,6 +291,11 @@ def load_weights(model: nn.Module, arrays: Mapping[str, Array]) -> None:
         model.load_state_dict(state)
     except RuntimeError:
         raise misfit from None
+
+
+def measured(images: int, metrics: Mapping[str, float]) -> dict[str, int | float]:
+    """Return means over a number of images as they may leave; none of fewer than the smallest."""
+    return dict(metrics) if images >= SMALLEST_MEASURED else {}
 
 
 def weights_of(model: nn.Module) -> dict[str, Array]:

@@ -155,6 +155,7 @@ class Results(Model):
     sites: dict[str, SiteResults]
     source_reconstruction: ReconstructionQuality | None = None
     clusters: tuple[int, ...] = Field(default=(), description="images of all sites in each cluster")
+    converged: bool | None = Field(default=None, description="whether the clusters came to rest")
     missing_sites: tuple[str, ...] = ()
     settings: dict[str, JsonValue] = Field(default={}, description="the validated study")
     notes: tuple[str, ...] = ()

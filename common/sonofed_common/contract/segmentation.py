@@ -7,6 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.study import Phase, Study
+
+NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
+    ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
+)
+"""Phases that work on the source's segmenter."""
 
 
 class SegmentationFacts(Model):
@@ -31,3 +37,31 @@ class SegmentationFacts(Model):
     heads: tuple[Literal["unet", "aspp"], Literal["unet", "aspp"]]
     class_ratio: tuple[float, ...]
     foreground_range: tuple[float, float]
+
+
+def misfit(study: Study, encoder: str, image_size: int) -> str | None:
+    """Say why a source's segmenter cannot serve a study, or return None where it can.
+
+    Parameters
+    ----------
+    study : Study
+        What is asked.
+    encoder : str
+        Of the source's segmenter.
+    image_size : int
+        Side of the images that it was trained on.
+    """
+    if not NEEDS_SEGMENTER & set(study.phases):
+        return None
+    if study.image_size != image_size:
+        # The widest dilations of the ASPP head come of the side that it was trained on.
+        return (
+            f"the study's image_size is {study.image_size}, but the source's segmenter was trained "
+            f"on {image_size}; leave image_size out, or train the source on {study.image_size}"
+        )
+    if "pretrain" in study.phases and study.pretraining.form == "mae" and encoder != "vit":
+        return (
+            f"pretraining of form 'mae' needs the encoder 'vit', but the source's segmenter has "
+            f"'{encoder}'; choose 'simmim', or train the source with 'vit'"
+        )
+    return None

@@ -1,9 +1,10 @@
-"""What site and coordinator must agree on to select exactly without one score leaving a site.
+"""What site and coordinator must agree on to select exactly from counts.
 
-Scores travel nowhere. They become unsigned integer keys whose order is the scores' order; sites
-count keys in intervals, and the coordinator splits the intervals that matter until each holds one
-image or one key. All intervals are ``[low, high)`` in uint64; a ``high`` of 0 means ``2**64``,
-because the interval of all 64-bit identities ends there and no useful interval ends at 0.
+Scores become unsigned integer keys whose order is the scores' order; sites count keys in intervals,
+and the coordinator splits the intervals that matter until each holds one image or one key. No score
+is sent, but an interval with one image tells that image's score to the interval's width. All
+intervals are ``[low, high)`` in uint64; a ``high`` of 0 means ``2**64``, because the interval of
+all 64-bit identities ends there and no useful interval ends at 0.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def last_keys(edges: Keys) -> Keys:
 
 @dataclass(frozen=True)
 class RankTable:
-    """Pooled ranks of a column, without naming anybody's score.
+    """Pooled ranks of a column: scores to a bin's width, without saying whose.
 
     Attributes
     ----------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -72,6 +73,33 @@ NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
 """What each phase needs from the phases before it, and what it gives."""
 
 
+ClassifierName = Literal[
+    "resnet50",
+    "mobilenet_v2",
+    "densenet121",
+    "shufflenet_v2",
+    "efficientnet_b0",
+    "efficientnet_lite0",
+    "resnet18",
+]
+"""Classifiers that sites can build."""
+
+
+def check_site_name(name: str) -> str:
+    """Return a site's name, which is also a folder's in a laboratory.
+
+    Raises
+    ------
+    ValueError
+        It is no plain name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or set(name) == {"."}:
+        raise ValueError(
+            f"{name[:64]!r} is no plain site name; use 1 to 64 of the characters A-Z a-z 0-9 _ . -"
+        )
+    return name
+
+
 class Cohort(Model):
     """Who takes part, and how long anything may take."""
 
@@ -80,13 +108,16 @@ class Cohort(Model):
         default=None, ge=1, description="fewest sites to go on with; default all"
     )
     deadline_seconds: float = Field(default=3600, gt=0, description="longest wait for one exchange")
+    annotation_seconds: float = Field(
+        default=604_800, gt=0, description="longest wait for the experts' labels; a week"
+    )
 
     @field_validator("sites")
     @classmethod
     def _distinct(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(sites)) != len(sites):
             raise ValueError("name each site once")
-        return sites
+        return tuple(check_site_name(name) for name in sites)
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -248,6 +279,9 @@ class PseudoLabels(Model):
     disagreement: float = Field(
         default=0.0, ge=0, description="weight of the symmetric KL of the two heads"
     )
+    flips: bool = Field(
+        default=True, description="mirrored views and labels; false where classes have a side"
+    )
     class_mean_confidence: bool = Field(
         default=True, description="confidence over its class mean, so that small lesions count"
     )
@@ -336,7 +370,7 @@ class Study(Model):
     seed: int = Field(default=0, ge=0)
     preset: Literal["default", "paper"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
-    classifiers: tuple[str, ...] = ("efficientnet_lite0",)
+    classifiers: tuple[ClassifierName, ...] = ("efficientnet_lite0",)
     phases: tuple[Phase, ...] = ACTIVE_LEARNING
     cohort: Cohort
     reconstruction: Reconstruction = Reconstruction()
@@ -347,19 +381,43 @@ class Study(Model):
     pretraining: Pretraining = Pretraining()
     supervision: Supervision = Supervision()
     pseudo_labels: PseudoLabels = PseudoLabels()
+    further_pseudo_labels: tuple[PseudoLabels, ...] = Field(
+        default=(),
+        max_length=4,
+        description="strategies that follow, each on the last one's weights",
+    )
     infusion: Infusion = Infusion()
     aggregation: Aggregation = Aggregation()
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return with_preset(values, PRESETS)
+        values = with_preset(values, PRESETS)
+        if isinstance(values, dict) and isinstance(values.get("further_pseudo_labels"), list):
+            settings = PRESETS.get(str(values.get("preset")), {}).get("pseudo_labels", {})
+            values["further_pseudo_labels"] = [
+                {**settings, **given} if isinstance(given, dict) else given
+                for given in values["further_pseudo_labels"]
+            ]
+        return values
 
     @model_validator(mode="after")
     def _classifiers(self) -> Self:
         needing = [p for p in self.phases if p in ("reconstruct", "embed", "classifier")]
         if needing and not self.classifiers:
             raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
+        if len(set(self.classifiers)) != len(self.classifiers):
+            raise ValueError("name each classifier once")
+        return self
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        most = 2 * self.embedding.dimension
+        if "cluster" in self.phases and self.clustering.clusters > most:
+            raise ValueError(
+                f"clustering.clusters = {self.clustering.clusters} exceeds twice "
+                f"embedding.dimension, {most}: each dimension starts two clusters at most"
+            )
         return self
 
     @model_validator(mode="after")
@@ -389,6 +447,11 @@ class Study(Model):
         if self.embedding.pairs is not None:
             return self.embedding.pairs
         return "reconstruction" if "reconstruct" in self.phases else "augmentation"
+
+    @property
+    def adaptations(self) -> tuple[PseudoLabels, ...]:
+        """What `pseudo_label` runs, in this order."""
+        return (self.pseudo_labels, *self.further_pseudo_labels)
 
     def digest(self) -> str:
         """SHA-256 of the validated study: what a hospital approves."""

@@ -22,6 +22,9 @@ class Augmentation:
     ----------
     seed : int
         The same seed and the same order of calls give the same bits on CPU.
+    flips : bool
+        Off where classes have a side, such as the right and the left kidney: a mirrored right
+        kidney would be taught as a right one.
 
     Notes
     -----
@@ -30,7 +33,8 @@ class Augmentation:
     is never flipped vertically: shadows and enhancement lie below a lesion.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, flips: bool = True) -> None:
+        self._flip_probability = FLIP_PROBABILITY if flips else 0.0
         self._draws = np.random.default_rng(seed)
         self._warp, self._warp_nearest = (
             AffineTransform(
@@ -83,7 +87,7 @@ class Augmentation:
         return self._resample(images, maps), moved.to(masks.dtype)
 
     def _maps(self, count: int) -> NDArray[np.float64]:
-        flip = np.where(self._draws.random(count) < FLIP_PROBABILITY, -1.0, 1.0)
+        flip = np.where(self._draws.random(count) < self._flip_probability, -1.0, 1.0)
         angle = self._draws.uniform(-LARGEST_ROTATION, LARGEST_ROTATION, count)
         cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(count)
         rows = [[flip * cos, -flip * sin, zero], [sin, cos, zero]]

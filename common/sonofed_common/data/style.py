@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
+
+from sonofed_common.data.sector import sectors
 
 PROBABILITY = 0.5
 """Of each change, for each image on its own."""
@@ -39,8 +43,8 @@ class StyleAugmentation:
     Notes
     -----
     Widening the source's appearance after BigAug (Zhang et al., TMI 2020) and Models Genesis (Zhou
-    et al., MedIA 2021; its Bezier curve, here with evenly spaced abscissae). Pixels that are
-    exactly 0, the border of the ultrasound sector, stay 0.
+    et al., MedIA 2021; its Bezier curve, here with evenly spaced abscissae). Zeros around the
+    ultrasound sector stay 0; a black cyst inside changes like all else.
     """
 
     def __init__(self, seed: int) -> None:
@@ -64,7 +68,7 @@ class StyleAugmentation:
         x = self._coarser(batch)
         x = self._blur_or_sharpen(x)
         x = x * self._speckle(x) * self._gain(x)
-        return torch.where(batch > 0, self._curve(x.clamp_(0, 1)), 0)
+        return torch.where(_surroundings(batch), 0, self._curve(x.clamp_(0, 1)))
 
     def _uniform(self, x: Tensor, low: float, high: float, *shape: int) -> Tensor:
         values = torch.rand((len(x), *(shape or (1, 1, 1))), generator=self._draws)
@@ -121,6 +125,18 @@ class StyleAugmentation:
         below = position.long().clamp_(max=LEVELS - 2)
         low, high = y.gather(1, below), y.gather(1, below + 1)
         return torch.lerp(low, high, position - below).view_as(x)
+
+
+def _surroundings(images: Tensor) -> Tensor:
+    """Pixels (N, 1, S, S) that are exactly 0 outside of the sector, or joined to the border."""
+    black = (images == 0).cpu()
+    found = black & ~sectors(images).cpu()
+    for place, zeros in zip(found[:, 0], black[:, 0], strict=True):
+        _, labels = cv2.connectedComponents(zeros.numpy().astype(np.uint8), connectivity=4)
+        edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+        reaching = np.unique(np.concatenate(edges))
+        place |= torch.from_numpy(np.isin(labels, reaching[reaching > 0]))
+    return found.to(images.device)
 
 
 def _kernels(sigmas: Tensor) -> Tensor:

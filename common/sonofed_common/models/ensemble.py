@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import BundleError, ParameterError
+from sonofed_common.contract.errors import BundleError, ConfigurationError, ParameterError
 from sonofed_common.contract.records import Records, from_bytes
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.contract.study import Infusion
@@ -109,12 +109,12 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
     facts = bundle.manifest.facts
     if INFUSION not in bundle.paths or not {"segmentation", "image_size"} <= facts.keys():
         raise BundleError("the bundle holds no ensemble; take the final bundle of a study")
-    segmentation = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
     branches = {}
     classifiers = {}
     try:
+        segmentation = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
         kept = from_bytes(bundle.read(INFUSION))
-        names = kept.config["branches"]
+        names = list(kept.config["branches"])
         settings = validate(Infusion, kept.config["infusion"], INFUSION)
         head = InfusionHead(len(names), settings, segmentation.classes)
         head.load(kept.arrays)
@@ -132,7 +132,18 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
                 name = path.removeprefix("classifiers/").removesuffix(".safetensors")
                 classifiers[name] = build_classifier(name, pretrained=False)
                 _load(classifiers[name], bundle, path)
-    except (KeyError, ParameterError, RuntimeError, SafetensorError) as error:
+    except ConfigurationError as error:
+        raise BundleError(
+            f"the bundle's ensemble is not of this version: {error.message}"
+        ) from error
+    except (
+        KeyError,
+        ParameterError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise BundleError(
             "weights of the bundle's ensemble do not fit its networks; publish the study again "
             "with this version"

@@ -9,17 +9,22 @@ from sonofed_common.contract.errors import QuorumError
 from sonofed_server.study.run import StudyRun
 
 POLL_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 600.0
+"""Between two questions: experts take days, and each question is in the hospital's ledger."""
 
 
 def annotate(run: StudyRun) -> None:
-    """Poll until all selected images are labelled, or go on at the deadline with what there is.
+    """Poll until all selected images are labelled, or go on in the end with what there is.
+
+    Experts have ``cohort.annotation_seconds``; the pauses between two questions grow.
 
     Raises
     ------
     QuorumError
-        At the deadline fewer sites than the quorum have any label.
+        In the end fewer sites than the quorum have any label.
     """
-    until = time.monotonic() + run.study.cohort.deadline_seconds
+    until = time.monotonic() + run.study.cohort.annotation_seconds
+    pause = POLL_SECONDS
     message = request(Annotations(**run.common))
     while True:
         labelled: dict[str, tuple[int, int]] = {}
@@ -32,7 +37,8 @@ def annotate(run: StudyRun) -> None:
             return
         if time.monotonic() > until:
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(max(0.0, min(pause, until - time.monotonic())))
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
     ready = sum(done > 0 or total == 0 for done, total in labelled.values())
     if ready < run.study.cohort.smallest:
         raise QuorumError(

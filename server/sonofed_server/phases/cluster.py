@@ -12,7 +12,7 @@ from sonofed_server.study.run import StudyRun
 
 
 def cluster(run: StudyRun) -> None:
-    """Sum moments, place centroids, and move them until they rest."""
+    """Sum moments, place centroids, and move them until they rest or the iterations are used up."""
     settings, state, exchange = run.study.clustering, run.state, run.exchange
     parameters = Cluster(**run.encode)
     moments: list[Any] = []
@@ -24,6 +24,7 @@ def cluster(run: StudyRun) -> None:
     total, second, count = (sum(column) for column in zip(*moments, strict=True))
     centroids = initial_centroids(total, second, count, settings.clusters)
     counts = np.zeros(settings.clusters, dtype=np.int64)
+    converged = False
     for iteration in range(settings.iterations):
         sums = np.zeros_like(centroids)
         counts = np.zeros(settings.clusters, dtype=np.int64)
@@ -34,8 +35,10 @@ def cluster(run: StudyRun) -> None:
         move = largest_move(centroids, updated)
         centroids = updated
         run.events.progress("cluster", iteration + 1, settings.iterations, move=round(move, 6))
-        if move <= settings.tolerance:
+        if converged := move <= settings.tolerance:
             break
     run.events.progress("cluster", settings.iterations, settings.iterations)
     state.arrays["centroids"] = centroids
+    run.events.emit("clustered", converged=converged, iterations=iteration + 1)
+    state.facts["converged"] = converged
     state.facts["clusters"] = [int(c) for c in counts]

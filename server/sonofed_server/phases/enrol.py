@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sonofed_common.contract.actions import Describe, request
 from sonofed_common.contract.errors import (
+    ConfigurationError,
     QuorumError,
     SonoFedError,
     StudyWaitingError,
@@ -29,6 +30,8 @@ def enrol(run: StudyRun) -> None:
 
     Raises
     ------
+    ConfigurationError
+        Two nodes have the same site's name.
     QuorumError
         Fewer sites than the quorum connected in time. A node's own error is raised in its place
         when there is one.
@@ -57,6 +60,11 @@ def enrol(run: StudyRun) -> None:
                 failures.append(reply)
                 run.events.emit("node-failed", reason=str(reply))
             elif (site := str(reply.config["site"])) in cohort.sites:
+                if exchange.nodes.get(site, node) != node:
+                    raise ConfigurationError(
+                        f"two nodes say that they are site {site}; give each hospital a name of "
+                        "its own, or stop one of the nodes"
+                    )
                 exchange.nodes[site] = node
                 replies[site] = reply
                 run.events.progress("enrol", len(exchange.nodes), len(cohort.sites), site=site)

@@ -60,15 +60,15 @@ def _head(run: StudyRun, chosen: Branches, origin: Origin) -> InfusionHead:
             message="the gate is trained on source labels, where the source's own branch is at "
             "home: it learns to trust that branch; compare it with the rule 'entropy'",
         )
-        train_gate(head, models, run.source().data.pool, seed, run.events)
+        source = run.source()
+        train_gate(head, models, source.data.pool, seed, run.events, source.segmenter.flips)
     return head
 
 
 def _at_home(run: StudyRun, chosen: Branches, name: str, origin: Origin) -> Segmenter:
     model = chosen.model(name)
     if origin == "adapted":
-        seed = derive_seed(run.study.seed, "statistics", name)
-        bring_home(model, run.source().data.pool, seed)
+        bring_home(model, run.source().data.pool)
     return model
 
 

@@ -51,8 +51,10 @@ def _evaluate(run: StudyRun, test: _Test) -> None:
     replies = run.exchange.ask("evaluate.segmenter", message, sites)
     for done, (site, reply) in enumerate(replies, start=1):
         facts = run.site_facts(site)
-        facts.setdefault("segmentation", {})[test.stage] = reply.metrics
         facts["test_masks"] = int(reply.config["examples"])
+        # A site without masks, or with few, takes part and is not tested.
+        if facts["test_masks"]:
+            facts.setdefault("segmentation", {})[test.stage] = reply.metrics
         run.events.progress(f"test, {test.stage}", done, len(sites), site=site)
 
 

@@ -57,9 +57,10 @@ def model_card(run: StudyRun) -> str:
 def _segmentation(run: StudyRun, sites: int) -> str:
     after = adapted(run)
     chosen = branches(run) if after is None else after
-    rule = run.study.infusion.rule
+    rule = run.study.infusion.rule if "ensemble" in run.state.done else "mean"
     how = f"joined by the rule '{rule}'" if len(chosen.names) > 1 else "used alone"
-    adaptation = "" if after is None else f" after '{run.study.pseudo_labels.strategy}'"
+    strategies = " and then ".join(f"'{wanted.strategy}'" for wanted in run.study.adaptations)
+    adaptation = "" if after is None else f" after {strategies}"
     return (
         f"Segmentation of B-mode ultrasound into {chosen.facts.classes} classes, background "
         f"included, adapted at {sites} sites without any label of theirs: branches "

@@ -14,22 +14,31 @@ from sonofed_server.study.run import StudyRun
 def pseudo_label(run: StudyRun) -> None:
     """Adapt every branch, sign the adapted ones under the same names, and install them.
 
-    A branch that no site has an image for stays as it was.
+    Each strategy of the study goes on from the weights of the one before it.
+    A branch that no site has an image for stays as it was. A site whose training of one branch
+    fails is asked for the next one.
     """
     unadapted = branches(run)
     weights = {}
+    lost: dict[str, str] = {}
     for name in unadapted.names:
+        run.exchange.forgive()
         _adapt(run, unadapted, name)
+        lost |= run.exchange.missing
         found = run.state.group(_group(name))
         weights[name] = save(found) if found else unadapted.weights(name)
+    # Who could not train a branch can still be tested with it.
+    run.exchange.forgive()
     install_branches(run, "adapted", weights, {})
+    run.exchange.missing = lost | run.exchange.missing
 
 
 def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
     study, state, group = run.study, run.state, _group(name)
-    settings = study.pseudo_labels
+    rounds = [(each, number) for each in study.adaptations for number in range(each.rounds)]
     history = state.facts.setdefault("pseudo_labels", {}).setdefault(name, [])
-    for number in range(state.position.get(group, 0), settings.rounds):
+    for done in range(state.position.get(group, 0), len(rounds)):
+        settings, number = rounds[done]
         parameters = TrainSegmenter(
             **{**run.pooled, "bundle": unadapted.bundle.id},
             branch=name,
@@ -47,9 +56,9 @@ def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
         if updated := mean.mean():
             state.set_group(group, updated)
         history.append(reports)
-        state.position[group] = number + 1
+        state.position[group] = done + 1
         run.save()
-        run.events.progress(f"pseudo-label {name}", number + 1, settings.rounds)
+        run.events.progress(f"pseudo-label {name}", done + 1, len(rounds))
 
 
 def _group(name: str) -> str:

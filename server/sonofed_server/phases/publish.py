@@ -6,6 +6,7 @@ from safetensors.numpy import save
 
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.records import to_bytes
+from sonofed_common.contract.study import Infusion
 from sonofed_common.models.ensemble import INFUSION, infusion_records
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically
@@ -49,8 +50,11 @@ def _add_segmenters(run: StudyRun, writer: BundleWriter) -> None:
     origin: Origin = "branches" if after is None else "adapted"
     for name in chosen.names:
         writer.add(f"segmenters/{name}.safetensors", chosen.weights(name))
-    head = InfusionHead(len(chosen.names), run.study.infusion, chosen.facts.classes)
-    if arrays := run.state.group(f"ensemble/{origin}"):
+    arrays = run.state.group(f"ensemble/{origin}")
+    # What no phase calibrated or trained was not tested either: then the branches weigh the same.
+    infusion = run.study.infusion if arrays else Infusion(rule="mean", calibration="none")
+    head = InfusionHead(len(chosen.names), infusion, chosen.facts.classes)
+    if arrays:
         head.load(arrays)
     writer.add(INFUSION, to_bytes(infusion_records(chosen.names, head)))
     writer.facts["image_size"] = run.study.image_size

@@ -1,4 +1,7 @@
-"""The coordinator's half of exact federated selection: it sees summed counts and no score."""
+"""The coordinator's half of exact federated selection: it needs summed counts only.
+
+Their finest intervals hold one image each, so they tell the scores to an interval's width.
+"""
 
 from __future__ import annotations
 

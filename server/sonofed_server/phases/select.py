@@ -1,4 +1,8 @@
-"""Select: the images most worth a label over all sites, without one score leaving a site."""
+"""Select: the images most worth a label over all sites, by counts of scores in intervals.
+
+Sites answer counts, but intervals are split until each holds one image: what the counts of a site
+say of its scores is as fine as the last intervals, see docs/methods.md.
+"""
 
 from __future__ import annotations
 

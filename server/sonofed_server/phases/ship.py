@@ -8,15 +8,28 @@ import numpy as np
 
 from sonofed_common.contract.actions import Install, Missing, request
 from sonofed_common.contract.bundle import MANIFEST, SIGNATURE, Bundle
-from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import BundleError, ConfigurationError
 from sonofed_common.contract.records import Array, Records
+from sonofed_common.contract.segmentation import SegmentationFacts, misfit
 from sonofed_server.study.run import StudyRun
 
 MESSAGE_BYTES = 256 * 1024**2
 
 
 def ship(run: StudyRun) -> None:
-    """Install the source bundle at every site."""
+    """Install the source bundle at every site.
+
+    Raises
+    ------
+    ConfigurationError
+        The bundle's segmenter cannot serve the study.
+    """
+    facts = run.bundle.manifest.facts
+    if "segmentation" in facts:
+        known = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
+        if (reason := misfit(run.study, known.encoder, int(facts["image_size"]))) is not None:
+            raise ConfigurationError(reason)
     install_everywhere(run, run.bundle, "ship")
 
 

@@ -29,14 +29,29 @@ def supervise(run: StudyRun) -> None:
     weights = {"source": source.weights("source")}
     facts: dict[str, Any] = dict(run.bundle.manifest.facts["segmenters"])
     for name, encoder in encoders(run).items():
-        trained = _branch(run, name, encoder)
+        trained = train_branch(run, name, encoder)
         weights[name], facts[name] = save(trained.arrays), trained.config
         run.events.emit("branch", branch=name, **trained.config["metrics"])
     install_branches(run, "branches", weights, {"segmenters": facts})
 
 
-def _branch(run: StudyRun, name: str, encoder: dict[str, Array]) -> Records:
-    """Train a branch, or take it from the cache: studies that share one do not train it twice."""
+def train_branch(run: StudyRun, name: str, encoder: dict[str, Array]) -> Records:
+    """Train a branch, or take it from the cache: studies that share one do not train it twice.
+
+    Parameters
+    ----------
+    run : StudyRun
+        Its seed is the training's.
+    name : str
+        Of the branch, for the progress.
+    encoder : dict of str to ndarray
+        Weights that its encoder starts from.
+
+    Returns
+    -------
+    Records
+        The branch's weights, and the facts of `segmenter_facts`.
+    """
     source = run.source()
     style = run.study.supervision.style_augmentation
     settings = source.segmenter
@@ -48,11 +63,11 @@ def _branch(run: StudyRun, name: str, encoder: dict[str, Array]) -> Records:
         return kept
     set_threads(source.settings.threads)
     checkpoint = run.workspace.cache / f"{key}.training.safetensors"
-    # The source's own seed: the branches differ by their encoder's start alone.
+    # Of a source that has the study's seed the branches differ by their encoder's start alone.
     model = train_segmenter(
         source.data.pool,
         settings,
-        derive_seed(source.settings.seed, "segmenter"),
+        derive_seed(run.study.seed, "segmenter"),
         {k: torch.from_numpy(np.array(v)) for k, v in encoder.items()},
         checkpoint=checkpoint,
         events=run.events,
@@ -69,7 +84,8 @@ def _key(run: StudyRun, settings: SegmenterTraining, encoder: dict[str, Array]) 
     source = run.source()
     parts = {
         "settings": settings.model_dump(mode="json"),
-        "seed": source.settings.seed,
+        "seed": run.study.seed,
+        "split": source.settings.seed,
         "image_size": source.settings.image_size,
         "threads": source.settings.threads,
         "data": source.data.provenance.digest,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.data.style import StyleAugmentation
 from sonofed_common.models.infusion import InfusionHead, gate_loss
@@ -19,7 +19,6 @@ from sonofed_server.source.segmentation_data import SegmentationPart
 EPOCHS = 3
 LEARNING_RATE = 1e-2
 BATCH = 8
-STATISTICS_BATCH = 32
 
 
 def train_gate(
@@ -28,6 +27,7 @@ def train_gate(
     pool: SegmentationPart,
     seed: int,
     events: Events = SILENT,
+    flips: bool = True,
 ) -> None:
     """Train a gate in place on source labels under style augmentation (see `gate_loss`).
 
@@ -43,13 +43,15 @@ def train_gate(
         Of the order and the augmentation.
     events : Events
         Gets the progress.
+    flips : bool
+        As the branches were trained.
     """
     head.to(device())
-    augmentation, style = Augmentation(seed), StyleAugmentation(seed)
+    augmentation, style = Augmentation(seed, flips), StyleAugmentation(seed)
 
     def renew(epoch: int) -> None:
         nonlocal augmentation, style
-        augmentation = Augmentation(derive_seed(seed, "augmentation", epoch))
+        augmentation = Augmentation(derive_seed(seed, "augmentation", epoch), flips)
         style = StyleAugmentation(derive_seed(seed, "style", epoch))
 
     def loss(indices: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ def train_gate(
     head.cpu()
 
 
-def bring_home(model: Segmenter, pool: SegmentationPart, seed: int) -> None:
+def bring_home(model: Segmenter, pool: SegmentationPart) -> None:
     """Re-estimate an adapted branch's normalisation statistics on source images, in place.
 
     Notes
@@ -72,10 +74,5 @@ def bring_home(model: Segmenter, pool: SegmentationPart, seed: int) -> None:
     Every site re-estimates them on its own images before it predicts; so does the source before it
     calibrates a branch whose statistics are averages over the sites.
     """
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        # Strides mix the batches: images often come sorted by class or scanner.
-        count = max(len(pool.images) // STATISTICS_BATCH, 1)
-        batches = (pool.images[start::count] for start in range(count))
-        update_bn(batches, model, device())
+    adapt_batch_norm(model, pool.images)
     model.eval()

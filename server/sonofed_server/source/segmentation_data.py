@@ -14,7 +14,7 @@ from sonofed_common.contract.errors import ConfigurationError, DataMissingError,
 from sonofed_common.data.images import decodable_masks, load_images, load_masks
 from sonofed_common.data.sample import Reading, Sample
 from sonofed_common.runtime import SILENT, Events
-from sonofed_server.source.data import SourceSet, provenance_of, read_data, split_source
+from sonofed_server.source.data import CLASSES, SourceSet, provenance_of, read_data, split_source
 from sonofed_server.source.settings import SourceSettings
 
 
@@ -59,6 +59,9 @@ def load_segmentation(
 ) -> SegmentationSet:
     """Read, filter, split and load the images that have masks; no class label is needed.
 
+    Images labelled normal are left out, as the sites leave them out: a segmenter that learns their
+    empty masks misses lesions.
+
     Parameters
     ----------
     settings, root, events, reading
@@ -76,7 +79,8 @@ def load_segmentation(
     if settings.segmentation is None:
         raise ConfigurationError("the source settings have no section 'segmentation'; add one")
     reading = reading or read_data(settings, root, events)
-    samples, without = decodable_masks(reading.samples)
+    lesions = [s for s in reading.samples if s.label is None or s.label in range(len(CLASSES))]
+    samples, without = decodable_masks(lesions)
     if not samples:
         raise DataMissingError("the source data holds no image with a mask; add masks to some")
     split = split_source(samples, settings)

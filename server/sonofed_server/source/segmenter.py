@@ -92,13 +92,12 @@ def train_segmenter(
     if encoder_weights is not None:
         _start_from(model, encoder_weights)
     model.to(device())
-    # Summed over the batch: an image without a class would otherwise weigh as much as one with it.
-    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    augmentation, style = Augmentation(seed), StyleAugmentation(seed)
+    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    augmentation, style = Augmentation(seed, settings.flips), StyleAugmentation(seed)
 
     def renew(epoch: int) -> None:
         nonlocal augmentation, style
-        augmentation = Augmentation(derive_seed(seed, "augmentation", epoch))
+        augmentation = Augmentation(derive_seed(seed, "augmentation", epoch), settings.flips)
         style = StyleAugmentation(derive_seed(seed, "style", epoch))
 
     def loss(indices: Tensor) -> Tensor:

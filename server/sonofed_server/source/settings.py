@@ -45,6 +45,9 @@ class SegmenterTraining(Model):
     epochs: int = Field(default=15, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     batch_size: int = Field(default=8, ge=2)
+    flips: bool = Field(
+        default=True, description="mirrored images; false where classes have a side"
+    )
     style_augmentation: bool = Field(
         default=False, description="images of many appearances, beside flips and rotations"
     )

@@ -13,7 +13,13 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save
 
-from sonofed_common.contract.bundle import Bundle, BundleWriter, Provenance
+from sonofed_common.contract.bundle import (
+    MANIFEST,
+    Bundle,
+    BundleWriter,
+    Manifest,
+    Provenance,
+)
 from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
@@ -75,10 +81,13 @@ def train_source(
     ------
     DataMissingError, OneClassError, ConfigurationError
         See `load_source`, `load_segmentation`, `train_segmenter` and `synthesise`.
+    BundleError
+        The bundle that is there is damaged or was changed.
     DivergenceError
         A loss or a weight is not finite.
     """
     set_threads(settings.threads)
+    before = _signed_before(out)
     reading = read_data(settings, data_root, events)
     source = segmentation = None
     if settings.classifiers:
@@ -95,7 +104,8 @@ def train_source(
         },
         settings=settings.digest(),
     )
-    if _is_done(out, provenance, signing_key):
+    made = (provenance, public_hex(signing_key))
+    if before is not None and (before.provenance, before.public_key) == made:
         events.emit("source bundle", state="already there")
         return out
     # Built first, so that a bad folder of weights is found before hours of training.
@@ -144,11 +154,17 @@ def _version(library: str) -> str:
         return "unknown"
 
 
-def _is_done(out: Path, provenance: Provenance, key: Ed25519PrivateKey) -> bool:
+def _signed_before(out: Path) -> Manifest | None:
+    """Return the manifest of the bundle that is there, if one was signed."""
+    if not (out / MANIFEST).exists():
+        return None
     try:
-        return Bundle.open(out, public_hex(key)).manifest.provenance == provenance
-    except BundleError:
-        return False
+        return Bundle.open(out).manifest
+    except BundleError as error:
+        raise BundleError(
+            f"the bundle {out} is not as it was signed ({error.message.partition(';')[0]}); find "
+            "out who changed it, or delete the folder to train anew"
+        ) from None
 
 
 def _add_classifier(

@@ -35,6 +35,7 @@ def study_results(run: StudyRun) -> Results:
         budgets=run.study.selection.budgets,
         sites=sites,
         clusters=tuple(facts.get("clusters", ())),
+        converged=facts.get("converged"),
         missing_sites=tuple(name for name, site in sites.items() if site.missing_reason),
         settings=run.study.model_dump(mode="json"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sonofed_common.contract.results import (
     Estimate,
     Results,
+    Stage,
     compared_sites,
     gain,
     mean_over_sites,
@@ -13,6 +14,12 @@ from sonofed_common.contract.results import (
 )
 from sonofed_simulations.report.format import count, decimal, interval, signed
 
+WAYS: dict[Stage, str] = {"source": "", "bn_adapted": "re-normalised without labels"}
+MODELS: dict[Stage, str] = {
+    "bn_adapted": "re-normalised without labels",
+    "source": "the source model",
+}
+
 
 def labels_and_images(results: Results) -> tuple[int, int]:
     """Labels given and images to choose from, over the sites that were not lost."""
@@ -20,24 +27,31 @@ def labels_and_images(results: Results) -> tuple[int, int]:
     return sum(s.selected for s in present), sum(s.images for s in present)
 
 
+def baseline(results: Results) -> Stage:
+    """Stage that a gain counts over: re-normalised without labels, where all sites tested that."""
+    return "source" if mean_over_sites(results, "bn_adapted") is None else "bn_adapted"
+
+
 def headline(results: Results) -> str:
-    """One sentence: labels spent, and what became of the AUROC at the worst hospital."""
+    """One sentence: labels spent, and what they made of the AUROC at the worst hospital."""
     labels, images = labels_and_images(results)
     spent = f"With {count(labels, 'label')} of {count(images, 'image')}"
-    before, after = worst_site(results, "source"), worst_site(results, "adapted")
+    stage = baseline(results)
+    before, after = worst_site(results, stage), worst_site(results, "adapted")
     if before is None or after is None:
         return f"{spent}, the study gave no adapted model that could be tested."
-    if len(compared_sites(results)) == 1:
-        return f"{spent}, AUROC at {before[0]} {moved(before[1].value, after[1].value)}."
-    sentence = f"{spent}, AUROC at the worst hospital {moved(before[1].value, after[1].value)}"
-    return f"{sentence}{who(before[0], after[0])}."
+    several = len(compared_sites(results)) > 1
+    change = moved(before[1].value, after[1].value, WAYS[stage])
+    where = "the worst hospital" if several else before[0]
+    return f"{spent}, AUROC at {where} {change}{who(before[0], after[0]) if several else ''}."
 
 
 def explanation(results: Results) -> list[str]:
-    """Sentences below the headline: the mean, the control, sites that lost, who is missing."""
+    """Sentences below the headline: the mean, the source, sites that lost, who is missing."""
     sentences = []
     compared = compared_sites(results)
-    before, after = mean_over_sites(results, "source"), mean_over_sites(results, "adapted")
+    stage = baseline(results)
+    before, after = mean_over_sites(results, stage), mean_over_sites(results, "adapted")
     change = gain(before, after)
     if before and after and change and len(compared) > 1:
         sentences.append(
@@ -46,16 +60,18 @@ def explanation(results: Results) -> list[str]:
         )
     elif change is not None:
         sentences.append(f"The change is {signed(change.value)}{chance(change)}.")
-    control = mean_over_sites(results, "bn_adapted")
-    over_control = gain(control, after)
-    if control and after and over_control:
+    shipped, worst = mean_over_sites(results, "source"), worst_site(results, "source")
+    if stage == "bn_adapted" and shipped and worst:
+        mean = f"{decimal(shipped.value)} on average, " if len(compared) > 1 else ""
         sentences.append(
-            "Re-estimating the network's normalisation on each hospital's own images, which needs "
-            f"no label at all, gives {decimal(control.value)}; the labels "
-            f"{beyond(over_control)}{chance(over_control)}."
+            "Re-normalised means with the network's normalisation re-estimated on each hospital's "
+            "own images, which needs no label at all. The source model as shipped has "
+            f"{mean}{decimal(worst[1].value)} at {worst[0]}."
         )
-    if lost := [name for name in compared if _fell(results, name)]:
-        sentences.append(f"Adapted, the model did worse than the source model at {names(lost)}.")
+    for other, way in MODELS.items():
+        lost = [name for name in compared if _fell(results, name, other)]
+        if lost and other in (stage, "source"):
+            sentences.append(f"Adapted, the model did worse than {way} at {names(lost)}.")
     return sentences + missing(results)
 
 
@@ -66,11 +82,12 @@ def missing(results: Results) -> list[str]:
     return [f"Not in these numbers, because lost on the way: {names(results.missing_sites)}."]
 
 
-def moved(before: float, after: float) -> str:
-    """Say what became of a measure: ``rose from .71 to .84``."""
+def moved(before: float, after: float, way: str = "") -> str:
+    """Say what became of a measure: ``rose from .71 to .84``; ``way`` tells of the first."""
     first, second = decimal(before), decimal(after)
     if first == second:
-        return f"stayed at {second}"
+        return f"stayed at {second}{f', as {way}' if way else ''}"
+    first += f" ({way})" if way else ""
     return f"{'rose' if after > before else 'fell'} from {first} to {second}"
 
 
@@ -98,9 +115,9 @@ def chance(change: Estimate) -> str:
     return f"{text}: this may be chance)" if change.low <= 0 <= change.high else f"{text})"
 
 
-def _fell(results: Results, name: str) -> bool:
+def _fell(results: Results, name: str, stage: Stage) -> bool:
     site = results.sites[name]
-    change = gain(site_estimate(site, "source"), site_estimate(site, "adapted"))
+    change = gain(site_estimate(site, stage), site_estimate(site, "adapted"))
     return change is not None and change.value < 0
 
 

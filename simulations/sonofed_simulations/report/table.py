@@ -12,6 +12,7 @@ from sonofed_common.contract.results import (
     STAGES,
     Estimate,
     Results,
+    Stage,
     compared_sites,
     gain,
     mean_over_sites,
@@ -27,7 +28,7 @@ from sonofed_simulations.report.segmentation import (
     segments,
 )
 from sonofed_simulations.report.segmentation_summary import mask_headline
-from sonofed_simulations.report.summary import headline, labels_and_images
+from sonofed_simulations.report.summary import baseline, headline, labels_and_images
 
 
 def tabulate(results: Results) -> Group:
@@ -60,11 +61,14 @@ def classifier_table(results: Results) -> Table:
     -------
     rich.table.Table
         Site, labels, AUROC before and after with 95% intervals by patient, the control, the gain of
-        the adapted model over the source's; the mean over the compared sites stands last.
+        the adapted model over the control, or over the source's without one; the mean over the
+        compared sites stands last.
     """
     table = Table(title=f"Study {results.study}", caption=headline(results), box=box.SIMPLE_HEAD)
     table.add_column("Site", min_width=9, overflow="fold")
-    for name in ("Labels", "Source AUROC", "BN-adapted", "Adapted", "Gain"):
+    stage = baseline(results)
+    over = "Over BN" if stage == "bn_adapted" else "Over source"
+    for name in ("Labels", "Source AUROC", "BN-adapted", "Adapted", over):
         table.add_column(name, justify="right", no_wrap=True)
     for name, site in results.sites.items():
         estimates = [site_estimate(site, stage) for stage in STAGES]
@@ -73,12 +77,12 @@ def classifier_table(results: Results) -> Table:
             fate = "no result" if site.missing_reason is None else "lost"
             table.add_row(name, labels, fate, style="dim")
             continue
-        table.add_row(name, labels, *_cells(estimates))
+        table.add_row(name, labels, *_cells(estimates, stage))
     if len(compared_sites(results)) > 1:
         labelled, images = labels_and_images(results)
         means = [mean_over_sites(results, stage) for stage in STAGES]
         table.add_section()
-        table.add_row("Mean", f"{labelled} of {images}", *_cells(means), style="bold")
+        table.add_row("Mean", f"{labelled} of {images}", *_cells(means, stage), style="bold")
     return table
 
 
@@ -126,9 +130,9 @@ def _mask_cells(row: MaskComparison) -> list[str]:
     return [*values, signed(change.value if change else None)]
 
 
-def _cells(stages: Sequence[Estimate | None]) -> list[str]:
+def _cells(stages: Sequence[Estimate | None], baseline: Stage) -> list[str]:
     source, control, adapted = stages
-    change = gain(source, adapted)
+    change = gain(stages[STAGES.index(baseline)], adapted)
     return [
         _compact(source),
         decimal(control.value if control else None),

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.study import Phase, Study
+from sonofed_common.contract.segmentation import NEEDS_SEGMENTER, misfit
+from sonofed_common.contract.study import Study, check_site_name
 from sonofed_common.data.readers import READERS
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.phantoms.generator import Anatomy
@@ -18,10 +19,6 @@ from sonofed_simulations.phantoms.scanner import SCANNERS
 
 SHARED = ("image_size", "classifiers")
 """What a study takes over from its source unless it says otherwise."""
-
-NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
-    ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
-)
 
 
 class PhantomData(Model):
@@ -105,6 +102,13 @@ class Scenario(Model):
         values["source"] = {"name": name, **values["source"]}
         return values
 
+    @field_validator("hospitals")
+    @classmethod
+    def _plain(cls, hospitals: dict[str, Hospital]) -> dict[str, Hospital]:
+        for name in hospitals:
+            check_site_name(name)
+        return hospitals
+
     @model_validator(mode="after")
     def _source_serves(self) -> Self:
         untrained = sorted(set(self.study.classifiers) - set(self.source.classifiers))
@@ -122,6 +126,11 @@ class Scenario(Model):
             raise ValueError(
                 f"phase '{wanting[0]}' needs a segmenter; give [source] a section 'segmentation'"
             )
+        trained = self.source.segmentation
+        if trained is not None:
+            reason = misfit(self.study, trained.encoder, self.source.image_size)
+            if reason is not None:
+                raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

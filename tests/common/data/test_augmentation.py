@@ -96,6 +96,17 @@ def test_masks_move_with_their_images() -> None:
     assert len(empty) == len(none) == 0
 
 
+def test_sides_survive_without_flips() -> None:
+    images, masks = torch.zeros(60, 1, 64, 64), torch.zeros(60, 1, 64, 64, dtype=torch.uint8)
+    masks[..., 20:44, 6:22], masks[..., 20:44, 42:58] = 1, 2
+    images[masks == 1] = 1.0
+    moved, moved_masks = Augmentation(5, flips=False).with_masks(images, masks)
+    assert moved[..., 32:].max() == 0 == Augmentation(5, flips=False)(images)[..., 32:].max()
+    assert (moved_masks == 1)[..., :32].flatten(1).any(1).all()
+    assert not (moved_masks == 1)[..., 32:].any() and not (moved_masks == 2)[..., :32].any()
+    assert (Augmentation(5).with_masks(images, masks)[1] == 1)[..., 32:].any()
+
+
 def test_images_with_masks_are_flipped_and_turned_as_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -177,8 +177,27 @@ def test_unusable_tables(text: str, error: type[Exception], tmp_path: Path) -> N
 
 def test_table_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(b"\xff\xfe\x00\x81\x00image")
-    with pytest.raises(DataUnreadableError):
+    with pytest.raises(DataUnreadableError, match="UTF-8"):
         read("table", tmp_path)
+
+
+def test_a_table_that_cannot_be_opened_is_not_called_badly_saved(tmp_path: Path) -> None:
+    """A link to itself: root may open whatever a mode forbids."""
+    (tmp_path / "table.csv").symlink_to(tmp_path / "table.csv")
+    with pytest.raises(DataUnreadableError, match=r"cannot be opened; let the user"):
+        read("table", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["busi", "table"])
+def test_a_folder_without_permission(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    with pytest.raises(DataUnreadableError, match="may not be read"):
+        read(kind, tmp_path)
 
 
 def test_messages_hold_no_file_names(tmp_path: Path) -> None:

@@ -61,6 +61,16 @@ def test_black_stays_black_and_nothing_moves() -> None:
     assert (brighter.mean(dim=1) > 0).double().mean() > 0.95
 
 
+def test_a_black_cyst_changes_and_the_border_does_not() -> None:
+    images = disc(100).clone()
+    images[..., 22:34, 20:32] = 0
+    styled = StyleAugmentation(2)(images)
+    cyst, middle = styled[..., 22:34, 20:32], styled[..., 27:29, 25:27]
+    assert bool((styled[disc(100) == 0] == 0).all())
+    assert (cyst.amax(dim=(1, 2, 3)) > 0).double().mean() > 0.2
+    assert 0.1 < (middle.amax(dim=(1, 2, 3)) > 0.02).double().mean() < 0.9
+
+
 def test_appearance_changes_strongly_and_of_each_image_on_its_own() -> None:
     images = disc(100)
     styled = StyleAugmentation(1)(images)

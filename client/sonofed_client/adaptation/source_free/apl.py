@@ -41,9 +41,10 @@ class APL(SelfTraining):
             yield from student.encoder.parameters()
 
     def judge(self, teacher: Segmenter, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the classes of largest mean probability, of an image and its mirror."""
-        mirrored = teacher.probabilities(batch.flip(-1)).flip(-1)
-        p = (teacher.probabilities(batch) + mirrored) / 2
+        """Return the classes of largest mean probability, of an image and with flips its mirror."""
+        p = teacher.probabilities(batch)
+        if self.settings.flips:
+            p = (p + teacher.probabilities(batch.flip(-1)).flip(-1)) / 2
         return p.argmax(dim=1), certainty(p)
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ class CBST(SelfTraining):
 
     Source: Zou et al., "Unsupervised Domain Adaptation for Semantic Segmentation via
     Class-Balanced Self-Training", ECCV 2018. There the share grows from round to round, with the
-    source's labelled images beside; here it is fixed, without a source.
+    source's labelled images beside; here it is fixed, without a source. There the label of a pixel
+    is the class of largest ``p_c / border_c``, which lets rare classes win pixels; here it is the
+    class of largest p, and the borders choose among the pixels of each class alone.
     """
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from sonofed_client.adaptation.source_free.self_training import SelfTraining, entropy
 from sonofed_common.models.segmenter import Segmenter
@@ -17,7 +18,8 @@ class Tent(SelfTraining):
 
     Source: Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021.
     There one pass is made over the images as they come; here the study's epochs over augmented
-    views. Only scales and shifts are trained. There are no pseudo-labels: every pixel counts.
+    views. Only scales and shifts are trained. There are no pseudo-labels: every pixel counts. As
+    there, the network predicts without dropout, from the statistics of the batch.
     """
 
     def trained(self, student: Segmenter) -> Iterable[nn.Parameter]:
@@ -33,4 +35,7 @@ class Tent(SelfTraining):
 
     def loss(self, student: Segmenter, batch: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Return the mean entropy, nats."""
+        for module in student.modules():
+            if isinstance(module, _DropoutNd):
+                module.eval()
         return entropy(student.probabilities(batch)).mean()

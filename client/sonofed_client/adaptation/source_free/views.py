@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+FLIP_PROBABILITY = 0.5
 GAMMA = 0.3
 """Largest |log gamma|."""
 CONTRAST = 0.2
@@ -20,6 +21,8 @@ class Views:
     ----------
     seed : int
         The same seed and the same order of calls give the same bits.
+    flips : bool
+        Off where classes have a side.
 
     Notes
     -----
@@ -27,7 +30,8 @@ class Views:
     border would be one nobody predicted.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, flips: bool = True) -> None:
+        self._flip_probability = FLIP_PROBABILITY if flips else 0.0
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(
@@ -47,7 +51,7 @@ class Views:
         tuple of Tensor
             Of the same shapes; images in [0, 1].
         """
-        flip = self._uniform(len(images)) < 0.5
+        flip = self._uniform(len(images)) < self._flip_probability
         images, labels, weights = (
             torch.where(flip.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
             for x in (images, labels, weights)

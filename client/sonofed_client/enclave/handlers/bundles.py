@@ -40,8 +40,12 @@ def describe(site: Site, parameters: Describe, request: Records) -> Records:
             },
             "device": torch.cuda.get_device_name() if site.device.type == "cuda" else "cpu",
         },
-        metrics={"pool": round(pool, -1) or ROUNDING, "test": round(test, -1) or ROUNDING},
+        metrics={"pool": _rounded(pool), "test": _rounded(test)},
     )
+
+
+def _rounded(count: int) -> int:
+    return max(round(count, -1), ROUNDING) if count else 0
 
 
 def missing(site: Site, parameters: Missing, request: Records) -> Records:

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sonofed_client.adaptation.evaluation import evaluate
-from sonofed_client.adaptation.finetuning import adapt_batch_norm, draw_replay, finetune_round
+from sonofed_client.adaptation.finetuning import draw_replay, finetune_round
+from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
 from sonofed_common.contract.records import Records, from_bytes, grouped
@@ -84,10 +86,10 @@ def _replay(
 def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Records) -> Records:
     """Metrics with patient-clustered intervals on the site's own test images."""
     rows, images = site.images("test", parameters.image_size)
-    if any(row.label is None for row in rows):
+    if not rows or any(row.label is None for row in rows):
         raise OneClassError(
-            f"the test images of site {site.settings.name} have no labels; leave the phase "
-            "'classifier' out"
+            f"site {site.settings.name} has no labelled test images; leave the phase 'classifier' "
+            "out"
         )
     _, pool = site.images("pool", parameters.image_size)
     model = starting_model(site, parameters, request, pool, parameters.batch_norm)
@@ -130,6 +132,5 @@ def starting_model(
     if weights := request.group("weights"):
         load_weights(model, weights)
     if batch_norm == "site":
-        step = max(1, len(pool) // BATCH_NORM_IMAGES)
-        adapt_batch_norm(model, pool[::step][:BATCH_NORM_IMAGES])
+        adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))
     return model

@@ -36,10 +36,8 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     if student_weights := request.group("student"):
         load_weights(student, student_weights)
         load_weights(predictor, request.group("predictor"))
-    if parameters.settings.merge == "fedema" and parameters.round > 0:
-        scale = _merge(site, parameters, student)
-    else:
-        scale = None
+    fedema = parameters.settings.merge == "fedema"
+    scale = _merge(site, parameters, student) if fedema else None
     partners = None
     if parameters.pairs == "reconstruction":
         partners = reconstructions(site, parameters, parameters.reconstruction)
@@ -57,8 +55,8 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
             checkpoint,
         )
     arrays = weights_of(student)
-    if parameters.settings.merge == "fedema":
-        kept = site.study_artifact(parameters.study, "student")
+    if fedema:
+        kept = _student(site, parameters, parameters.round)
         site.store.put(kept, Records(arrays, config={"scale": scale}))
     return Records(
         {**grouped("student", arrays), **grouped("predictor", weights_of(predictor))},
@@ -68,13 +66,28 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
 
 
 def _merge(site: Site, parameters: Embed, student: HypersphereEncoder) -> float | None:
-    previous = site.store.get(site.study_artifact(parameters.study, "student"))
+    """Merge the student with the one that this site ended its last round with."""
+    if parameters.round == 0:
+        # Those of an earlier study of this name.
+        site.store.remove(_student(site, parameters))
+    names = site.store.names(_student(site, parameters))
+    earlier = sorted(n for n in names if n < _student(site, parameters, parameters.round))
+    # A round that is done again merges with what it merged with before: that one stays.
+    for passed in earlier[:-1]:
+        site.store.remove(passed)
+    previous = site.store.get(earlier[-1]) if earlier else None
     if previous is None:
         return None
     local = {name: torch.from_numpy(np.array(a)) for name, a in previous.arrays.items()}
     merged, scale = fedema_merge(local, student.state_dict(), previous.config["scale"])
     student.load_state_dict(merged)
     return scale
+
+
+def _student(site: Site, parameters: Embed, round: int | None = None) -> str:
+    """Name of the student after a round, or what all these names start with."""
+    number = "" if round is None else f"{round:04d}"
+    return site.study_artifact(parameters.study, f"student/{number}")
 
 
 def cluster(site: Site, parameters: Cluster, request: Records) -> Records:

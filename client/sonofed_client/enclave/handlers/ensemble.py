@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sonofed_client.adaptation.ensemble import branch_probabilities, consensus_log_temperatures
-from sonofed_client.adaptation.finetuning import adapt_batch_norm
+from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
-from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.site import SMALLEST_MEASURED, Site
 from sonofed_client.enclave.store import CataloguedImage
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainEnsemble
 from sonofed_common.contract.errors import DivergenceError, ParameterError, SiteEmptyError
 from sonofed_common.contract.records import Records
@@ -61,13 +63,18 @@ class Prediction:
 def train_ensemble(site: Site, parameters: TrainEnsemble, request: Records) -> Records:
     """Logarithm of each branch's temperature, by consensus of the branches on the pool."""
     rows, images = site.images("pool", parameters.image_size)
+    if len(rows) < SMALLEST_MEASURED:
+        nothing = np.zeros(len(parameters.branches))
+        return Records({"log_temperatures": nothing}, config={"examples": 0})
     models = _branches(site, parameters, images, "site")
     found = consensus_log_temperatures(models, images)
     return Records({"log_temperatures": found}, config={"examples": len(rows)})
 
 
 def evaluate_segmenter(site: Site, parameters: EvaluateSegmenter, request: Records) -> Records:
-    """Metrics with patient-clustered intervals on the site's own test masks."""
+    """Metrics with patient-clustered intervals on the site's own test masks; none of too few."""
+    if len(site.masks("test", parameters.image_size)[0]) < SMALLEST_MEASURED:
+        return Records(config={"examples": 0})
     groups: list[str] = []
     parts: list[ImageScores] = []
     for prediction in predict_site(site, parameters, request):
@@ -145,7 +152,7 @@ def _branches(
         for branch in parameters.branches
     ]
     if batch_norm == "site":
-        step = max(1, len(pool) // BATCH_NORM_IMAGES)
+        sample = evenly_spaced(pool, BATCH_NORM_IMAGES)
         for model in models:
-            adapt_batch_norm(model, pool[::step][:BATCH_NORM_IMAGES])
+            adapt_batch_norm(model, sample)
     return models

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.errors import ConfigurationError, DataUnreadableError
 from sonofed_common.data.readers.breast import read_breast
 from sonofed_common.data.readers.busbra import read_busbra
 from sonofed_common.data.readers.busi import read_busi
@@ -46,10 +46,15 @@ def read(kind: str, root: Path) -> Reading:
     SiteEmptyError
         The set lists no image.
     DataUnreadableError
-        Images are listed, and none can be read.
+        Images are listed, and none can be read; or the folder may not be.
     """
     if kind not in READERS:
         raise ConfigurationError(
             f"no reader is called '{kind}'; choose one of {', '.join(READERS)}"
         )
-    return READERS[kind](root)
+    try:
+        return READERS[kind](root)
+    except PermissionError as error:
+        raise DataUnreadableError(
+            "the data set's folder may not be read; let the user that runs this read it"
+        ) from error

@@ -28,7 +28,7 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     DataMissingError
         The file or a required column does not exist.
     DataUnreadableError
-        The file is not a table of text.
+        The file may not be read, or is not a table of text.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -43,7 +43,12 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
         raise DataMissingError(
             "the data set's table does not exist; put the CSV file there or correct the path"
         ) from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise DataUnreadableError(
+            "the data set's table cannot be opened; let the user that runs this read it and its "
+            "folder"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataUnreadableError(
             "the data set's table cannot be read; save it as CSV in UTF-8"
         ) from error

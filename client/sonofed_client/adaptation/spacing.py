@@ -1,0 +1,12 @@
+"""A few of many images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def evenly_spaced(images: Tensor, count: int) -> Tensor:
+    """Return up to ``count`` images, evenly spaced: neighbours are often of one patient."""
+    count = min(count, len(images))
+    return images[torch.arange(count) * len(images) // max(count, 1)]
