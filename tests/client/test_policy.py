@@ -123,7 +123,11 @@ def test_nothing_that_is_not_named_ever_passes(held, config, metrics):
             "weights/a",
             "weights/b",
         }
-        assert not any(len(n) > 3 and n in error.value.message for n in strangers)
+        said = error.value.message
+        words = set(re.findall(r"\w+", said))
+        for name in strangers:
+            # A short word of letters may well be part of one that the sentence has anyway.
+            assert len(name) < 4 or name not in (words if name.isalpha() else said)
 
 
 @settings(max_examples=100, deadline=None)

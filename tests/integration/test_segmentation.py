@@ -768,10 +768,10 @@ def test_a_bundle_without_a_segmenter_is_refused(lab, tmp_path, phase):
     assert json.loads(workspace.failure.read_text())["error"] == "parameters"
 
 
-def reduced(name, **source):
-    """Two hospitals of a built-in scenario of real data, small and for one epoch."""
+def reduced(name, hospitals, **source):
+    """Some hospitals of a built-in scenario of real data, small and for one epoch."""
     values = tomllib.loads(built_in()[name].read_text())
-    kept = {n: values["hospitals"][n] for n in ("rio-aplio", "poland")}
+    kept = {n: values["hospitals"][n] for n in hospitals}
     values |= {"hospitals": kept, "threads": 1}
     values["source"] |= {"image_size": 64, "threads": 1}
     for section in ("segmentation", "training"):
@@ -802,7 +802,7 @@ def run_reduced(values, data, tmp_path):
     file = tmp_path / "reduced.toml"
     file.write_text(tomli_w.dumps(values))
     results = simulate(read_scenario(str(file)), tmp_path / "out", data, "inline", 0, Events())
-    assert results.missing_sites == () and list(results.sites) == ["rio-aplio", "poland"]
+    assert results.missing_sites == () and list(results.sites) == list(values["hospitals"])
     assert (tmp_path / "out" / "report.html").is_file()
     return results
 
@@ -810,7 +810,7 @@ def run_reduced(values, data, tmp_path):
 @pytest.mark.data
 @pytest.mark.slow
 def test_outlines_of_real_lesions_across_countries(data, tmp_path):
-    values = reduced("breast_segmentation")
+    values = reduced("breast_segmentation", ["rio-aplio"])
     once = {"rounds": 1, "local_epochs": 1, "batch_size": 32}
     values["study"] |= {"pretraining": once, "pseudo_labels": once}
     results = run_reduced(values, data, tmp_path)
@@ -824,7 +824,8 @@ def test_outlines_of_real_lesions_across_countries(data, tmp_path):
 @pytest.mark.data
 @pytest.mark.slow
 def test_real_lesions_are_classified_across_countries(data, tmp_path):
-    values = reduced("breast_three_countries", diffusion={"kind": "none"})
+    hospitals = ["rio-aplio", "poland"]
+    values = reduced("breast_three_countries", hospitals, diffusion={"kind": "none"})
     values["study"] |= {
         "phases": ["enrol", "ship", "embed", "cluster", "select", "annotate", "classifier"],
         "embedding": {"rounds": 1, "dimension": 16},
