@@ -116,7 +116,7 @@ def refusals(study: Study, policy: Policy) -> list[str]:
         try:
             policy.admit(question.parameters, question.action, Records())
             reply = _sample(question, study)
-            released = release(policy, question.action, reply, lambda: reply.arrays)  # noqa: B023
+            released = release(policy, question.action, reply, reply.arrays.copy)
             size, _ = payload(released.records)
             policy.check_bytes(question.action, size, 0, 0)
         except PolicyError as error:
