@@ -9,6 +9,7 @@ import typer
 
 from sonofed_client.commands import ledger, policy, store, studies
 from sonofed_client.commands.enclave import enclave
+from sonofed_client.commands.provisioning import init, install
 from sonofed_client.enclave.store import open_store
 from sonofed_client.settings import read_site
 from sonofed_common.cli import application
@@ -16,7 +17,8 @@ from sonofed_common.cli import application
 app = application("Run a hospital's side of federated ultrasound studies.")
 for group in (policy, ledger, studies, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
-app.command()(enclave)
+for command in (init, install, enclave):
+    app.command()(command)
 
 
 @app.callback()

@@ -9,7 +9,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from sonofed_common.contract.errors import ConfigurationError, SonoFedError
+from sonofed_common.contract.errors import ConfigurationError, EnrolmentError, SonoFedError
 
 
 class Commands(TyperGroup):
@@ -56,3 +56,28 @@ def application(help: str) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_show_locals=False,
     )
+
+
+def agreed_words(given: str | None, shown: str) -> str:
+    """Return what the other side read out over the phone.
+
+    Parameters
+    ----------
+    given : str or None
+        From the command line.
+    shown : str
+        The words to compare, for a person who sits before a terminal.
+
+    Raises
+    ------
+    EnrolmentError
+        Nobody is there to ask, or the person says that the words differ.
+    """
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise EnrolmentError("have the other side read its words to you, and give them: --words")
+    print(f"\n    {shown}\n")
+    if not typer.confirm("Does the other side read out these same words?"):
+        raise EnrolmentError("the words differ: what came is not what the other side sent")
+    return shown

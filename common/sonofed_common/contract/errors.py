@@ -151,6 +151,18 @@ class StoreError(SonoFedError):
     code, exit_code = "store", 84
 
 
+class EnrolmentError(SonoFedError):
+    """A request or a kit is not what it says, is not signed by whom it names, or is not wanted."""
+
+    code, exit_code = "enrolment", 90
+
+
+class DeploymentError(SonoFedError):
+    """A process of the deployment runs already, does not run, or cannot be started."""
+
+    code, exit_code = "deployment", 91
+
+
 CATALOGUE: dict[str, type[SonoFedError]] = {
     error.code: error
     for error in (
@@ -173,6 +185,8 @@ CATALOGUE: dict[str, type[SonoFedError]] = {
         StudyDeniedError,
         LedgerError,
         StoreError,
+        EnrolmentError,
+        DeploymentError,
     )
 }
 

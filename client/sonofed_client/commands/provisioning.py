@@ -1,0 +1,88 @@
+"""``sonofed-site init`` and ``install``: from nothing to an installed startup kit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_client.provisioning.kit import check_kit, install_kit, read_kit
+from sonofed_client.provisioning.place import Hospital, RelaySettings
+from sonofed_client.provisioning.request import make_request, replace_node_key
+from sonofed_client.settings import MasterKeySource, SiteData, SiteSettings, read_site
+from sonofed_common.cli import agreed_words
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.study import check_site_name
+from sonofed_common.fingerprint import compare_words, words_of
+
+Folder = Annotated[Path, typer.Option(help="Folder of the hospital's installation.")]
+
+
+def init(
+    name: Annotated[str, typer.Argument(help="The hospital's name, as the coordinator has it.")],
+    folder: Folder = Path("site"),
+    new_node_key: Annotated[
+        bool, typer.Option("--new-node-key", help="Replace the node's key: after a revocation.")
+    ] = False,
+) -> None:
+    """Make the hospital's keys here, and write the enrolment request for the coordinator."""
+    try:
+        check_site_name(name)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    hospital = Hospital(folder.resolve())
+    make = replace_node_key if new_node_key else make_request
+    request = make(hospital, name)
+    print(f"send the coordinator this file, in which no secret is: {hospital.request}")
+    print(f"and read these words to them over the phone: {request.words}")
+
+
+def install(
+    kit: Annotated[Path, typer.Argument(help="The startup kit, a zip, from the coordinator.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the images; needed the first time.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="How the images are read: table, busi ...")] = "table",
+    folder: Folder = Path("site"),
+    words: Annotated[
+        str | None, typer.Option(help="What the coordinator read out; else it is asked for.")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(help="Account of the SuperNode, which must not read images.")
+    ] = None,
+    runtime_port: Annotated[int, typer.Option(help="Loopback port of the SuperNode.")] = 9094,
+    health_port: Annotated[int, typer.Option(help="Loopback port of the supervisor.")] = 9095,
+    simulated: Annotated[
+        bool,
+        typer.Option("--simulated", help="Answer labels from the data set; approve every study."),
+    ] = False,
+) -> None:
+    """Check the startup kit, compare its fingerprint with the coordinator's, and lay it out."""
+    hospital = Hospital(folder.resolve())
+    read, files = read_kit(kit)
+    if not check_kit(hospital, read):
+        print(f"kit of project {read.project} for site {read.site}, contact {read.contact}")
+        said = agreed_words(words, words_of(read.coordinator))
+        compare_words(said, read.coordinator, "this kit's coordinator")
+    if hospital.site.exists():
+        settings = read_site(hospital.site)
+    elif data is None:
+        raise ConfigurationError("give the folder of the images: --data")
+    else:
+        settings = SiteSettings(
+            name=read.site,
+            store=hospital.store,
+            data=SiteData(kind=kind, path=data.resolve()),
+            coordinator_key=read.public_key,
+            oracle=simulated,
+            policy=hospital.policy,
+            master_key=MasterKeySource(file=hospital.master_key),
+            socket=hospital.socket,
+            auto_approve=simulated,
+        )
+    values = {"runtime_port": runtime_port, "health_port": health_port, "user": user}
+    relay = validate(RelaySettings, values, "the relay's settings")
+    install_kit(hospital, read, files, settings, relay)
+    print(f"site {read.site} is installed in {hospital.root}; next: sonofed-site up")

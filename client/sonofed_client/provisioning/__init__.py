@@ -1,0 +1,1 @@
+"""The hospital's half of enrolment: its keys, its request and its kit."""

@@ -1,0 +1,169 @@
+"""Enrol hospitals: check a request, keep its record, write its startup kit; revoke it."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.enrolment import EnrolmentRequest, Kit, canonical
+from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
+from sonofed_common.runtime import write_atomically
+from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
+from sonofed_server.provisioning.project import Coordinator
+
+SAME_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+class SiteRecord(Model):
+    """What the coordinator keeps of a hospital.
+
+    Attributes
+    ----------
+    revoked_keys : tuple of str
+        Node keys that are refused for ever, the present one among them once it is revoked.
+    """
+
+    request: EnrolmentRequest
+    enrolled: datetime
+    revoked_keys: tuple[str, ...] = Field(default=())
+
+    @property
+    def site(self) -> str:
+        """The hospital's name."""
+        return self.request.enrolment.site
+
+    @property
+    def node_key(self) -> str:
+        """Its node's public key."""
+        return self.request.enrolment.node_key
+
+    @property
+    def revoked(self) -> bool:
+        """Whether it may no longer take part."""
+        return self.node_key in self.revoked_keys
+
+
+def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
+    """Keep a hospital's record and write its startup kit; the same request again writes it again.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Of the project.
+    request : EnrolmentRequest
+        Checked; whose words were compared.
+
+    Returns
+    -------
+    Path
+        The kit, a zip.
+
+    Raises
+    ------
+    EnrolmentError
+        The project does not name the site, the key was revoked, or the site is enrolled with
+        another key.
+    """
+    enrolment, project = request.enrolment, coordinator.project
+    if enrolment.site not in project.sites:
+        raise EnrolmentError(
+            f"project {project.name} names no site {enrolment.site}; add it to its sites"
+        )
+    known = find_record(coordinator, enrolment.site)
+    if known is not None and enrolment.node_key in known.revoked_keys:
+        raise EnrolmentError(
+            f"this key of site {enrolment.site} was revoked; have it make new keys"
+        )
+    if known is not None and not known.revoked and known.node_key != enrolment.node_key:
+        raise EnrolmentError(
+            f"site {enrolment.site} is enrolled with another key; revoke that first"
+        )
+    for record in records(coordinator):
+        if record.site != enrolment.site and record.node_key == enrolment.node_key:
+            raise EnrolmentError(f"this key is already that of site {record.site}")
+    record = SiteRecord(
+        request=request,
+        enrolled=datetime.now(UTC).replace(microsecond=0),
+        revoked_keys=known.revoked_keys if known is not None else (),
+    )
+    _keep(coordinator, record)
+    return write_kit(coordinator, record)
+
+
+def revoke(coordinator: Coordinator, site: str) -> SiteRecord:
+    """Refuse a hospital's key from now on.
+
+    Raises
+    ------
+    EnrolmentError
+        It is not enrolled.
+    """
+    record = find_record(coordinator, site)
+    if record is None:
+        raise EnrolmentError(f"site {site} is not enrolled")
+    if not record.revoked:
+        keys = (*record.revoked_keys, record.node_key)
+        record = record.model_copy(update={"revoked_keys": keys})
+        _keep(coordinator, record)
+    _kit_path(coordinator, site).unlink(missing_ok=True)
+    return record
+
+
+def records(coordinator: Coordinator) -> list[SiteRecord]:
+    """Records of all hospitals that ever enrolled, by name."""
+    found = []
+    for path in sorted(coordinator.sites.glob("*.json")):
+        try:
+            found.append(SiteRecord.model_validate_json(path.read_bytes()))
+        except ValidationError:
+            raise ConfigurationError(
+                f"{path} is damaged; restore it from its backup, or delete it and enrol the site "
+                "again"
+            ) from None
+    return found
+
+
+def find_record(coordinator: Coordinator, site: str) -> SiteRecord | None:
+    """Return the record of one hospital, or None."""
+    return next((r for r in records(coordinator) if r.site == site), None)
+
+
+def write_kit(coordinator: Coordinator, record: SiteRecord) -> Path:
+    """Write a hospital's startup kit: what it is told, the signature of that, the authority."""
+    key = load_or_create_signing_key(coordinator.signing_key)
+    authority = coordinator.authority.read_bytes()
+    kit = Kit(
+        project=coordinator.project.name,
+        site=record.site,
+        address=coordinator.project.address,
+        contact=coordinator.project.contact,
+        public_key=public_hex(key),
+        authority=sha256(authority),
+        node_key=sha256(record.node_key.encode()),
+        created=record.enrolled,
+    )
+    data = kit.to_bytes()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (
+            ("kit.json", data),
+            ("kit.sig", key.sign(data)),
+            ("ca.pem", authority),
+        ):
+            archive.writestr(zipfile.ZipInfo(name, SAME_TIME), content)
+    path = _kit_path(coordinator, record.site)
+    write_atomically(path, packed.getvalue())
+    return path
+
+
+def _keep(coordinator: Coordinator, record: SiteRecord) -> None:
+    write_atomically(coordinator.sites / f"{record.site}.json", canonical(record))
+
+
+def _kit_path(coordinator: Coordinator, site: str) -> Path:
+    return coordinator.kits / f"{site}.zip"
