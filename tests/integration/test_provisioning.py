@@ -82,8 +82,10 @@ def test_from_nothing_to_an_installed_site(project):
     assert Path("north/kit/ca.pem").read_bytes() == authority
     leaf = Path("coordinator/front.pem")
     verified = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-verify_hostname", "localhost"]
-        + ["-purpose", "sslserver", "-CAfile", "coordinator/ca.pem", leaf],
+        [
+            *("openssl", "verify", "-x509_strict", "-verify_hostname", "localhost"),
+            *("-purpose", "sslserver", "-CAfile", "coordinator/ca.pem", leaf),
+        ],
         capture_output=True,
         text=True,
     )

@@ -49,9 +49,6 @@ def install(
     words: Annotated[
         str | None, typer.Option(help="What the coordinator read out; else it is asked for.")
     ] = None,
-    user: Annotated[
-        str | None, typer.Option(help="Account of the SuperNode, which must not read images.")
-    ] = None,
     runtime_port: Annotated[int, typer.Option(help="Loopback port of the SuperNode.")] = 9094,
     health_port: Annotated[int, typer.Option(help="Loopback port of the supervisor.")] = 9095,
     simulated: Annotated[
@@ -82,7 +79,7 @@ def install(
             socket=hospital.socket,
             auto_approve=simulated,
         )
-    values = {"runtime_port": runtime_port, "health_port": health_port, "user": user}
+    values = {"runtime_port": runtime_port, "health_port": health_port}
     relay = validate(RelaySettings, values, "the relay's settings")
     install_kit(hospital, read, files, settings, relay)
     print(f"site {read.site} is installed in {hospital.root}; next: sonofed-site up")

@@ -16,9 +16,6 @@ class RelaySettings(Model):
 
     runtime_port: int = Field(default=9094, ge=1, le=65535, description="SuperNode's, loopback")
     health_port: int = Field(default=9095, ge=1, le=65535, description="supervisor's, loopback")
-    user: str | None = Field(
-        default=None, description="account of the SuperNode, which must not read images"
-    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Hospital:
     Attributes
     ----------
     root : Path
-        Absolute. The relay's user needs ``node.key``, ``kit/``, ``relay.toml`` and the socket.
+        Absolute.
     """
 
     root: Path

@@ -1,0 +1,64 @@
+"""``sonofed-site up``, ``down`` and ``status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_client.commands.provisioning import Folder
+from sonofed_client.provisioning.place import Hospital
+from sonofed_client.provisioning.programs import beside, programs
+from sonofed_common.supervision.control import describe, start_detached, stop
+from sonofed_common.supervision.supervisor import read_status, supervise
+
+DEFAULT = Path("site")
+
+
+def up(
+    folder: Folder = DEFAULT,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="In the background; return when all works.")
+    ] = False,
+) -> None:
+    """Start enclave and SuperNode, and start again whichever ends.
+
+    Both run under this account: the units for systemd give each an account of its own.
+    """
+    hospital = Hospital(folder.resolve())
+    each, title = programs(hospital), _title(hospital)
+    if not detach:
+        supervise(hospital.run, title, hospital.relay_settings.health_port, each)
+        return
+    command = [str(beside("sonofed-site")), "up", "--folder", str(hospital.root)]
+    for line in describe(start_detached(hospital.run, command, title)):
+        print(line)
+    print(f"{title} is up")
+
+
+def down(folder: Folder = DEFAULT) -> None:
+    """End all that `up` started; jobs that are not over go on when it is up again."""
+    hospital = Hospital(folder.resolve())
+    ended = stop(hospital.run)
+    print(f"{_title(hospital)} is down" if ended else f"{_title(hospital)} was not up")
+
+
+def status(
+    folder: Folder = DEFAULT,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say how each program is; exit code 1 unless all of them work."""
+    hospital = Hospital(folder.resolve())
+    found = read_status(hospital.run)
+    if json:
+        print(found.model_dump_json() if found is not None else "null")
+    else:
+        absent = (f"{_title(hospital)} is not up",)
+        for line in describe(found) if found is not None else absent:
+            print(line)
+    raise typer.Exit(0 if found is not None and found.healthy else 1)
+
+
+def _title(hospital: Hospital) -> str:
+    return f"the site in {hospital.root}"

@@ -1,0 +1,83 @@
+"""Start a supervisor in the background, ask how it is, and end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.supervision.supervisor import Status, read_status
+
+START_SECONDS, END_SECONDS = 180.0, 120.0
+POLL_SECONDS = 0.1
+
+
+def start_detached(folder: Path, command: Sequence[str], title: str) -> Status:
+    """Start a supervisor that outlives this process, and wait until all its programs work.
+
+    Raises
+    ------
+    DeploymentError
+        It is up already, it ended, or its programs do not come to work; then none is left running.
+    """
+    if read_status(folder) is not None:
+        raise DeploymentError(f"{title} is up already; see its status")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "supervisor.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            said = log.read_text(encoding="utf-8", errors="replace").strip()[-500:]
+            raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
+        status = read_status(folder)
+        if status is not None and status.supervisor.pid == process.pid and status.healthy:
+            return status
+        time.sleep(POLL_SECONDS)
+    status = read_status(folder)
+    stop(folder)
+    lines = "; ".join(describe(status)) if status is not None else "it said nothing"
+    raise DeploymentError(f"{title} did not come up: {lines}; see the logs in {folder}")
+
+
+def stop(folder: Path) -> bool:
+    """End the supervisor of a folder with all its programs.
+
+    Returns
+    -------
+    bool
+        Whether there was one.
+
+    Raises
+    ------
+    DeploymentError
+        It does not end.
+    """
+    status = read_status(folder)
+    if status is None:
+        return False
+    os.kill(status.supervisor.pid, signal.SIGTERM)
+    until = time.monotonic() + END_SECONDS
+    while status.supervisor.alive:
+        if time.monotonic() > until:
+            raise DeploymentError(
+                f"{status.title} does not end; its supervisor is process {status.supervisor.pid}"
+            )
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def describe(status: Status) -> Iterator[str]:
+    """Say in lines how each program is."""
+    for name, program in status.programs.items():
+        since = datetime.fromtimestamp(program.since).astimezone().isoformat(timespec="seconds")
+        line = f"{name:<10} {program.state:<8} since {since}, {max(0, program.restarts)} restarts"
+        yield f"{line}, last {program.reason}" if program.reason else line

@@ -1,0 +1,155 @@
+"""The supervisor: starts programs, starts again those that end, and tells how they are."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.runtime import write_atomically
+from sonofed_common.supervision.family import Identity, end
+from sonofed_common.supervision.program import Child, Program, ProgramStatus, mark
+
+STEP_SECONDS = 0.1
+
+
+class Status(Model):
+    """What a supervisor says of itself and its programs; ``supervisor.json``."""
+
+    title: str
+    supervisor: Identity
+    health_port: int
+    programs: dict[str, ProgramStatus]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every program works."""
+        return all(p.state == "running" for p in self.programs.values())
+
+
+def supervise(folder: Path, title: str, health_port: int, programs: Sequence[Program]) -> None:
+    """Run programs until this process is asked to end; then end them in the reverse order.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets ``supervisor.json``, and a log of each program; made if absent.
+    title : str
+        What they are together.
+    health_port : int
+        ``GET /healthz`` on the loopback: 200 when every program works, else 503.
+    programs : sequence of Program
+        In the order of their start.
+
+    Raises
+    ------
+    DeploymentError
+        Another supervisor runs them, or the port is taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(folder, title):
+        _end_what_was_left(folder)
+        ended = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
+        children = [Child(program, folder) for program in programs]
+        own = Identity.of(os.getpid())
+        assert own is not None
+
+        def status() -> Status:
+            each = {child.program.name: child.status for child in children}
+            return Status(title=title, supervisor=own, health_port=health_port, programs=each)
+
+        with _health(health_port, status):
+            try:
+                while not ended.is_set():
+                    changes = [child.step() for child in children]
+                    if any(changes):
+                        _write(folder, status())
+                    ended.wait(STEP_SECONDS)
+            finally:
+                for child in reversed(children):
+                    child.end()
+                state_file(folder).unlink(missing_ok=True)
+
+
+def read_status(folder: Path) -> Status | None:
+    """Return what the supervisor of a folder last said, or None if there is none that runs."""
+    kept = _read(folder)
+    return kept if kept is not None and kept.supervisor.alive else None
+
+
+def state_file(folder: Path) -> Path:
+    """Where a supervisor keeps its state."""
+    return folder / "supervisor.json"
+
+
+def _read(folder: Path) -> Status | None:
+    try:
+        return Status.model_validate_json(state_file(folder).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _write(folder: Path, status: Status) -> None:
+    write_atomically(state_file(folder), status.model_dump_json(indent=1).encode(), mode=0o600)
+
+
+def _end_what_was_left(folder: Path) -> None:
+    """End the programs of a supervisor that was killed."""
+    kept = _read(folder)
+    for name, program in kept.programs.items() if kept is not None else ():
+        end(mark(folder, name), program.identity, 0.0)
+
+
+@contextmanager
+def _alone(folder: Path, title: str) -> Iterator[None]:
+    with (folder / "supervisor.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeploymentError(f"{title} is up already; see its status") from None
+        yield
+
+
+@contextmanager
+def _health(port: int, status: Callable[[], Status]) -> Iterator[None]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/healthz":
+                self.send_error(404)
+                return
+            now = status()
+            body = json.dumps({"healthy": now.healthy, **now.model_dump(mode="json")}).encode()
+            self.send_response(200 if now.healthy else 503)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing of each question."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise DeploymentError(
+            f"port {port} of this machine's loopback cannot be used ({error.strerror}); name "
+            "another health_port"
+        ) from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,53 @@
+"""``sonofed-coordinator up``, ``down`` and ``status``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sonofed_common.supervision.control import describe, start_detached, stop
+from sonofed_common.supervision.supervisor import read_status, supervise
+from sonofed_server.commands.provisioning import DEFAULT, Project
+from sonofed_server.provisioning.programs import beside, programs
+from sonofed_server.provisioning.project import read_coordinator
+
+TITLE = "the coordinator"
+
+
+def up(
+    project: Project = DEFAULT,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="In the background; return when all works.")
+    ] = False,
+) -> None:
+    """Start SuperLink, front and conductor, and start again whichever ends."""
+    coordinator = read_coordinator(project)
+    if not detach:
+        port = coordinator.project.health_port
+        supervise(coordinator.run, TITLE, port, programs(coordinator, project))
+        return
+    command = [str(beside("sonofed-coordinator")), "up", "--project", str(project)]
+    for line in describe(start_detached(coordinator.run, command, TITLE)):
+        print(line)
+    print(f"{TITLE} is up; hospitals reach it at {coordinator.project.address}")
+
+
+def down(project: Project = DEFAULT) -> None:
+    """End all that `up` started; studies go on when it is up again."""
+    ended = stop(read_coordinator(project).run)
+    print(f"{TITLE} is down" if ended else f"{TITLE} was not up")
+
+
+def status(
+    project: Project = DEFAULT,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say how each program is; exit code 1 unless all of them work."""
+    found = read_status(read_coordinator(project).run)
+    if json:
+        print(found.model_dump_json() if found is not None else "null")
+    else:
+        for line in describe(found) if found is not None else (f"{TITLE} is not up",):
+            print(line)
+    raise typer.Exit(0 if found is not None and found.healthy else 1)

@@ -1,0 +1,69 @@
+"""What runs at a coordinator: the SuperLink, the front before it, and the conductor of studies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.supervision.program import Program, answers
+from sonofed_server.provisioning.front import write_front
+from sonofed_server.provisioning.project import Coordinator
+
+SBIN = ("/usr/sbin", "/usr/local/sbin")
+
+
+def programs(coordinator: Coordinator, project: Path) -> list[Program]:
+    """Return the coordinator's programs, in the order of their start.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Initialised.
+    project : Path
+        The project's file.
+
+    Raises
+    ------
+    DeploymentError
+        nginx is not installed.
+    """
+    port, environment = coordinator.project.superlink_port, flower_environment(coordinator)
+    nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), *SBIN]))
+    if nginx is None:
+        raise DeploymentError("nginx, the front before the SuperLink, is missing; install it")
+    superlink = (
+        str(beside("flower-superlink")),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--database", str(coordinator.flower / "superlink.sqlite")),
+        *("--ssl-certfile", str(coordinator.superlink_certificate)),
+        *("--ssl-keyfile", str(coordinator.superlink_key)),
+        *("--ssl-ca-certfile", str(coordinator.authority)),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    )
+    front = (nginx, "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
+    return [
+        Program("superlink", superlink, lambda: answers(port), environment),
+        Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
+    ]
+
+
+def flower_environment(coordinator: Coordinator) -> dict[str, str]:
+    """Return the environment of Flower's programs: nothing is told to anyone, nothing installed."""
+    coordinator.flower.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return {
+        "FLWR_HOME": str(coordinator.flower),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def beside(program: str) -> Path:
+    """Return a program that was installed with this Python."""
+    return Path(sys.executable).with_name(program)

@@ -1,0 +1,177 @@
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.supervision.control import start_detached, stop
+from sonofed_common.supervision.family import Identity, members
+from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
+from sonofed_common.supervision.supervisor import read_status
+
+PATIENCE = 300
+
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from sonofed_common.supervision.program import Program
+from sonofed_common.supervision.supervisor import supervise
+
+folder = Path(sys.argv[1])
+sleep = (sys.executable, "-c", "import time; time.sleep(10_000)")
+# A grandchild with a session of its own, as Flower's are, and an environment of its own for one.
+nest = (
+    "import subprocess, sys, time;"
+    "sleep = [sys.executable, '-c', 'import time; time.sleep(10_000)'];"
+    "subprocess.Popen(sleep, start_new_session=True);"
+    "subprocess.Popen(sleep, env={});"
+    f"open({str(folder / 'nested')!r}, 'w').close();"
+    "time.sleep(10_000)"
+)
+programs = [
+    Program("plain", sleep, lambda: True),
+    Program("nest", (sys.executable, "-c", nest), (folder / "nested").exists),
+]
+supervise(folder, "the test", int(sys.argv[2]), programs)
+"""
+
+
+def wait_for(condition):
+    until = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def asked(port, path="/healthz"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def family(folder):
+    status = read_status(folder)
+    return [
+        pid
+        for name in ("plain", "nest")
+        for pid in members(mark(folder, name), status.programs[name].identity if status else None)
+    ]
+
+
+@contextmanager
+def up(folder):
+    port = free_port()
+    start_detached(folder, [sys.executable, "-c", SUPERVISOR, str(folder), str(port)], "the test")
+    try:
+        yield port
+    finally:
+        stop(folder)
+
+
+def test_a_family_is_watched_and_ends_whole(tmp_path):
+    with up(tmp_path) as port:
+        code, body = asked(port)
+        assert code == 200 and json.loads(body)["healthy"]
+        assert asked(port, "/other")[0] == 404
+        everyone = family(tmp_path)
+        assert len(everyone) == 4
+        with pytest.raises(DeploymentError, match="up already"):
+            start_detached(tmp_path, ["true"], "the test")
+    assert read_status(tmp_path) is None
+    assert not any(Identity.of(pid) for pid in everyone)
+    assert stop(tmp_path) is False
+
+
+def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):
+    with up(tmp_path) as port:
+        before = read_status(tmp_path).programs
+        nest = members(mark(tmp_path, "nest"), before["nest"].identity)
+        assert len(nest) == 3
+        (tmp_path / "nested").unlink()
+        os.kill(before["nest"].identity.pid, signal.SIGKILL)
+
+        def again():
+            now = read_status(tmp_path).programs["nest"]
+            return now.state == "running" and now.restarts == 1 and now
+
+        after = wait_for(again)
+        assert after.reason == "ended by signal 9"
+        assert not set(nest) & set(members(mark(tmp_path, "nest"), after.identity))
+        assert not any(Identity.of(pid) for pid in nest)
+        assert read_status(tmp_path).programs["plain"] == before["plain"]
+        assert asked(port)[0] == 200
+
+
+def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
+    with up(tmp_path):
+        first = read_status(tmp_path).supervisor
+        everyone = family(tmp_path)
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: not first.alive)
+        assert read_status(tmp_path) is None
+    with up(tmp_path):
+        assert not any(Identity.of(pid) for pid in everyone)
+        assert len(family(tmp_path)) == 4
+
+
+def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
+    child = Child(Program("brief", ("false",), lambda: False), tmp_path)
+    now, starts = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    while len(starts) < 11:
+        before = child.status.restarts
+        if child.status.state == "starting":
+            child._process.wait()
+        child.step()
+        if child.status.restarts > before:
+            starts.append(now[0])
+        elif child.status.state == "waiting":
+            now[0] += 0.25
+    pauses = [b - a for a, b in pairwise(starts)]
+    assert pauses[:4] == [0.5, 1, 2, 4] and pauses[-1] == LONGEST_PAUSE
+    assert child.status.reason == "ended by exit code 1"
+    child.end()
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path):
+    child = Child(Program("absent", (str(tmp_path / "no"),), lambda: True), tmp_path)
+    child.step()
+    assert child.status.state == "waiting" and "No such file" in child.status.reason
+
+
+def test_a_taken_port_and_an_early_end_are_told(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
+        with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
+            start_detached(tmp_path, command, "the test")
+
+
+def test_a_later_process_of_the_same_number_is_another(tmp_path):
+    process = subprocess.Popen(["sleep", "1000"])
+    identity = Identity.of(process.pid)
+    assert identity.alive
+    assert not identity.model_copy(update={"started": identity.started - 1}).alive
+    assert not identity.model_copy(update={"boot": "another"}).alive
+    assert members("nothing", identity.model_copy(update={"boot": "another"})) == []
+    process.kill()
+    assert not identity.alive
+    process.wait()
