@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sonofed_client.commands import ledger, policy, store, studies
-from sonofed_client.commands.deployment import down, status, up
+from sonofed_client.commands.deployment import check, down, status, up
 from sonofed_client.commands.enclave import enclave
 from sonofed_client.commands.provisioning import init, install
 from sonofed_client.enclave.store import open_store
@@ -18,7 +18,7 @@ from sonofed_common.cli import application
 app = application("Run a hospital's side of federated ultrasound studies.")
 for group in (policy, ledger, studies, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
-for command in (init, install, up, down, status, enclave):
+for command in (init, install, check, up, down, status, enclave):
     app.command()(command)
 
 

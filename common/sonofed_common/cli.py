@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError, SonoFedError
+from sonofed_common.preflight import Finding, verdict
 
 
 class Commands(TyperGroup):
@@ -56,6 +58,15 @@ def application(help: str) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_show_locals=False,
     )
+
+
+def tell(findings: Iterable[Finding], json: bool) -> NoReturn:
+    """Print what a preflight found, each line as it is found, and end with its exit code."""
+    kept = []
+    for finding in findings:
+        kept.append(finding)
+        print(finding.model_dump_json() if json else finding.line(), flush=True)
+    raise typer.Exit(verdict(kept))
 
 
 def agreed_words(given: str | None, shown: str) -> str:

@@ -17,4 +17,5 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the study in the workspace that the run configuration names."""
     workspace = Workspace(Path(str(context.run_config["workspace"])))
-    run_study(workspace, grid, str(context.run_config["engine"]))
+    with workspace.alone():
+        run_study(workspace, grid, str(context.run_config["engine"]))

@@ -11,14 +11,17 @@ from sonofed_common.cli import application
 from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
-from sonofed_server.commands.deployment import down, status, up
+from sonofed_server.commands import study
+from sonofed_server.commands.deployment import check, conduct, down, status, up
 from sonofed_server.commands.provisioning import enrol, init, provision, renew, revoke
 
 app = application("Train a source model and launch federated studies with hospitals.")
 source = typer.Typer(help="Models trained on labelled source data.", no_args_is_help=True)
 app.add_typer(source, name="source")
-for command in (init, enrol, provision, revoke, renew, up, down, status):
+for command in (init, enrol, provision, revoke, renew, check, up, down, status):
     app.command()(command)
+app.command(hidden=True)(conduct)
+app.add_typer(study.app, name="study")
 
 KEY = Path(typer.get_app_dir("sonofed")) / "coordinator.pem"
 

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from sonofed_client.commands.provisioning import Folder
+from sonofed_client.provisioning import preflight
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.provisioning.programs import beside, programs
+from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
 from sonofed_common.supervision.supervisor import read_status, supervise
 
@@ -58,6 +60,14 @@ def status(
         for line in describe(found) if found is not None else absent:
             print(line)
     raise typer.Exit(0 if found is not None and found.healthy else 1)
+
+
+def check(
+    folder: Folder = DEFAULT,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Look at everything that a study will need; exit code 1 if anything fails."""
+    tell(preflight.check(Hospital(folder.resolve())), json)
 
 
 def _title(hospital: Hospital) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
 
+from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
 from sonofed_common.supervision.supervisor import read_status, supervise
 from sonofed_server.commands.provisioning import DEFAULT, Project
+from sonofed_server.provisioning import preflight
 from sonofed_server.provisioning.programs import beside, programs
 from sonofed_server.provisioning.project import read_coordinator
 
@@ -51,3 +54,19 @@ def status(
         for line in describe(found) if found is not None else (f"{TITLE} is not up",):
             print(line)
     raise typer.Exit(0 if found is not None and found.healthy else 1)
+
+
+def check(
+    project: Project = DEFAULT,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Look at everything that a study will need; exit code 1 if anything fails."""
+    tell(preflight.check(read_coordinator(project)), json)
+
+
+def conduct(project: Project = DEFAULT) -> None:
+    """Begin the studies that are wanted; `up` runs this."""
+    from sonofed_server.study.conductor import Conductor
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    Conductor(read_coordinator(project)).run()

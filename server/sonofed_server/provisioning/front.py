@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
+from sonofed_common.contract.errors import DeploymentError
 from sonofed_server.provisioning.project import Coordinator
+
+SBIN = ("/usr/sbin", "/usr/local/sbin")
 
 # The path is passed on as nginx has normalised it, never as it came: a way round such as
 # '/v1/control/../fleet' would otherwise be read differently behind it.
@@ -79,6 +84,23 @@ http {{
   }}
 }}
 """
+
+
+def find_nginx() -> str:
+    """Return the path of nginx.
+
+    Raises
+    ------
+    DeploymentError
+        It is not installed.
+    """
+    found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), *SBIN]))
+    if found is None:
+        raise DeploymentError(
+            "nginx, the front before the SuperLink, is missing; install it, for example by "
+            "'apt-get install nginx-light'"
+        )
+    return found
 
 
 def write_front(coordinator: Coordinator) -> Path:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
-from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.program import Program, answers
-from sonofed_server.provisioning.front import write_front
+from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.project import Coordinator
-
-SBIN = ("/usr/sbin", "/usr/local/sbin")
 
 
 def programs(coordinator: Coordinator, project: Path) -> list[Program]:
@@ -31,9 +27,6 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
         nginx is not installed.
     """
     port, environment = coordinator.project.superlink_port, flower_environment(coordinator)
-    nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), *SBIN]))
-    if nginx is None:
-        raise DeploymentError("nginx, the front before the SuperLink, is missing; install it")
     superlink = (
         str(beside("flower-superlink")),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -44,10 +37,12 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
     )
-    front = (nginx, "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
+    front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
+    conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     return [
         Program("superlink", superlink, lambda: answers(port), environment),
         Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
+        Program("conductor", conductor, lambda: True),
     ]
 
 

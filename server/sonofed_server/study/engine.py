@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+import httpx
 from flwr.serverapp import Grid
 
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import SonoFedError
+from sonofed_common.contract.errors import EngineError, SonoFedError
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.runtime import Events, write_atomically
@@ -35,6 +36,7 @@ from sonofed_server.study.run import StudyRun
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 INTERNAL = "the coordinator met an error of its own; see its log, and run the study again to go on"
+CUT_OFF = "the SuperLink was lost or gave the run up; the study goes on when it is back"
 
 PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "enrol": enrol,
@@ -81,13 +83,15 @@ def run_study(
     try:
         results = _run(workspace, grid, engine, events)
     except Exception as error:
+        if isinstance(error, httpx.HTTPError):
+            error = EngineError(CUT_OFF)
         # The text of an error that is not of the catalogue may hold anything; it stays in the log.
         message = error.message if isinstance(error, SonoFedError) else INTERNAL
         code = error.code if isinstance(error, SonoFedError) else SonoFedError.code
         reason = {"error": code, "message": message}
         write_atomically(workspace.failure, json.dumps(reason).encode())
         events.emit("study-failed", **reason)
-        raise
+        raise error
     events.emit("study-completed", seconds=round(results.seconds, 1))
     return results
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from sonofed_common.contract.errors import (
@@ -22,6 +23,23 @@ from sonofed_common.contract.study import Cohort
 from sonofed_common.runtime import Events
 
 POLL_SECONDS = 0.05
+AWAY_SECONDS = 240.0
+"""How long a site may be away before an exchange goes on without it. Flower takes about a minute to
+see that a node died, and does not let it back in before."""
+
+LOOK_SECONDS = 2.0
+"""Pause between two looks at when the nodes came."""
+
+RETRY_SECONDS = 1.0
+AWAY = frozenset(
+    {
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    }
+)
+"""What Flower answers for a node that is gone, or for a message that went with it."""
+
 NEED_SELECTION = frozenset({"query.annotations", "train.classifier"})
 Request = Records | Callable[[str], Records]
 
@@ -62,6 +80,9 @@ class Exchange:
     traffic: Traffic = field(default_factory=Traffic)
     missing: dict[str, str] = field(default_factory=dict)
     unselected: frozenset[str] = frozenset()
+    _away: dict[str, float] = field(default_factory=dict, repr=False)
+    _came: dict[int, str] = field(default_factory=dict, repr=False)
+    _looked: float = field(default=0.0, repr=False)
 
     def sites(self) -> list[str]:
         """Sites that take part in the phase at hand, in the cohort's order."""
@@ -103,6 +124,7 @@ class Exchange:
         """
         asked = self.sites() if sites is None else sites
         barred = self.unselected if action in NEED_SELECTION else frozenset()
+        self._look()
         pushed = {site: self._push(action, request, site) for site in asked if site not in barred}
         until = time.monotonic() + self.cohort.deadline_seconds
         failures: dict[str, SonoFedError] = {}
@@ -120,13 +142,28 @@ class Exchange:
         self, action: str, request: Records, nodes: list[int], until: float
     ) -> Iterator[tuple[int, Records | SonoFedError]]:
         """Ask nodes by Flower's ids: only enrolment does, before sites have names."""
-        pushed = {node: self._send(action, request, node) for node in nodes}
-        for node, message in pushed.items():
-            yield node, self._pull(f"node {node}", message, until)
+        self._look()
+        pushed = {node: self._push_to(node, action, lambda: request) for node in nodes}
+        for node, sent in pushed.items():
+            yield node, self._pull(f"node {node}", sent, until)
 
-    def _push(self, action: str, request: Request, site: str) -> str:
-        records = request if isinstance(request, Records) else request(site)
-        return self._send(action, records, self.nodes[site])
+    def _push(self, action: str, request: Request, site: str) -> _Sent:
+        def made() -> Records:
+            return request if isinstance(request, Records) else request(site)
+
+        return self._push_to(self.nodes[site], action, made)
+
+    def _push_to(self, node: int, action: str, made: Callable[[], Records]) -> _Sent:
+        def send() -> str:
+            return self._send(action, made(), node)
+
+        return _Sent(node, send, send(), self._came.get(node, ""))
+
+    def _look(self) -> None:
+        """See when each node came: one that came anew has lost what was sent to it before."""
+        # A node that is away is not listed; when it last came is kept.
+        self._came |= {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+        self._looked = time.monotonic()
 
     def _send(self, action: str, records: Records, node: int) -> str:
         self.traffic.to_sites += len(to_bytes(records))
@@ -134,9 +171,16 @@ class Exchange:
         (message_id,) = self.grid.push_messages([message])
         return message_id
 
-    def _pull(self, site: str, message_id: str, until: float) -> Records | SonoFedError:
+    def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
         while True:
-            for message in self.grid.pull_messages([message_id]):
+            for message in self.grid.pull_messages([sent.message]):
+                if message.has_error() and message.error.code in AWAY:
+                    if self._gone(site):
+                        return QuorumError(f"site {site} is not connected")
+                    time.sleep(RETRY_SECONDS)
+                    sent.again(self._came.get(sent.node, ""))
+                    break
+                self._away.pop(site, None)
                 if not message.has_content():
                     return QuorumError(f"site {site} could not do the work; see its own log")
                 try:
@@ -147,9 +191,30 @@ class Exchange:
                 if "error" in reply.config:
                     return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
                 return reply
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._look()
+                # The site's enclave knows the request, and goes on with the work that it began.
+                if (came := self._came.get(sent.node, "")) != sent.came:
+                    sent.again(came)
             if time.monotonic() > until:
                 return QuorumError(f"site {site} did not answer within the deadline")
             time.sleep(POLL_SECONDS)
+
+    def _gone(self, site: str) -> bool:
+        since = self._away.setdefault(site, time.monotonic())
+        return time.monotonic() - since > AWAY_SECONDS
+
+
+@dataclass
+class _Sent:
+    node: int
+    send: Callable[[], str]
+    message: str
+    came: str
+
+    def again(self, came: str) -> None:
+        """Send it anew; a reply to what was sent before is never asked for."""
+        self.message, self.came = self.send(), came
 
 
 def _unselected(site: str) -> OrderError:

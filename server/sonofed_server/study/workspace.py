@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sonofed_common.contract.errors import ConfigurationError, ParameterError
+from sonofed_common.contract.errors import ConfigurationError, DeploymentError, ParameterError
 from sonofed_common.contract.records import Array, Records, from_bytes, to_bytes
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import sha256
+from sonofed_common.supervision.family import Identity
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,30 @@ class Workspace:
     def failure(self) -> Path:
         """The error that ended the study, JSON; absent unless it failed."""
         return self.root / "failure.json"
+
+    @property
+    def process(self) -> Path:
+        """The process that works on the study, or that last did, JSON."""
+        return self.root / "process.json"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the study for this process; the system lets go of it when the process ends.
+
+        Raises
+        ------
+        DeploymentError
+            Another process works on it.
+        """
+        with (self.root / "process.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DeploymentError(f"another process works on {self.root}") from None
+            own = Identity.of(os.getpid())
+            assert own is not None
+            write_atomically(self.process, own.model_dump_json().encode())
+            yield
 
 
 def identity_of(study: Study, bundle: str) -> str:

@@ -24,6 +24,7 @@ from sonofed_client.app import SITES_VARIABLE
 from sonofed_common.contract.errors import EngineError, error_from_code
 from sonofed_common.contract.results import Results, read_results
 from sonofed_common.runtime import Events
+from sonofed_server.study.flower import app_bundle
 from sonofed_server.study.workspace import Workspace
 from sonofed_simulations.laboratory import failure
 
@@ -67,30 +68,6 @@ def run_flower(
         _submit(workspace, home, environment, port, len(sites), threads)
         _follow(workspace, process, home, events, seen)
     return read_results(workspace.results)
-
-
-def app_bundle(workspace: Workspace) -> dict[str, object]:
-    """Return the pyproject of the app bundle: it names installed components and ships no code."""
-    return {
-        "project": {
-            "name": "sonofed-study",
-            "version": "1.0.0",
-            "license": "Apache-2.0",
-            "dependencies": [],
-        },
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "sonofed",
-                    "components": {
-                        "serverapp": "sonofed_server.app:app",
-                        "clientapp": "sonofed_client.app:app",
-                    },
-                    "config": {"workspace": str(workspace.root), "engine": "flower"},
-                }
-            }
-        },
-    }
 
 
 def _environment(home: Path, sites: list[Path]) -> dict[str, str]:
@@ -154,7 +131,9 @@ def _submit(
 ) -> None:
     app = home / "app"
     app.mkdir()
-    (app / "pyproject.toml").write_text(tomli_w.dumps(app_bundle(workspace)), encoding="utf-8")
+    (app / "pyproject.toml").write_text(
+        tomli_w.dumps(app_bundle(workspace, "flower")), encoding="utf-8"
+    )
     connection = {"superlink": {CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
     (home / "config.toml").write_text(tomli_w.dumps(connection), encoding="utf-8")
     cores = os.cpu_count() or 1

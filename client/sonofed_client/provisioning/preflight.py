@@ -1,0 +1,93 @@
+"""What a hospital checks before a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sonofed_client.enclave.policy import read_policy
+from sonofed_client.provisioning.place import Hospital
+from sonofed_client.provisioning.programs import installed_kit
+from sonofed_client.provisioning.request import read_node_key
+from sonofed_client.settings import SiteSettings, read_site
+from sonofed_common.contract.enrolment import node_public_text
+from sonofed_common.contract.errors import EnrolmentError, PolicyError, SiteEmptyError, SonoFedError
+from sonofed_common.preflight import Finding, certificate, front, look, machine
+from sonofed_common.security import sha256
+from sonofed_common.supervision.program import answers_on
+from sonofed_common.supervision.supervisor import read_status
+
+SKIPPED_NAMED = 3
+
+
+def check(hospital: Hospital) -> Iterator[Finding]:
+    """Look at everything that a study will need; what is missing hides nothing else."""
+    yield look("kit", lambda: _kit(hospital))
+    try:
+        kit = installed_kit(hospital)
+        settings = read_site(hospital.site)
+    except SonoFedError as error:
+        yield Finding(subject="settings", state="fails", said=error.message)
+        return
+    authority = hospital.authority.read_bytes()
+    yield certificate("authority", authority, "ask the coordinator for a new kit")
+    yield from front(kit.address, hospital.authority)
+    yield _program(hospital, "enclave", settings)
+    yield _program(hospital, "supernode", settings)
+    yield look("policy", lambda: _policy(settings))
+    yield _images(settings)
+    yield from machine(hospital.root)
+
+
+def _kit(hospital: Hospital) -> str:
+    kit = installed_kit(hospital)
+    own = node_public_text(read_node_key(hospital).public_key())
+    if sha256(own.encode()) != kit.node_key:
+        raise EnrolmentError(
+            "the node key here is not the one that is enrolled; send the coordinator "
+            f"{hospital.request} and install the kit that comes back"
+        )
+    return f"of project {kit.project} for site {kit.site}; contact {kit.contact}"
+
+
+def _program(hospital: Hospital, name: str, settings: SiteSettings) -> Finding:
+    status = read_status(hospital.run)
+    if status is None:
+        said = "not started; run 'sonofed-site up'"
+        return Finding(subject=name, state="warning", said=said)
+    program = status.programs[name]
+    works = program.state == "running"
+    if name == "enclave" and settings.socket is not None:
+        works = works and answers_on(settings.socket)
+    if works:
+        return Finding(subject=name, state="ok", said=f"answers, {program.restarts} restarts")
+    said = f"does not work ({program.reason or program.state}); see {hospital.run / name}.log"
+    return Finding(subject=name, state="fails", said=said)
+
+
+def _policy(settings: SiteSettings) -> str:
+    policy = read_policy(settings.policy)
+    if policy.coordinators and settings.coordinator_key not in policy.coordinators:
+        raise PolicyError(
+            "the policy's coordinators do not name the coordinator_key of the site's settings"
+        )
+    return f"'{policy.name}' is valid, digest {policy.digest()[:12]}"
+
+
+def _images(settings: SiteSettings) -> Finding:
+    # The readers load an image library; the other commands start faster without.
+    from sonofed_common.data.readers import read
+
+    try:
+        reading = read(settings.data.kind, settings.data.path)
+        if not reading.samples:
+            raise SiteEmptyError(f"no image in {settings.data.path} is usable")
+    except SonoFedError as error:
+        return Finding(subject="images", state="fails", said=error.message)
+    said = f"{len(reading.samples)} are readable"
+    if not reading.skipped:
+        return Finding(subject="images", state="ok", said=said)
+    few = "; ".join(f"{s.name} ({s.reason})" for s in reading.skipped[:SKIPPED_NAMED])
+    said = f"{said}, {len(reading.skipped)} are not, for example {few}"
+    return Finding(
+        subject="images", state="warning", said=f"{said}; 'sonofed-site intake' says all"
+    )

@@ -1,0 +1,155 @@
+"""``sonofed-coordinator study``: check, run, follow, stop, resume and report studies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonofed_common.contract.errors import ConfigurationError, DeploymentError, error_from_code
+from sonofed_common.contract.results import read_results
+from sonofed_common.contract.study import read_study
+from sonofed_common.supervision.supervisor import read_status
+from sonofed_server.commands.provisioning import DEFAULT, Project
+from sonofed_server.provisioning.project import Coordinator, read_coordinator
+from sonofed_server.study import desk
+from sonofed_server.study.standing import standing
+from sonofed_server.study.summary import summary
+
+app = typer.Typer(help="Studies with the enrolled hospitals.", no_args_is_help=True)
+File = Annotated[Path, typer.Argument(help="The study's file, TOML.", metavar="STUDY.toml")]
+Bundle = Annotated[Path, typer.Option(help="Folder of the source's signed bundle.")]
+Name = Annotated[str, typer.Argument(help="The study's name.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
+FOLLOW_SECONDS = 1.0
+
+
+@app.callback()
+def study() -> None:
+    """Launch studies and look after them."""
+
+
+@app.command()
+def check(study: File, bundle: Bundle, project: Project = DEFAULT) -> None:
+    """Say before it starts whether a study can."""
+    for line in desk.check(read_coordinator(project), read_study(study), bundle):
+        print(line)
+
+
+@app.command()
+def run(
+    study: File,
+    bundle: Bundle,
+    source: Annotated[
+        Path | None, typer.Option(help="The source's file, for segmentation.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The source's data; default: beside it.")
+    ] = None,
+    project: Project = DEFAULT,
+    follow: Follow = False,
+) -> None:
+    """Run a study; it survives the end of this command, of any process, and a restart."""
+    coordinator = read_coordinator(project)
+    where = None if source is None else (source, data or source.parent)
+    entry = desk.put_on(coordinator, study, bundle, where)
+    _begin(coordinator, entry, follow)
+
+
+@app.command("list")
+def list_studies(project: Project = DEFAULT) -> None:
+    """Print the studies and their states."""
+    for entry in desk.entries(read_coordinator(project)):
+        print(f"{entry.state:<10} {entry.name}")
+
+
+@app.command()
+def status(
+    name: Name,
+    project: Project = DEFAULT,
+    follow: Follow = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say where a study stands: phase, round, hospitals, bytes, time left."""
+    coordinator = read_coordinator(project)
+    entry = desk.find(coordinator, name)
+    if follow:
+        _follow(coordinator, entry)
+        return
+    now = standing(entry)
+    print(now.model_dump_json() if json else "\n".join(now.lines()))
+
+
+@app.command()
+def resume(name: Name, project: Project = DEFAULT, follow: Follow = False) -> None:
+    """Go on with a study that was stopped or has failed, from its last finished round."""
+    coordinator = read_coordinator(project)
+    entry = desk.find(coordinator, name)
+    entry.workspace.failure.unlink(missing_ok=True)
+    _begin(coordinator, entry, follow)
+
+
+@app.command()
+def stop(name: Name, project: Project = DEFAULT) -> None:
+    """Stop a study after its last finished round; `resume` goes on from there."""
+    coordinator = read_coordinator(project)
+    entry = desk.find(coordinator, name)
+    if entry.state in ("completed", "failed"):
+        raise ConfigurationError(f"study {name} is {entry.state}; there is nothing to stop")
+    entry.want(desk.Wish(wanted="stop"))
+    _check_up(coordinator)
+    while entry.state == "running":
+        time.sleep(FOLLOW_SECONDS / 4)
+    print(f"study {name} is {entry.state}")
+
+
+@app.command()
+def report(name: Name, project: Project = DEFAULT) -> None:
+    """Print what a completed study found, and where its results are."""
+    entry = desk.find(read_coordinator(project), name)
+    if entry.state != "completed":
+        raise ConfigurationError(f"study {name} is {entry.state}; it has no results yet")
+    for line in summary(read_results(entry.workspace.results)):
+        print(line)
+    print(f"results: {entry.workspace.results}\nmodel: {entry.workspace.final_bundle}")
+
+
+def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
+    if entry.state == "completed":
+        print(f"study {entry.name} is completed; see its report")
+        return
+    if entry.state == "failed":
+        raise ConfigurationError(f"study {entry.name} has failed; resume it")
+    if entry.state != "running":
+        entry.want(desk.Wish())
+    _check_up(coordinator)
+    print(f"study {entry.name} runs; see: sonofed-coordinator study status {entry.name}")
+    if follow:
+        _follow(coordinator, entry)
+
+
+def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
+    said: list[str] = []
+    while True:
+        now = standing(entry)
+        lines = now.lines()
+        for line in lines:
+            if line not in said:
+                print(line, flush=True)
+        said = lines
+        if (failure := entry.failure) is not None and now.state == "failed":
+            raise error_from_code(failure["error"], failure["message"])
+        if now.state in ("completed", "stopped"):
+            return
+        _check_up(coordinator)
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _check_up(coordinator: Coordinator) -> None:
+    if read_status(coordinator.run) is None:
+        raise DeploymentError(
+            "the coordinator is not up, and no study runs meanwhile; start it: "
+            "sonofed-coordinator up"
+        )

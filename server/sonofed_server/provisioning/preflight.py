@@ -1,0 +1,65 @@
+"""What a coordinator checks before a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sonofed_common.contract.errors import SonoFedError
+from sonofed_common.preflight import Finding, certificate, front, look, machine
+from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.supervision.supervisor import read_status
+from sonofed_server.provisioning.enrolment import SiteRecord, records
+from sonofed_server.provisioning.front import find_nginx
+from sonofed_server.provisioning.project import Coordinator
+
+
+def check(coordinator: Coordinator) -> Iterator[Finding]:
+    """Look at everything that a study will need; what is missing hides nothing else."""
+    yield look(
+        "signing key", lambda: public_hex(load_or_create_signing_key(coordinator.signing_key))
+    )
+    authority = coordinator.authority.read_bytes()
+    yield certificate("authority", authority, "enrol every site with a new one")
+    yield certificate(
+        "front's certificate", coordinator.front.read_bytes(), "run 'sonofed-coordinator renew'"
+    )
+    yield look("nginx", find_nginx)
+    yield from _programs(coordinator)
+    yield from front(coordinator.project.address, coordinator.authority)
+    yield from _sites(coordinator)
+    yield from machine(coordinator.root)
+
+
+def _programs(coordinator: Coordinator) -> Iterator[Finding]:
+    status = read_status(coordinator.run)
+    if status is None:
+        said = "not started; run 'sonofed-coordinator up'"
+        yield Finding(subject="processes", state="warning", said=said)
+        return
+    for name, program in status.programs.items():
+        if program.state == "running":
+            said = f"works, {program.restarts} restarts"
+            yield Finding(subject=name, state="ok", said=said)
+        else:
+            said = f"{program.reason or program.state}; see {coordinator.run / name}.log"
+            yield Finding(subject=name, state="fails", said=said)
+
+
+def _sites(coordinator: Coordinator) -> Iterator[Finding]:
+    try:
+        known = {record.site: record for record in records(coordinator)}
+    except SonoFedError as error:
+        yield Finding(subject="sites", state="fails", said=error.message)
+        return
+    for site in coordinator.project.sites:
+        yield _site(site, known.get(site))
+
+
+def _site(site: str, record: SiteRecord | None) -> Finding:
+    subject = f"site {site}"
+    if record is None:
+        said = "not enrolled; ask for its request, then run 'sonofed-coordinator enrol'"
+        return Finding(subject=subject, state="warning", said=said)
+    if record.revoked:
+        return Finding(subject=subject, state="warning", said="its key is revoked")
+    return Finding(subject=subject, state="ok", said=f"enrolled on {record.enrolled.date()}")

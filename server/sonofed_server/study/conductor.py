@@ -1,0 +1,129 @@
+"""The conductor: begins the studies that are wanted, and begins again those that were cut off.
+
+All that it knows stands in files, so that it may be killed and started again at any instant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from sonofed_common.contract.errors import DeploymentError, SonoFedError
+from sonofed_common.runtime import write_atomically
+from sonofed_common.supervision.family import Identity
+from sonofed_common.supervision.program import answers
+from sonofed_common.supervision.supervisor import read_status
+from sonofed_server.provisioning.project import Coordinator
+from sonofed_server.study.desk import Entry, Wish, entries
+from sonofed_server.study.flower import submit
+from sonofed_server.study.registration import register
+
+STEP_SECONDS = 0.25
+START_SECONDS = 120.0
+"""A run that has no process after this long is begun again."""
+
+ATTEMPTS = 6
+"""Starts without a finished round after which a study has failed."""
+
+LONGEST_PAUSE = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Start:
+    at: float
+    superlink: Identity | None
+    before: Identity | None
+
+
+class Conductor:
+    """Begins studies and keeps registrations.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Of the project.
+    """
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._registered: frozenset[tuple[str, float]] | None = None
+        self._submitted: dict[str, _Start] = {}
+        self._not_before = 0.0
+
+    def run(self) -> None:
+        """Do what is due, again and again, until this process is ended."""
+        while True:
+            if time.monotonic() >= self._not_before:
+                self.step()
+            time.sleep(STEP_SECONDS)
+
+    def step(self) -> None:
+        """Do what is due now."""
+        if not answers(self._coordinator.project.superlink_port):
+            return
+        try:
+            self._keep_registrations()
+            for entry in entries(self._coordinator):
+                self._tend(entry)
+        except SonoFedError as error:
+            log.warning("%s", error)
+            self._not_before = time.monotonic() + 5.0
+
+    def _keep_registrations(self) -> None:
+        files = self._coordinator.sites.glob("*.json")
+        now = frozenset((f.name, f.stat().st_mtime) for f in files)
+        if now != self._registered:
+            for line in register(self._coordinator):
+                log.warning("%s", line)
+            self._registered = now
+
+    def _tend(self, entry: Entry) -> None:
+        state, wish = entry.state, entry.wish
+        if state == "running" and wish.wanted == "stop":
+            process = entry.process
+            assert process is not None
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            log.warning("study %s is stopped", entry.name)
+        if state != "waiting" or not self._due(entry, wish):
+            return
+        got_on = entry.checkpoint > wish.checkpoint
+        attempts = 0 if got_on else wish.attempts
+        if attempts >= ATTEMPTS:
+            self._give_up(entry)
+            return
+        entry.want(Wish(attempts=attempts + 1, checkpoint=entry.checkpoint))
+        entry.workspace.failure.unlink(missing_ok=True)
+        before = entry.process
+        run = submit(self._coordinator, entry.workspace)
+        self._submitted[entry.name] = _Start(time.monotonic(), self._superlink(), before)
+        log.warning("study %s began as run %s, attempt %d", entry.name, run, attempts + 1)
+
+    def _due(self, entry: Entry, wish: Wish) -> bool:
+        if entry.name not in self._submitted:
+            return True
+        start = self._submitted[entry.name]
+        waited = time.monotonic() - start.at
+        if entry.process == start.before and start.superlink == self._superlink():
+            return waited > START_SECONDS
+        # Its process began and is gone, or the SuperLink is, which takes its runs along.
+        return waited > min(LONGEST_PAUSE, 2.0 ** (wish.attempts - 1))
+
+    def _superlink(self) -> Identity | None:
+        status = read_status(self._coordinator.run)
+        return status.programs["superlink"].identity if status is not None else None
+
+    def _give_up(self, entry: Entry) -> None:
+        sentence = (
+            f"the study's process ended {ATTEMPTS} times without finishing a round; see "
+            "superlink.log, then resume it"
+        )
+        reason = {"error": DeploymentError.code, "message": sentence}
+        write_atomically(entry.workspace.failure, json.dumps(reason).encode())

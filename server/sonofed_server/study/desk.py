@@ -1,0 +1,205 @@
+"""What a coordinator wants of each study, and what became of it: files in the study's workspace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.errors import ConfigurationError, EngineError
+from sonofed_common.contract.study import Study, check_site_name, read_study
+from sonofed_common.runtime import write_atomically
+from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.supervision.family import Identity
+from sonofed_server.provisioning.enrolment import records
+from sonofed_server.provisioning.project import Coordinator
+from sonofed_server.study.workspace import Workspace
+
+State = Literal["waiting", "running", "stopped", "failed", "completed"]
+
+
+class Wish(Model):
+    """Whether a study shall run, and how often it was begun in vain.
+
+    Attributes
+    ----------
+    wanted : {"run", "stop"}
+    attempts : int
+        Starts since the study last finished a round.
+    checkpoint : float
+        Time of the checkpoint at the last start; a later one says that it got on.
+    """
+
+    wanted: Literal["run", "stop"] = "run"
+    attempts: int = 0
+    checkpoint: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A study on the desk."""
+
+    workspace: Workspace
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.workspace.root.name
+
+    @property
+    def wish(self) -> Wish:
+        """What is wanted of it."""
+        try:
+            return Wish.model_validate_json(self._wish.read_bytes())
+        except (OSError, ValidationError):
+            return Wish(wanted="stop")
+
+    def want(self, wish: Wish) -> None:
+        """Say what is wanted of it."""
+        write_atomically(self._wish, wish.model_dump_json().encode())
+
+    @property
+    def failure(self) -> dict[str, str] | None:
+        """The error that ended it, unless it is one after which it is begun again."""
+        try:
+            reason: dict[str, str] = json.loads(self.workspace.failure.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return None if reason["error"] == EngineError.code else reason
+
+    @property
+    def checkpoint(self) -> float:
+        """When its last round was saved."""
+        try:
+            return self.workspace.checkpoint.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    @property
+    def process(self) -> Identity | None:
+        """The process that works on it, or that last did."""
+        try:
+            return Identity.model_validate_json(self.workspace.process.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    @property
+    def state(self) -> State:
+        """Where it stands; what is running is seen by its process, so a death shows at once."""
+        process = self.process
+        if process is not None and process.alive:
+            return "running"
+        if self.workspace.results.exists():
+            return "completed"
+        if self.failure is not None:
+            return "failed"
+        return "waiting" if self.wish.wanted == "run" else "stopped"
+
+    @property
+    def _wish(self) -> Path:
+        return self.workspace.root / "wish.json"
+
+
+def entries(coordinator: Coordinator) -> list[Entry]:
+    """Return all studies of a coordinator, by name."""
+    found = sorted(p.parent for p in coordinator.studies.glob("*/study.toml"))
+    return [Entry(Workspace(root)) for root in found]
+
+
+def find(coordinator: Coordinator, name: str) -> Entry:
+    """Return a study by its name.
+
+    Raises
+    ------
+    ConfigurationError
+        There is none.
+    """
+    for entry in entries(coordinator):
+        if entry.name == name:
+            return entry
+    raise ConfigurationError(f"there is no study {name[:64]!r}; 'study list' names those there are")
+
+
+def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
+    """Check before a study starts what can be known before.
+
+    Returns
+    -------
+    list of str
+        What was found to be right.
+
+    Raises
+    ------
+    ConfigurationError
+        A hospital of the cohort is not enrolled, or the name is no folder's.
+    BundleError
+        The bundle is not signed by this coordinator, or incomplete.
+    """
+    try:
+        check_site_name(study.name)
+    except ValueError:
+        raise ConfigurationError(
+            f"the study's name {study.name[:64]!r} is no plain name; use letters, digits, _ . -"
+        ) from None
+    enrolled = {record.site for record in records(coordinator) if not record.revoked}
+    if absent := [site for site in study.cohort.sites if site not in enrolled]:
+        raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
+    key = public_hex(load_or_create_signing_key(coordinator.signing_key))
+    opened = Bundle.open(bundle, key)
+    return [
+        f"study {study.name}: phases {', '.join(study.phases)}",
+        f"cohort: {', '.join(study.cohort.sites)}; quorum {study.cohort.smallest}, all enrolled",
+        f"bundle {opened.manifest.name} ({opened.id[:12]}): complete, signed by this coordinator",
+    ]
+
+
+def put_on(
+    coordinator: Coordinator, file: Path, bundle: Path, source: tuple[Path, Path] | None
+) -> Entry:
+    """Lay out the workspace of a study; the same study again is the same entry.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Of the project.
+    file : Path
+        The study, TOML.
+    bundle : Path
+        Folder of the source's signed bundle, which stays where it is.
+    source : tuple of Path or None
+        The source's file and its data folder, for studies that train at the coordinator.
+
+    Raises
+    ------
+    ConfigurationError, BundleError
+        See `check`; or another study of this name is there.
+    """
+    study = read_study(file)
+    check(coordinator, study, bundle)
+    workspace = Workspace(coordinator.studies / study.name)
+    if workspace.study.exists() and read_study(workspace.study).digest() != study.digest():
+        raise ConfigurationError(
+            f"another study is named {study.name} here; choose another name for this one"
+        )
+    workspace.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _link(workspace.bundle, bundle)
+    _link(workspace.key, coordinator.signing_key)
+    if source is not None:
+        # The other commands need no torch, and start faster without.
+        from sonofed_server.source.settings import read_source
+        from sonofed_server.study.source import write_source
+
+        write_source(workspace, read_source(source[0]), source[1])
+    # The study's file makes it an entry: it comes last.
+    write_atomically(workspace.study, file.read_bytes())
+    return Entry(workspace)
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve())

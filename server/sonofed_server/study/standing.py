@@ -1,0 +1,155 @@
+"""Where a study stands, as its files say."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from pydantic import Field
+
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.errors import ParameterError
+from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.results import PhaseCost
+from sonofed_common.contract.study import read_study
+from sonofed_server.study.desk import Entry, State
+
+TAIL_BYTES = 262_144
+
+
+class Standing(Model):
+    """Where a study stands.
+
+    Attributes
+    ----------
+    state : str
+    phase : str or None
+        At hand; None before the first and after the last.
+    phases_done, phases : int
+        How many are over, of how many.
+    task : str
+        What the phase does now, with its round.
+    done, total : float
+        Of the task.
+    seconds_left : float or None
+        Of the task, at its pace so far; None while nothing of it is done.
+    sites : dict of str to str
+        What each hospital of the cohort did last, or why it is missing.
+    bytes_to_sites, bytes_from_sites : int
+        Until the last finished round.
+    attempts : int
+        Starts since the study last finished a round.
+    reason : str
+        Why it failed.
+    """
+
+    name: str
+    state: State
+    phase: str | None = None
+    phases_done: int = 0
+    phases: int = 0
+    task: str = ""
+    done: float = 0
+    total: float = 0
+    seconds_left: float | None = None
+    sites: dict[str, str] = Field(default_factory=dict)
+    bytes_to_sites: int = 0
+    bytes_from_sites: int = 0
+    attempts: int = 0
+    reason: str = ""
+
+    def lines(self) -> list[str]:
+        """Say it in words."""
+        head = f"study {self.name}: {self.state}"
+        if self.reason:
+            head += f"; {self.reason}"
+        if self.attempts > 1:
+            head += f"; begun {self.attempts} times since its last finished round"
+        at = f"{self.phases_done} of {self.phases} phases done"
+        if self.phase is not None:
+            at += f"; {self.phase}"
+            if self.task:
+                at += f": {self.task}, {self.done:g} of {self.total:g}"
+            if self.seconds_left is not None:
+                at += f", about {self.seconds_left:.0f} s left"
+        moved = f"{self.bytes_to_sites} bytes to the hospitals, {self.bytes_from_sites} back"
+        return [head, at, moved, *(f"  {site}: {word}" for site, word in self.sites.items())]
+
+
+def standing(entry: Entry) -> Standing:
+    """Read where a study stands.
+
+    Raises
+    ------
+    ConfigurationError
+        Its file does not validate.
+    """
+    study = read_study(entry.workspace.study)
+    state, failure = entry.state, entry.failure
+    done, costs, facts = _checkpoint(entry)
+    sites = {site: facts.get(site, {}).get("missing", "") for site in study.cohort.sites}
+    seen: dict[str, Any] = {}
+    for event in _events(entry):
+        if event["event"] == "phase-started":
+            seen = {"phase": event["phase"]}
+        elif event["event"] == "phase-finished":
+            seen = {}
+        elif event["event"] == "progress":
+            if seen.get("task") != event["task"]:
+                seen |= {"task": event["task"], "since": event["time"]}
+            seen |= {"done": event["done"], "total": event["total"]}
+            if event.get("site") in sites:
+                sites[event["site"]] = f"answered {event['task']}"
+        elif event["event"] == "site-failed" and event["site"] in sites:
+            sites[event["site"]] = f"missing: {event['reason']}"
+    over = state in ("completed", "failed", "stopped")
+    return Standing(
+        name=entry.name,
+        state=state,
+        phase=None if over else seen.get("phase"),
+        phases_done=len(done),
+        phases=len(study.phases),
+        task=seen.get("task", ""),
+        done=seen.get("done", 0),
+        total=seen.get("total", 0),
+        seconds_left=None if over else _left(seen),
+        sites={site: word or "nothing yet" for site, word in sites.items()},
+        bytes_to_sites=sum(cost.bytes_to_sites for cost in costs),
+        bytes_from_sites=sum(cost.bytes_from_sites for cost in costs),
+        attempts=entry.wish.attempts,
+        reason=failure["message"] if failure is not None else "",
+    )
+
+
+def _checkpoint(entry: Entry) -> tuple[list[str], list[PhaseCost], dict[str, Any]]:
+    try:
+        config = from_bytes(entry.workspace.checkpoint.read_bytes()).config
+    except (OSError, ParameterError):
+        return [], [], {}
+    costs = [PhaseCost.model_validate(cost) for cost in config["facts"].get("phases", ())]
+    return config["done"], costs, config["facts"].get("sites", {})
+
+
+def _events(entry: Entry) -> list[dict[str, Any]]:
+    try:
+        with entry.workspace.events.open("rb") as file:
+            file.seek(max(0, entry.workspace.events.stat().st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            # The first line of the tail is cut, the last may be yet unfinished.
+            continue
+    return found
+
+
+def _left(seen: dict[str, Any]) -> float | None:
+    if not seen.get("done") or "since" not in seen:
+        return None
+    passed = time.time() - seen["since"]
+    return max(0.0, float(passed * (seen["total"] - seen["done"]) / seen["done"]))

@@ -1,0 +1,353 @@
+"""A coordinator and two hospitals as real processes, over TLS with node authentication."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from sonofed_client.enclave.store import open_store
+from sonofed_client.enclave.wall import open_ledger
+from sonofed_client.provisioning.place import Hospital
+from sonofed_client.settings import read_site
+from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.results import read_results
+from sonofed_common.contract.study import Study
+from sonofed_common.runtime import Events
+from sonofed_common.supervision.supervisor import read_status
+from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.study.desk import find
+from sonofed_simulations.engines.inline import run_inline
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(
+        shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None,
+        reason="needs nginx, the front",
+    ),
+]
+
+BIN = Path(sys.executable).parent
+PATIENCE = 1500
+
+
+def run(program, *words, code=0):
+    command = [BIN / program, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def free_ports(number):
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def wait_for(condition):
+    until = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return found
+
+
+class Deployment:
+    """A coordinator and hospitals that are up, with the laboratory's images and bundle."""
+
+    def __init__(self, laboratory, root):
+        self.laboratory = laboratory
+        self.project = root / "project.toml"
+        front, superlink, health, *ports = free_ports(3 + 2 * len(self.names))
+        values = {
+            "name": "trial",
+            "address": f"localhost:{front}",
+            "sites": self.names,
+            "contact": "it@example.org",
+            "listen": "127.0.0.1",
+            "superlink_port": superlink,
+            "health_port": health,
+        }
+        self.project.write_text(tomli_w.dumps(values))
+        run("sonofed-coordinator", "init", self.project)
+        # The coordinator that signed the laboratory's bundle.
+        shutil.copyfile(laboratory.key, root / "coordinator" / "coordinator.pem")
+        images = root / "images"
+        for name in self.names:
+            (images / name).mkdir(parents=True)
+        run("sonofed-coordinator", "provision", self.project, "--all", "--data", images)
+        self.hospitals = {name: Hospital(root / "sites" / name) for name in self.names}
+        for hospital in self.hospitals.values():
+            self._settle(hospital, ports.pop(), ports.pop())
+        self.coordinator = read_coordinator(self.project)
+
+    @property
+    def names(self):
+        return list(self.laboratory.scenario.hospitals)
+
+    def _settle(self, hospital, runtime, health):
+        """The hospital's own settings: its images, and ids as in the laboratory."""
+        kept = read_site(hospital.site)
+        settings, _ = self.laboratory.site(kept.name, 0)
+        own = ("store", "coordinator_key", "policy", "master_key", "socket")
+        settings = settings.model_copy(update={name: getattr(kept, name) for name in own})
+        values = settings.model_dump(mode="json", exclude_none=True)
+        hospital.site.write_text(tomli_w.dumps(values))
+        hospital.relay.write_text(f"runtime_port = {runtime}\nhealth_port = {health}\n")
+
+    def up(self):
+        run("sonofed-coordinator", "up", "--detach", "--project", self.project)
+        for hospital in self.hospitals.values():
+            run("sonofed-site", "up", "--detach", "--folder", hospital.root)
+
+    def down(self):
+        for hospital in self.hospitals.values():
+            run("sonofed-site", "down", "--folder", hospital.root)
+        run("sonofed-coordinator", "down", "--project", self.project)
+
+    def study(self, *words, code=0):
+        return run("sonofed-coordinator", "study", *words, "--project", self.project, code=code)
+
+    def write(self, name):
+        values = self.laboratory.scenario.study.model_dump(mode="json", exclude_none=True)
+        file = self.project.with_name(f"{name}.toml")
+        file.write_text(tomli_w.dumps({**values, "name": name}))
+        return file
+
+    @property
+    def bundle(self):
+        return self.laboratory.root / "source"
+
+    def outcome(self, name):
+        """All weights and sums of a study, and which images each site selected."""
+        workspace = find(self.coordinator, name).workspace
+        sites = [hospital.site for hospital in self.hospitals.values()]
+        return outcome(workspace, sites, name)
+
+    def call(self, path, data=b""):
+        """Post to the front as a stranger would."""
+        context = ssl.create_default_context(cafile=self.coordinator.authority)
+        address = f"https://{self.coordinator.project.address}{path}"
+        try:
+            with urllib.request.urlopen(address, data, context=context) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+def outcome(workspace, sites, name):
+    arrays = from_bytes(workspace.checkpoint.read_bytes()).arrays
+    chosen = [open_store(read_site(s)).get(f"study/{name}/selected").config["ids"] for s in sites]
+    return arrays, chosen
+
+
+def assert_same_bits(one, other):
+    (arrays, chosen), (others, chosen_there) = one, other
+    assert chosen == chosen_there
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        assert array.tobytes() == others[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(laboratory, tmp_path_factory):
+    """The same study in one process."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    sites = laboratory.prepare_sites(0, root / "sites")
+    study = Study.model_validate(laboratory.scenario.study.model_dump(mode="json"))
+    workspace = laboratory.workspace(study, laboratory.root / "source", root / "study")
+    run_inline(workspace, sites, Events())
+    return outcome(workspace, sites, study.name)
+
+
+@pytest.fixture(scope="module")
+def deployment(laboratory):
+    # A short path: that of a socket may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="sonofed-", dir="/tmp") as folder:
+        deployment = Deployment(laboratory, Path(folder))
+        try:
+            deployment.up()
+            yield deployment
+        finally:
+            deployment.down()
+
+
+def test_a_study_gives_the_same_bits_as_in_one_process(deployment, undisturbed):
+    file = deployment.write("tiny")
+    said = deployment.study("check", file, "--bundle", deployment.bundle)
+    assert "all enrolled" in said and "signed by this coordinator" in said
+    said = deployment.study("run", file, "--bundle", deployment.bundle, "--follow")
+    assert re.search(r"^study tiny: completed$", said, re.M), said
+    assert_same_bits(deployment.outcome("tiny"), undisturbed)
+    results = read_results(find(deployment.coordinator, "tiny").workspace.results)
+    assert results.engine == "deployment" and results.missing_sites == ()
+    said = deployment.study("report", "tiny")
+    assert all(name in said for name in deployment.names) and "auroc" in said
+    now = json.loads(deployment.study("status", "tiny", "--json"))
+    assert now["state"] == "completed" and now["phases_done"] == now["phases"]
+    assert now["bytes_from_sites"] > 0 and set(now["sites"]) == set(deployment.names)
+    assert re.search(r"^completed +tiny$", deployment.study("list"), re.M)
+    for hospital in deployment.hospitals.values():
+        open_ledger(open_store(read_site(hospital.site))).verify()
+        assert "without a network" in (hospital.run / "enclave.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/", 404),
+        ("/docs", 404),
+        ("/health", 404),
+        ("/v1/control/list-runs", 404),
+        ("/v1/runtime/get-nodes", 404),
+        ("/v1/fleet/../control/list-runs", 404),
+        ("/v1/fleet/%2e%2e/control/list-runs", 404),
+        ("/v1/fleet/..%2fcontrol/list-runs", 404),
+        ("/v1/control/../fleet/../control/list-runs", 404),
+        ("//v1//control/list-runs", 404),
+    ],
+)
+def test_a_stranger_meets_nothing_but_the_hospitals_path(deployment, path, code):
+    assert deployment.call(path) == code
+    log = (deployment.coordinator.run / "front-access.log").read_text().splitlines()
+    assert json.loads(log[-1])["status"] == code
+
+
+def test_the_front_speaks_modern_tls_and_bounds_requests(deployment):
+    host, port = deployment.coordinator.project.host, deployment.coordinator.project.port
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.load_verify_locations(deployment.coordinator.authority)
+    old.maximum_version = ssl.TLSVersion.TLSv1_1
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    with socket.create_connection((host, port)) as plain, pytest.raises(ssl.SSLError):
+        old.wrap_socket(plain, server_hostname=host)
+    most = deployment.coordinator.project.body_megabytes * 2**20
+    with socket.create_connection((host, port)) as plain:
+        context = ssl.create_default_context(cafile=deployment.coordinator.authority)
+        with context.wrap_socket(plain, server_hostname=host) as secure:
+            head = (
+                f"POST /v1/fleet/x HTTP/1.1\r\nHost: {host}\r\nContent-Length: {most + 1}\r\n\r\n"
+            )
+            secure.sendall(head.encode())
+            assert b" 413 " in secure.recv(1000).splitlines()[0]
+
+
+def test_the_superlink_is_on_the_loopback_alone(deployment):
+    port = deployment.coordinator.project.superlink_port
+    wanted = f":{port:04X}"
+    lines = [
+        line.split()
+        for file in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(file).read_text().splitlines()[1:]
+    ]
+    listening = {local for _, local, _, state, *_ in lines if state == "0A"}
+    assert {address for address in listening if address.endswith(wanted)} == {f"0100007F{wanted}"}
+
+
+def test_what_cannot_run_is_told_before(deployment, tmp_path):
+    file = deployment.write("other")
+    text = file.read_text().replace(f'"{deployment.names[0]}"', '"nowhere"')
+    file.write_text(text)
+    said = deployment.study("check", file, "--bundle", deployment.bundle, code=20)
+    assert "not enrolled: nowhere" in said
+    assert "[bundle]" in deployment.study(
+        "check", deployment.write("b"), "--bundle", tmp_path, code=30
+    )
+    assert "no study" in deployment.study("status", "nothing", code=20)
+    assert "no study" in deployment.study("report", "nothing", code=20)
+
+
+def test_a_study_survives_the_death_of_every_process(deployment, undisturbed):
+    file = deployment.write("killed")
+    deployment.study("run", file, "--bundle", deployment.bundle)
+    entry = find(deployment.coordinator, "killed")
+    hospital = deployment.hospitals[deployment.names[0]]
+
+    def of(folder, name):
+        return lambda: read_status(folder).programs[name].identity
+
+    coordinator = deployment.coordinator.run
+    victims = {
+        "ServerApp": lambda: entry.process,
+        "SuperLink": of(coordinator, "superlink"),
+        "front": of(coordinator, "front"),
+        "conductor": of(coordinator, "conductor"),
+        "enclave": of(hospital.run, "enclave"),
+        "SuperNode": of(hospital.run, "supernode"),
+    }
+    for name, victim in victims.items():
+        # Each dies in work that follows what was saved since the one before died.
+        saved = entry.checkpoint
+        wait_for(lambda saved=saved: entry.state == "completed" or entry.checkpoint > saved)
+        assert entry.state != "completed", f"it ended before {name} died"
+        identity = wait_for(lambda victim=victim: (found := victim()) and found.alive and found)
+        os.kill(identity.pid, signal.SIGKILL)
+        wait_for(lambda identity=identity: not identity.alive)
+    wait_for(lambda: entry.state in ("completed", "failed"))
+    now = deployment.study("status", "killed")
+    assert entry.state == "completed", now
+    assert read_results(entry.workspace.results).missing_sites == ()
+    assert_same_bits(deployment.outcome("killed"), undisturbed)
+    for program in ("superlink", "front", "conductor"):
+        assert read_status(coordinator).programs[program].restarts >= 1
+    for program in ("enclave", "supernode"):
+        assert read_status(hospital.run).programs[program].restarts >= 1
+    for one in deployment.hospitals.values():
+        open_ledger(open_store(read_site(one.site))).verify()
+
+
+def test_preflight_finds_a_deployment_that_is_up_well(deployment):
+    said = run("sonofed-coordinator", "check", "--project", deployment.project)
+    assert not [line for line in said.splitlines() if not line.startswith("ok ")], said
+    for hospital in deployment.hospitals.values():
+        lines = run("sonofed-site", "check", "--folder", hospital.root, "--json").splitlines()
+        found = {line["subject"]: line["state"] for line in map(json.loads, lines)}
+        assert {state for subject, state in found.items() if subject not in ("disk", "memory")} == {
+            "ok"
+        }
+        assert found.keys() >= {"kit", "coordinator", "clock", "enclave", "supernode", "images"}
+
+
+def test_the_supervisors_tell_their_health(deployment):
+    ports = [deployment.coordinator.project.health_port]
+    ports += [hospital.relay_settings.health_port for hospital in deployment.hospitals.values()]
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert json.load(answer)["healthy"]
+    run("sonofed-coordinator", "status", "--project", deployment.project)
+
+
+def test_a_revoked_site_is_cut_off(deployment):
+    """Last: the site does not come back."""
+    name = deployment.names[-1]
+    hospital = deployment.hospitals[name]
+    run("sonofed-coordinator", "revoke", name, "--project", deployment.project)
+    log = deployment.coordinator.run / "front-access.log"
+
+    def refused():
+        lines = map(json.loads, log.read_text().splitlines())
+        return any(line["status"] in (401, 403) for line in lines)
+
+    wait_for(refused)
+    file = deployment.write("afterwards")
+    said = deployment.study("check", file, "--bundle", deployment.bundle, code=20)
+    assert f"not enrolled: {name}" in said
+    kept = open_ledger(open_store(read_site(hospital.site)))
+    kept.verify()
