@@ -71,7 +71,31 @@ HOSPITAL = (
     "sonofed-site store rotate-key site.toml",
 )
 
+DEPLOYMENT = {
+    "sonofed-coordinator init project.toml": "provisioning",
+    "sonofed-site init north --folder site": "provisioning",
+    "sonofed-coordinator enrol request.json": "provisioning",
+    "sonofed-site install north.zip --folder site --data /srv/ultrasound": "provisioning",
+    "sonofed-site check --folder site": "deployment",
+    "sonofed-coordinator up --detach": "deployment",
+    "sonofed-coordinator check": "deployment",
+    "sonofed-site up --detach --folder site": "deployment",
+    "sonofed-coordinator status": "deployment",
+    "sonofed-site status --folder site": "deployment",
+    "sonofed-coordinator study check study.toml --bundle bundle": "deployment",
+    "sonofed-coordinator study run study.toml --bundle bundle --follow": "deployment",
+    "sonofed-coordinator study status tiny": "deployment",
+    "sonofed-coordinator study report tiny": "deployment",
+    "sonofed-coordinator study list": "deployment",
+    "sonofed-coordinator study stop tiny": "deployment",
+    "sonofed-coordinator study resume tiny": "deployment",
+    "sonofed-site down --folder site": "deployment",
+    "sonofed-coordinator down": "deployment",
+}
+"""Commands of a deployment, and which of the integration tests runs each."""
+
 COVERED = {
+    **{c: f"tests/integration/test_{name}.py" for c, name in DEPLOYMENT.items()},
     **dict.fromkeys(HOSPITAL, "here"),
     "sonofed-site enclave --site site.toml": "tests/integration/test_enclave_process.py",
     "make demo": "tests/integration/test_demo.py",

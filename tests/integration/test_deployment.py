@@ -274,6 +274,29 @@ def test_what_cannot_run_is_told_before(deployment, tmp_path):
     assert "no study" in deployment.study("report", "nothing", code=20)
 
 
+def test_preflight_finds_a_deployment_that_is_up_well(deployment):
+    said = run("sonofed-coordinator", "check", "--project", deployment.project)
+    assert not [line for line in said.splitlines() if not line.startswith("ok ")], said
+    for hospital in deployment.hospitals.values():
+        lines = run("sonofed-site", "check", "--folder", hospital.root, "--json").splitlines()
+        found = {line["subject"]: line["state"] for line in map(json.loads, lines)}
+        assert {state for subject, state in found.items() if subject not in ("disk", "memory")} == {
+            "ok"
+        }
+        assert found.keys() >= {"kit", "coordinator", "clock", "enclave", "supernode", "images"}
+
+
+def test_the_supervisors_tell_their_health(deployment):
+    ports = [deployment.coordinator.project.health_port]
+    ports += [hospital.relay_settings.health_port for hospital in deployment.hospitals.values()]
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert json.load(answer)["healthy"]
+    run("sonofed-coordinator", "status", "--project", deployment.project)
+    for hospital in deployment.hospitals.values():
+        run("sonofed-site", "status", "--folder", hospital.root)
+
+
 def test_a_study_survives_the_death_of_every_process(deployment, undisturbed):
     file = deployment.write("killed")
     deployment.study("run", file, "--bundle", deployment.bundle)
@@ -300,7 +323,9 @@ def test_a_study_survives_the_death_of_every_process(deployment, undisturbed):
         identity = wait_for(lambda victim=victim: (found := victim()) and found.alive and found)
         os.kill(identity.pid, signal.SIGKILL)
         wait_for(lambda identity=identity: not identity.alive)
-    wait_for(lambda: entry.state in ("completed", "failed"))
+    deployment.study("stop", "killed")
+    assert entry.state == "stopped"
+    deployment.study("resume", "killed", "--follow")
     now = deployment.study("status", "killed")
     assert entry.state == "completed", now
     assert read_results(entry.workspace.results).missing_sites == ()
@@ -311,27 +336,6 @@ def test_a_study_survives_the_death_of_every_process(deployment, undisturbed):
         assert read_status(hospital.run).programs[program].restarts >= 1
     for one in deployment.hospitals.values():
         open_ledger(open_store(read_site(one.site))).verify()
-
-
-def test_preflight_finds_a_deployment_that_is_up_well(deployment):
-    said = run("sonofed-coordinator", "check", "--project", deployment.project)
-    assert not [line for line in said.splitlines() if not line.startswith("ok ")], said
-    for hospital in deployment.hospitals.values():
-        lines = run("sonofed-site", "check", "--folder", hospital.root, "--json").splitlines()
-        found = {line["subject"]: line["state"] for line in map(json.loads, lines)}
-        assert {state for subject, state in found.items() if subject not in ("disk", "memory")} == {
-            "ok"
-        }
-        assert found.keys() >= {"kit", "coordinator", "clock", "enclave", "supernode", "images"}
-
-
-def test_the_supervisors_tell_their_health(deployment):
-    ports = [deployment.coordinator.project.health_port]
-    ports += [hospital.relay_settings.health_port for hospital in deployment.hospitals.values()]
-    for port in ports:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
-            assert json.load(answer)["healthy"]
-    run("sonofed-coordinator", "status", "--project", deployment.project)
 
 
 def test_a_revoked_site_is_cut_off(deployment):

@@ -37,12 +37,18 @@ def programs(hospital: Hospital) -> list[Program]:
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
         *("--host", "127.0.0.1", "--port", str(relay.runtime_port)),
+        # What it would start itself, it does not start again.
+        *("--isolation", "process"),
     )
+    executor = (
+        str(beside("flower-superexec")),
+        *("--runtime-api-address", f"127.0.0.1:{relay.runtime_port}", "--insecure"),
+    )
+    environment = _environment(hospital)
     return [
         Program("enclave", enclave, lambda: answers_on(socket)),
-        Program(
-            "supernode", supernode, lambda: answers(relay.runtime_port), _environment(hospital)
-        ),
+        Program("supernode", supernode, lambda: answers(relay.runtime_port), environment),
+        Program("executor", executor, lambda: True, environment),
     ]
 
 

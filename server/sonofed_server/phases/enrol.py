@@ -47,7 +47,7 @@ def enrol(run: StudyRun) -> None:
     while len(exchange.nodes) + len(failures) < len(cohort.sites):
         now = time.monotonic()
         undecided = {node for node, wait in waiting.items() if now < wait.until}
-        fresh = sorted(set(exchange.grid.get_node_ids()) - asked - undecided)
+        fresh = sorted(exchange.connected() - asked - undecided)
         asked.update(fresh)
         for node, reply in exchange.ask_nodes("query.describe", message, fresh, until):
             before = waiting.pop(node, None)

@@ -28,7 +28,7 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
     """
     port, environment = coordinator.project.superlink_port, flower_environment(coordinator)
     superlink = (
-        str(beside("flower-superlink")),
+        *(sys.executable, "-m", "sonofed_server.study.superlink"),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--database", str(coordinator.flower / "superlink.sqlite")),
         *("--ssl-certfile", str(coordinator.superlink_certificate)),
@@ -36,11 +36,19 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
         *("--ssl-ca-certfile", str(coordinator.authority)),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
+        # What it would start itself, it does not start again.
+        *("--isolation", "process"),
+    )
+    executor = (
+        str(beside("flower-superexec")),
+        *("--runtime-api-address", f"127.0.0.1:{port}"),
+        *("--root-certificates", str(coordinator.authority)),
     )
     front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     return [
         Program("superlink", superlink, lambda: answers(port), environment),
+        Program("executor", executor, lambda: True, environment),
         Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
         Program("conductor", conductor, lambda: True),
     ]

@@ -86,12 +86,12 @@ class Conductor:
 
     def _tend(self, entry: Entry) -> None:
         state, wish = entry.state, entry.wish
-        if state == "running" and wish.wanted == "stop":
+        if state == "running" and (wish.wanted == "stop" or self._orphaned(entry)):
             process = entry.process
             assert process is not None
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-            log.warning("study %s is stopped", entry.name)
+            log.warning("the process of study %s is ended", entry.name)
         if state != "waiting" or not self._due(entry, wish):
             return
         got_on = entry.checkpoint > wish.checkpoint
@@ -115,6 +115,11 @@ class Conductor:
             return waited > START_SECONDS
         # Its process began and is gone, or the SuperLink is, which takes its runs along.
         return waited > min(LONGEST_PAUSE, 2.0 ** (wish.attempts - 1))
+
+    def _orphaned(self, entry: Entry) -> bool:
+        """Whether its process belongs to a SuperLink that died: that one's runs are over."""
+        start, now = self._submitted.get(entry.name), self._superlink()
+        return start is not None and now is not None and start.superlink != now
 
     def _superlink(self) -> Identity | None:
         status = read_status(self._coordinator.run)

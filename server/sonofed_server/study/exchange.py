@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -23,6 +25,10 @@ from sonofed_common.contract.study import Cohort
 from sonofed_common.runtime import Events
 
 POLL_SECONDS = 0.05
+PATIENCE_SECONDS = 120.0
+"""How long the SuperLink may answer that it cannot: on a slow disk its database is locked at times,
+which it does not wait out."""
+
 AWAY_SECONDS = 240.0
 """How long a site may be away before an exchange goes on without it. Flower takes about a minute to
 see that a node died, and does not let it back in before."""
@@ -41,6 +47,7 @@ AWAY = frozenset(
 """What Flower answers for a node that is gone, or for a message that went with it."""
 
 NEED_SELECTION = frozenset({"query.annotations", "train.classifier"})
+T = TypeVar("T")
 Request = Records | Callable[[str], Records]
 
 
@@ -87,6 +94,10 @@ class Exchange:
     def sites(self) -> list[str]:
         """Sites that take part in the phase at hand, in the cohort's order."""
         return [s for s in self.cohort.sites if s in self.nodes and s not in self.missing]
+
+    def connected(self) -> set[int]:
+        """Flower's ids of the nodes that are there now."""
+        return set(_patiently(lambda: list(self.grid.get_node_ids())))
 
     def new_phase(self) -> None:
         """Ask every enrolled site again."""
@@ -162,18 +173,20 @@ class Exchange:
     def _look(self) -> None:
         """See when each node came: one that came anew has lost what was sent to it before."""
         # A node that is away is not listed; when it last came is kept.
-        self._came |= {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+        nodes = _patiently(lambda: list(self.grid.get_nodes()))
+        self._came |= {node.node_id: node.last_activated_at for node in nodes}
         self._looked = time.monotonic()
 
     def _send(self, action: str, records: Records, node: int) -> str:
         self.traffic.to_sites += len(to_bytes(records))
         message = Message(to_recorddict(records), node, action, ttl=self.cohort.deadline_seconds)
-        (message_id,) = self.grid.push_messages([message])
+        # What arrived twice is done once: the sites know a request that they have met.
+        (message_id,) = _patiently(lambda: list(self.grid.push_messages([message])))
         return message_id
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
         while True:
-            for message in self.grid.pull_messages([sent.message]):
+            for message in _patiently(lambda: list(self.grid.pull_messages([sent.message]))):
                 if message.has_error() and message.error.code in AWAY:
                     if self._gone(site):
                         return QuorumError(f"site {site} is not connected")
@@ -215,6 +228,17 @@ class _Sent:
     def again(self, came: str) -> None:
         """Send it anew; a reply to what was sent before is never asked for."""
         self.message, self.came = self.send(), came
+
+
+def _patiently(call: Callable[[], list[T]]) -> list[T]:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or time.monotonic() > until:
+                raise
+        time.sleep(RETRY_SECONDS)
 
 
 def _unselected(site: str) -> OrderError:
