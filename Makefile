@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-demo check clean
+.PHONY: demo test faults test-demo check clean
 
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
@@ -13,7 +13,11 @@ demo: $(READY)
 # Two workers of one thread each; a file stays whole, so its fixtures are made once.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not demo" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
+
+faults: export OMP_NUM_THREADS := 1
+faults: $(READY)
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
 test-demo: $(READY)
 	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)

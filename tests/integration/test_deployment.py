@@ -249,6 +249,14 @@ def test_the_front_speaks_modern_tls_and_bounds_requests(deployment):
             assert b" 413 " in secure.recv(1000).splitlines()[0]
 
 
+def test_a_renewed_certificate_is_shown_at_once(deployment):
+    address = (deployment.coordinator.project.host, deployment.coordinator.project.port)
+    before = ssl.get_server_certificate(address)
+    run("sonofed-coordinator", "renew", "--project", deployment.project)
+    wait_for(lambda: ssl.get_server_certificate(address) != before)
+    assert deployment.call("/") == 404
+
+
 def test_the_superlink_is_on_the_loopback_alone(deployment):
     port = deployment.coordinator.project.superlink_port
     wanted = f":{port:04X}"
@@ -297,6 +305,7 @@ def test_the_supervisors_tell_their_health(deployment):
         run("sonofed-site", "status", "--folder", hospital.root)
 
 
+@pytest.mark.faults
 def test_a_study_survives_the_death_of_every_process(deployment, undisturbed):
     file = deployment.write("killed")
     deployment.study("run", file, "--bundle", deployment.bundle)

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 from sonofed_client.cli import app as site
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
+from sonofed_client.provisioning.place import Hospital
+from sonofed_client.provisioning.programs import programs
 from sonofed_client.settings import read_site
 from sonofed_common.contract.enrolment import EnrolmentRequest, canonical, node_public_text
-from sonofed_common.contract.errors import EnrolmentError
+from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.fingerprint import WORDS, compare_words, words_of
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.cli import app as coordinator
@@ -237,6 +239,22 @@ def test_one_machine_is_provisioned_at_once(project):
     assert [s.name for s in settings] == ["north", "south"]
     assert all(s.auto_approve and s.oracle for s in settings)
     assert len({s.coordinator_key for s in settings}) == 1
+
+
+def test_a_relay_needs_nothing_of_the_enclave_but_its_socket(project):
+    run(coordinator, "init project.toml")
+    run(site, enrol())
+    hospital = Hospital(Path("north").resolve())
+    assert [p.name for p in programs(hospital)] == ["enclave", "supernode", "executor"]
+    for file in ("site.toml", "policy.toml", "master.key"):
+        (hospital.root / file).unlink()
+    with pytest.raises(ConfigurationError, match="names no socket"):
+        programs(hospital, relay_only=True)
+    with hospital.relay.open("a") as file:
+        file.write('socket = "/run/sonofed/enclave.sock"\n')
+    supernode, executor = programs(hospital, relay_only=True)
+    assert 'enclave="/run/sonofed/enclave.sock"' in supernode.command
+    assert (supernode.name, executor.name) == ("supernode", "executor")
 
 
 @given(st.binary(), st.binary())

@@ -23,17 +23,21 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach", help="In the background; return when all works.")
     ] = False,
+    relay: Annotated[
+        bool, typer.Option("--relay", help="Without the enclave, which another account runs.")
+    ] = False,
 ) -> None:
     """Start enclave and SuperNode, and start again whichever ends.
 
-    Both run under this account: the units for systemd give each an account of its own.
+    All run under this account, unless the enclave is run by another: see the units for systemd.
     """
     hospital = Hospital(folder.resolve())
-    each, title = programs(hospital), _title(hospital)
+    each, title = programs(hospital, relay), _title(hospital)
     if not detach:
         supervise(hospital.run, title, hospital.relay_settings.health_port, each)
         return
     command = [str(beside("sonofed-site")), "up", "--folder", str(hospital.root)]
+    command += ["--relay"] if relay else []
     for line in describe(start_detached(hospital.run, command, title)):
         print(line)
     print(f"{title} is up")

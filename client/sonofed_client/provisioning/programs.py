@@ -17,37 +17,56 @@ from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.supervision.program import Program, answers, answers_on
 
 
-def programs(hospital: Hospital) -> list[Program]:
+def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
     """Return the hospital's programs, in the order of their start.
+
+    Parameters
+    ----------
+    hospital : Hospital
+        A kit is installed.
+    relay_only : bool
+        Without the enclave, whose settings this account need not be able to read.
 
     Raises
     ------
     ConfigurationError
-        No kit is installed, or ``site.toml`` names no socket.
+        No kit is installed, or the settings name no socket.
     """
     relay = hospital.relay_settings
-    socket = read_site(hospital.site).socket
+    socket = relay.socket
+    if socket is None and not relay_only:
+        socket = read_site(hospital.site).socket
     if socket is None:
-        raise ConfigurationError(f"{hospital.site} names no socket; add: socket = '/run/...'")
-    enclave = (str(beside("sonofed-site")), "enclave", "--site", str(hospital.site))
+        file = hospital.relay if relay_only else hospital.site
+        raise ConfigurationError(f"{file} names no socket; add: socket = '/run/...'")
+    enclave = () if relay_only else (_enclave(hospital),)
+    return [*enclave, *_relay(hospital, socket)]
+
+
+def _enclave(hospital: Hospital) -> Program:
+    socket = read_site(hospital.site).socket
+    command = (str(beside("sonofed-site")), "enclave", "--site", str(hospital.site))
+    return Program("enclave", command, lambda: socket is not None and answers_on(socket))
+
+
+def _relay(hospital: Hospital, socket: Path) -> list[Program]:
+    port, environment = hospital.relay_settings.runtime_port, _environment(hospital)
     supernode = (
         str(beside("flower-supernode")),
         *("--superlink", installed_kit(hospital).address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
-        *("--host", "127.0.0.1", "--port", str(relay.runtime_port)),
+        *("--host", "127.0.0.1", "--port", str(port)),
         # What it would start itself, it does not start again.
         *("--isolation", "process"),
     )
     executor = (
         str(beside("flower-superexec")),
-        *("--runtime-api-address", f"127.0.0.1:{relay.runtime_port}", "--insecure"),
+        *("--runtime-api-address", f"127.0.0.1:{port}", "--insecure"),
     )
-    environment = _environment(hospital)
     return [
-        Program("enclave", enclave, lambda: answers_on(socket)),
-        Program("supernode", supernode, lambda: answers(relay.runtime_port), environment),
+        Program("supernode", supernode, lambda: answers(port), environment),
         Program("executor", executor, lambda: True, environment),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 from sonofed_common.cli import agreed_words
 from sonofed_common.contract.enrolment import EnrolmentRequest
 from sonofed_common.fingerprint import compare_words
+from sonofed_common.supervision.supervisor import read_status
 from sonofed_server.provisioning import enrolment
 from sonofed_server.provisioning.keys import make_keys, renew_front, words_of_coordinator
 from sonofed_server.provisioning.laboratory import provision_sites
@@ -76,5 +79,11 @@ def revoke(
 
 def renew(project: Project = DEFAULT) -> None:
     """Give the front a new key and certificate; hospitals need do nothing."""
-    until = renew_front(read_coordinator(project))
+    coordinator = read_coordinator(project)
+    until = renew_front(coordinator)
+    status = read_status(coordinator.run)
+    front = status.programs["front"].identity if status is not None else None
+    if front is not None:
+        # nginx reads its files anew, and serves who is connected to the end.
+        os.kill(front.pid, signal.SIGHUP)
     print(f"the front's certificate is valid until {until.date()}")

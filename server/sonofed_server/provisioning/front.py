@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.runtime import write_atomically
 from sonofed_server.provisioning.project import Coordinator
 
 SBIN = ("/usr/sbin", "/usr/local/sbin")
@@ -108,18 +109,16 @@ def write_front(coordinator: Coordinator) -> Path:
     project, run = coordinator.project, coordinator.run
     (run / "nginx").mkdir(parents=True, exist_ok=True, mode=0o700)
     path = run / "nginx.conf"
-    path.write_text(
-        TEMPLATE.format(
-            run=run,
-            body=project.body_megabytes,
-            rate=project.requests_per_second,
-            burst=10 * project.requests_per_second,
-            superlink_port=project.superlink_port,
-            listen=project.listen,
-            port=project.port,
-            certificate=coordinator.front,
-            authority=coordinator.authority,
-        ),
-        encoding="utf-8",
+    text = TEMPLATE.format(
+        run=run,
+        body=project.body_megabytes,
+        rate=project.requests_per_second,
+        burst=10 * project.requests_per_second,
+        superlink_port=project.superlink_port,
+        listen=project.listen,
+        port=project.port,
+        certificate=coordinator.front,
+        authority=coordinator.authority,
     )
+    write_atomically(path, text.encode())
     return path
