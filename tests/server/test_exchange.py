@@ -1,0 +1,153 @@
+"""What an exchange does when nodes and SuperLink fail, in the ways in which Flower tells it."""
+
+import time
+
+import httpx
+import pytest
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+
+from sonofed_common.contract.errors import QuorumError
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
+from sonofed_common.contract.records import Records
+from sonofed_common.contract.study import Cohort
+from sonofed_common.runtime import SILENT
+from sonofed_server.study import exchange as module
+from sonofed_server.study.exchange import AWAY_SECONDS, PATIENCE_SECONDS, Exchange
+from sonofed_simulations.engines.inline import InlineGrid
+
+SITES = ("north", "south")
+
+
+class Failing(InlineGrid):
+    """Nodes that answer with their number; subclasses fail first."""
+
+    def __init__(self):
+        super().__init__(len(SITES))
+        self.sent = []
+        self.came = dict.fromkeys((1, 2), "first")
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=n, last_activated_at=t) for n, t in self.came.items()]
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.sent += [m.metadata.dst_node_id for m in messages]
+        return super().push_messages(messages)
+
+    def _handle(self, message):
+        asked = from_recorddict(message.content).config["number"]
+        node = message.metadata.dst_node_id
+        reply = Records(config={"node": node, "number": asked})
+        return Message(to_recorddict(reply), reply_to=message)
+
+
+class Away(Failing):
+    """The first node is away for a while: what is sent to it comes back as an error."""
+
+    def __init__(self, times, code=ErrorCode.NODE_UNAVAILABLE):
+        super().__init__()
+        self._times, self._code = times, code
+
+    def _handle(self, message):
+        if message.metadata.dst_node_id == 1 and self._times > 0:
+            self._times -= 1
+            return Message(Error(self._code, "gone"), reply_to=message)
+        return super()._handle(message)
+
+
+class Restarted(Failing):
+    """The first node takes a message, dies, and comes back without it."""
+
+    def pull_messages(self, ids):
+        if self.came[1] == "first":
+            self._waiting = {i: m for i, m in self._waiting.items() if i not in ids}
+            self.came[1] = "again"
+        return super().pull_messages(ids)
+
+
+class Locked(Failing):
+    """The SuperLink cannot, for some calls."""
+
+    def __init__(self, times, code=500):
+        super().__init__()
+        self._times, self._code = times, code
+
+    def pull_messages(self, ids):
+        if self._times > 0:
+            self._times -= 1
+            request = httpx.Request("POST", "https://localhost")
+            response = httpx.Response(self._code, request=request)
+            raise httpx.HTTPStatusError("locked", request=request, response=response)
+        return super().pull_messages(ids)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Time that passes only when somebody sleeps."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def exchange(grid, quorum=None):
+    cohort = Cohort(sites=SITES, quorum=quorum, deadline_seconds=10_000)
+    return Exchange(grid, cohort, SILENT, nodes=dict(zip(SITES, (1, 2), strict=True)))
+
+
+def ask(exchange, number=7):
+    request = Records(config={"number": number})
+    return [
+        (s, r.config["node"], r.config["number"]) for s, r in exchange.ask("query.missing", request)
+    ]
+
+
+BOTH = [("north", 1, 7), ("south", 2, 7)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ],
+)
+def test_a_node_that_comes_back_is_asked_again_and_counts_once(code):
+    grid = Away(30, code)
+    assert ask(exchange(grid)) == BOTH
+    assert grid.sent.count(1) == 31 and grid.sent.count(2) == 1
+
+
+def test_a_node_that_lost_its_message_is_asked_again_and_counts_once():
+    grid = Restarted()
+    assert ask(exchange(grid)) == BOTH
+    assert sorted(grid.sent) == [1, 1, 2]
+
+
+def test_a_node_that_stays_away_is_left_out_long_before_the_deadline(clock):
+    tried = exchange(Away(10**6), quorum=1)
+    assert ask(tried) == BOTH[1:]
+    assert "not connected" in tried.missing["north"]
+    assert AWAY_SECONDS <= clock[0] < AWAY_SECONDS + 60
+    # The next phase tries it once and waits no more.
+    before = clock[0]
+    tried.new_phase()
+    assert ask(tried) == BOTH[1:] and clock[0] - before < 10
+    with pytest.raises(QuorumError, match=r"below the quorum of 2.*north"):
+        ask(exchange(Away(10**6)))
+
+
+def test_a_site_that_cannot_do_the_work_is_not_asked_again():
+    grid = Away(1, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    assert ask(exchange(grid, quorum=1)) == BOTH[1:] and grid.sent.count(1) == 1
+
+
+def test_a_locked_database_is_waited_for_and_a_lost_run_is_not():
+    assert ask(exchange(Locked(20))) == BOTH
+    with pytest.raises(httpx.HTTPStatusError):
+        ask(exchange(Locked(int(PATIENCE_SECONDS / module.RETRY_SECONDS) + 5)))
+    with pytest.raises(httpx.HTTPStatusError):
+        ask(exchange(Locked(1, 404)))
