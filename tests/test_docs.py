@@ -63,7 +63,7 @@ HOSPITAL = (
     "sonofed-site policy test study.toml --site site.toml",
     "sonofed-site studies list --site site.toml",
     "sonofed-site studies show trial --site site.toml",
-    "sonofed-site studies approve trial --site site.toml",
+    "sonofed-site studies approve sha256:DIGEST --site site.toml",
     "sonofed-site ledger show --site site.toml",
     "sonofed-site ledger verify --site site.toml",
     "sonofed-site ledger export ledger.jsonl --site site.toml",
@@ -71,8 +71,10 @@ HOSPITAL = (
     "sonofed-site store rotate-key site.toml",
 )
 
+FORGET = "sonofed-site studies forget trial --site site.toml"
+
 COVERED = {
-    **dict.fromkeys(HOSPITAL, "here"),
+    **dict.fromkeys((*HOSPITAL, FORGET), "here"),
     "sonofed-site enclave --site site.toml": "tests/integration/test_enclave_process.py",
     "make demo": "tests/integration/test_demo.py",
     "make test": "this is it",
@@ -203,7 +205,7 @@ def test_a_hospital_can_do_what_its_page_says(
     asked = request(Describe(**facts, content=study))
     with pytest.raises(StudyWaitingError):
         InProcessEnclave(settings).perform("query.describe", asked)
-    said = {command: invoke(command) for command in HOSPITAL}
+    said = {c: invoke(c.replace("DIGEST", study.digest())) for c in HOSPITAL}
     assert "to choose from" in said[HOSPITAL[0]]
     assert "trial" in said["sonofed-site studies list --site site.toml"]
     assert "labels asked" in said["sonofed-site studies show trial --site site.toml"]
@@ -211,6 +213,9 @@ def test_a_hospital_can_do_what_its_page_says(
     assert Path("ledger.jsonl").read_text(encoding="utf-8").count("\n") > 2
     assert key.read_text(encoding="utf-8").strip() != "ab" * 32
     with pytest.raises(StudyDeniedError):
+        InProcessEnclave(settings).perform("query.describe", asked)
+    assert "is forgotten" in invoke(FORGET)
+    with pytest.raises(StudyWaitingError):
         InProcessEnclave(settings).perform("query.describe", asked)
 
 

@@ -64,7 +64,7 @@ def _result(state: StudyState, study: Study, bundle: str) -> _Model:
 
 def _view(site: Site, study: Study, bundle: str, result: _Model) -> SegmentationView:
     before = _predict(site, study, _Model(bundle, ("source",), PLAIN, {}), "global")
-    after = _predict(site, study, result, "site")
+    after = _predict(site, study, result, study.segmenter_batch_norm)
     return SegmentationView(
         name=site.settings.name,
         images=np.concatenate([(p.images[:, 0] * 255).round().byte().numpy() for p in after]),
