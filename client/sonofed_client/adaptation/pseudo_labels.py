@@ -192,6 +192,7 @@ def _train(
             parameters=model,
             before_epoch=before_epoch,
             after_step=after_step,
+            saves_last=False,
         )
     finally:
         for parameter, flag in trains.items():
