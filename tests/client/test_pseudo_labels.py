@@ -367,14 +367,16 @@ def ask(bundle, round=0, **values):
 def test_a_site_without_a_label_adapts_a_branch_in_rounds(unlabelled, bundle):
     enclave = InProcessEnclave(unlabelled)
     install(enclave, bundle)
-    first = enclave.perform("train.segmenter", request(ask(bundle)))
+    first = enclave.perform("train.segmenter", request(ask(bundle, local_epochs=2)))
     store = Site(unlabelled).store
     assert store.annotations() == {} and not store.names("mask")
     assert first.config == {"examples": len(store.images("pool"))}
     assert set(first.metrics) == {"loss", "foreground", "kept"}
     weights = first.group("weights")
     assert weights.keys() == network().state_dict().keys()
-    second = enclave.perform("train.segmenter", request(ask(bundle, 1), weights=weights))
+    second = enclave.perform(
+        "train.segmenter", request(ask(bundle, 1, local_epochs=2), weights=weights)
+    )
     name = "heads.0.last.weight"
     assert not np.array_equal(second.group("weights")[name], weights[name])
     assert not list((unlabelled.store / "checkpoints").iterdir())
@@ -427,5 +429,5 @@ def test_a_collapse_at_a_site_leaves_no_checkpoint(unlabelled, bundle, monkeypat
     install(enclave, bundle)
     monkeypatch.setattr(segmentation, "adapt_round", collapsing)
     with pytest.raises(CollapseError):
-        enclave.perform("train.segmenter", request(ask(bundle)))
+        enclave.perform("train.segmenter", request(ask(bundle, local_epochs=2)))
     assert not list((unlabelled.store / "checkpoints").iterdir())
