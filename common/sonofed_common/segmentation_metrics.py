@@ -192,7 +192,7 @@ def _surfaces(found: Tensor, true: Tensor, tolerance: float) -> tuple[float, flo
 
     As MONAI's own two metrics, which would measure the same distances twice.
     """
-    from monai.metrics.utils import get_edge_surface_distance
+    from sonofed_common.monai import get_edge_surface_distance
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -209,7 +209,7 @@ def _foreground(predictions: Tensor, truths: Tensor, classes: int) -> tuple[Tens
 
 def _dice(found: Tensor, true: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
     """Dice (N, K) of masks (N, K, S, S), and where either of the two has the class."""
-    from monai.metrics import compute_dice
+    from sonofed_common.monai import compute_dice
 
     either = (found | true).flatten(2).any(2).numpy()
     dice = np.zeros(either.shape)

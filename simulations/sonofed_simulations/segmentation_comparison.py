@@ -105,12 +105,17 @@ def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
 def mask_study(
     comparison: SegmentationComparison, scenario: Scenario, variant: str, seed: int
 ) -> Study:
-    """Return the study of one cell."""
+    """Return the study of one cell.
+
+    Notes
+    -----
+    All variants bear one name, so that sites and coordinator do once what several have in common.
+    """
     values = scenario.study.model_dump(mode="json", exclude_unset=True)
     for key, value in comparison.variants[variant].items():
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if both else value
-    values |= {"seed": seed, "name": f"{scenario.name}-{variant}"}
+    values |= {"seed": seed, "name": scenario.name}
     return validate(Study, values, f"variant {variant}")
 
 

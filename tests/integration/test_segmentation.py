@@ -803,12 +803,16 @@ def reduced(name, hospitals, **source):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The real sets, of the source's every fourth lesion: what is proven here needs no more."""
+    """The real sets, every fourth lesion of BUSI and third of BUS-BRA: no more is needed here."""
     if "SONOFED_DATA" not in os.environ:
         pytest.skip("SONOFED_DATA is not set")
     whole, part = Path(os.environ["SONOFED_DATA"]).resolve(), tmp_path_factory.mktemp("data")
-    for name in ("BUSBRA", "BrEaST"):
-        (part / name).symlink_to(whole / name)
+    (part / "BrEaST").symlink_to(whole / "BrEaST")
+    (part / "BUSBRA").mkdir()
+    for name in ("Images", "Masks"):
+        (part / "BUSBRA" / name).symlink_to(whole / "BUSBRA" / name)
+    header, *rows = (whole / "BUSBRA" / "bus_data.csv").read_text().splitlines(keepends=True)
+    (part / "BUSBRA" / "bus_data.csv").write_text("".join([header, *rows[::3]]))
     for name in ("benign", "malignant"):
         folder = part / "Dataset_BUSI_with_GT" / name
         folder.mkdir(parents=True)
