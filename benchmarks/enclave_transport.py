@@ -44,10 +44,14 @@ def serve(folder: Path) -> None:
         def perform(self, action: str, request: Records) -> Records:
             return request
 
+        def admit(self, action: str, request: Records) -> None:
+            pass
+
     store = Store(folder / "store")
     jobs = Jobs(Echo(), store, lambda: "no images")
     ledger = Ledger(store.folder, store.keys.ledger)
     server = answer(Service(Echo(), jobs, ledger, Room(2**40)), folder / "socket")
+    jobs.start()
     print("answers", flush=True)
     wait_for_the_end(server)
 

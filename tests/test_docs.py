@@ -63,13 +63,15 @@ HOSPITAL = (
     "sonofed-site policy test study.toml --site site.toml",
     "sonofed-site studies list --site site.toml",
     "sonofed-site studies show trial --site site.toml",
-    "sonofed-site studies approve trial --site site.toml",
+    "sonofed-site studies approve sha256:DIGEST --site site.toml",
     "sonofed-site ledger show --site site.toml",
     "sonofed-site ledger verify --site site.toml",
     "sonofed-site ledger export ledger.jsonl --site site.toml",
     "sonofed-site studies deny trial --site site.toml",
     "sonofed-site store rotate-key site.toml",
 )
+
+FORGET = "sonofed-site studies forget trial --site site.toml"
 
 DEPLOYMENT = {
     "sonofed-coordinator init project.toml": "provisioning",
@@ -96,7 +98,7 @@ DEPLOYMENT = {
 
 COVERED = {
     **{c: f"tests/integration/test_{name}.py" for c, name in DEPLOYMENT.items()},
-    **dict.fromkeys(HOSPITAL, "here"),
+    **dict.fromkeys((*HOSPITAL, FORGET), "here"),
     "sonofed-site enclave --site site.toml": "tests/integration/test_enclave_process.py",
     "make demo": "tests/integration/test_demo.py",
     "make test": "this is it",
@@ -227,7 +229,7 @@ def test_a_hospital_can_do_what_its_page_says(
     asked = request(Describe(**facts, content=study))
     with pytest.raises(StudyWaitingError):
         InProcessEnclave(settings).perform("query.describe", asked)
-    said = {command: invoke(command) for command in HOSPITAL}
+    said = {c: invoke(c.replace("DIGEST", study.digest())) for c in HOSPITAL}
     assert "to choose from" in said[HOSPITAL[0]]
     assert "trial" in said["sonofed-site studies list --site site.toml"]
     assert "labels asked" in said["sonofed-site studies show trial --site site.toml"]
@@ -235,6 +237,9 @@ def test_a_hospital_can_do_what_its_page_says(
     assert Path("ledger.jsonl").read_text(encoding="utf-8").count("\n") > 2
     assert key.read_text(encoding="utf-8").strip() != "ab" * 32
     with pytest.raises(StudyDeniedError):
+        InProcessEnclave(settings).perform("query.describe", asked)
+    assert "is forgotten" in invoke(FORGET)
+    with pytest.raises(StudyWaitingError):
         InProcessEnclave(settings).perform("query.describe", asked)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519 public key, hex")]
 
 
 class SiteData(Model):
@@ -46,7 +48,7 @@ class SiteSettings(Model):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     store: Path
     data: SiteData
-    coordinator_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519 public key, hex")
+    coordinator_key: PublicKey
     image_key: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
@@ -63,8 +65,8 @@ class SiteSettings(Model):
     socket: Path | None = Field(
         default=None, description="unix socket of the enclave's process; default: in this process"
     )
-    auto_approve: bool = Field(
-        default=False, description="do what the coordinator's studies ask without a person's word"
+    auto_approve: tuple[PublicKey, ...] = Field(
+        default=(), description="coordinators whose studies need no person's word"
     )
 
 

@@ -83,6 +83,7 @@ def fit(
     parameters: nn.Module | None = None,
     before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[int, int], None] | None = None,
+    saves_last: bool = True,
 ) -> list[float]:
     """Train a model in place.
 
@@ -110,6 +111,9 @@ def fit(
         must depend on that number only, or a resumed run would differ.
     after_step : callable or None
         Called after each step with the number of steps done and the total, counted over the cosine.
+    saves_last : bool
+        Whether the last epoch is saved too. A short round, whose caller keeps the weights and drops
+        the file at once, saves the write and risks that epoch.
 
     Returns
     -------
@@ -178,7 +182,7 @@ def fit(
             # Each epoch seeds the generators anew, so a checkpoint needs none of their states.
             with torch.random.fork_rng():
                 losses.append(run_epoch(epoch))
-            if checkpoint is not None:
+            if checkpoint is not None and (saves_last or epoch + 1 < end):
                 _save(checkpoint, model, weights, optimizer, fingerprint, losses)
     finally:
         trained.train(was_training)

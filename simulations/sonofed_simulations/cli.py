@@ -25,11 +25,8 @@ from sonofed_simulations.segmentation_comparison import (
     read_mask_comparison,
     run_mask_comparison,
 )
-from sonofed_simulations.segmentation_summary import (
-    mask_table,
-    summarise_masks,
-    write_mask_summary,
-)
+from sonofed_simulations.segmentation_summary import summarise_masks
+from sonofed_simulations.segmentation_tables import mask_table, write_mask_summary
 from sonofed_simulations.simulation import Enclaves, Engine, simulate
 
 PLAIN_WIDTH = 110

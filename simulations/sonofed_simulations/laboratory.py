@@ -127,14 +127,15 @@ class Laboratory:
     def site(self, name: str, seed: int, folder: Path | None = None) -> tuple[SiteSettings, Path]:
         """Settings of one site as the scenario is now, and the file that `prepare_sites` writes."""
         folder = (folder or self.root / "sites").resolve()
+        coordinator = public_hex(load_or_create_signing_key(self.key))
         settings = SiteSettings(
             name=name,
             store=folder / name / "store",
             data=self._site_data(name, self.scenario.hospitals[name], seed),
-            coordinator_key=public_hex(load_or_create_signing_key(self.key)),
+            coordinator_key=coordinator,
             image_key=sha256(f"{self.scenario.name} {name}".encode()),
             oracle=True,
-            auto_approve=True,
+            auto_approve=(coordinator,),
             threads=self.scenario.threads,
         )
         return settings, folder / name / f"site-{seed}.toml"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array
-from sonofed_common.contract.study import Infusion, Study
+from sonofed_common.contract.study import Infusion, SiteNorm, Study
 from sonofed_server.study.workspace import StudyState
 
 CONTROL = "control"
@@ -30,15 +30,15 @@ class MaskRow:
         Of the infusion head.
     infusion : Infusion
         How the branches become one.
-    batch_norm : {"site", "global"}
-        Whose normalisation statistics.
+    batch_norm : {"site", "mixed", "global"}
+        Normalisation statistics: the site's, the weights', or their mean.
     """
 
     bundle: str
     branches: tuple[str, ...]
     arrays: dict[str, Array]
     infusion: Infusion = PLAIN
-    batch_norm: Literal["site", "global"] = "site"
+    batch_norm: SiteNorm | Literal["global"] = "site"
 
 
 def row_names(study: Study) -> list[str]:
@@ -75,9 +75,12 @@ def row_of(study: Study, state: StudyState, source_bundle: str, name: str) -> Ma
     names: Sequence[str] = known["names"]
     if what == "infusion":
         arrays = state.group(f"ensemble/{origin}")
-        return MaskRow(known["bundle"], tuple(names), arrays, study.infusion)
+        return MaskRow(
+            known["bundle"], tuple(names), arrays, study.infusion, study.segmenter_batch_norm
+        )
     if what != "mean" and what not in names:
         raise ConfigurationError(
             f"study {study.name} has no branch '{what}': its site took no part in the pretraining"
         )
-    return MaskRow(known["bundle"], tuple(names) if what == "mean" else (what,), {})
+    chosen = tuple(names) if what == "mean" else (what,)
+    return MaskRow(known["bundle"], chosen, {}, batch_norm=study.segmenter_batch_norm)

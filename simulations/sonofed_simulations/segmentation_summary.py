@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field
-from rich.table import Table
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
-from sonofed_common.runtime import write_atomically
 from sonofed_common.segmentation_metrics import weighted_metrics
 from sonofed_simulations.paired import (
     Contrast,
@@ -24,7 +20,8 @@ from sonofed_simulations.paired import (
     holm,
     interval,
 )
-from sonofed_simulations.segmentation_comparison import MaskScores, SegmentationComparison
+from sonofed_simulations.segmentation_comparison import SegmentationComparison
+from sonofed_simulations.segmentation_scores import MaskScores
 
 SOURCE, SUPERVISED = "control/source-only", "control/supervised"
 Curves = Mapping[tuple[str, int], Mapping[str, Mapping[str, Floats]]]
@@ -148,112 +145,6 @@ def _check_pairs(scores: Mapping[str, Mapping[int, MaskScores]]) -> None:
                         f"rows '{other}' and '{row}' of seed {seed} were tested on other patients "
                         f"of {site}; delete the folder seed-{seed} and run the comparison again"
                     )
-
-
-def mask_table(summary: MaskSummary) -> Table:
-    """Return the summary for a terminal."""
-    table = Table(*HEADER)
-    for row in summary.rows:
-        table.add_row(*_cells(row))
-    return table
-
-
-def write_mask_summary(summary: MaskSummary, out: Path) -> None:
-    """Write ``comparison.json`` and ``comparison.md``."""
-    text = json.dumps(summary.model_dump(mode="json"), indent=2)
-    write_atomically(out / "comparison.json", f"{text}\n".encode())
-    sites = list(summary.rows[0].sites) if summary.rows else []
-    lines = [
-        *_markdown(HEADER, [_cells(row) for row in summary.rows]),
-        "",
-        "Other measures (95%):",
-        "",
-        *_markdown(
-            ("method", "NSD", "HD95", "ECE"),
-            [
-                [row.name, _text(row.nsd), _text(row.hd95, digits=1), _text(row.ece)]
-                for row in summary.rows
-            ],
-        ),
-        "",
-        "Dice by site (95%):",
-        "",
-        *_markdown(
-            ("method", *sites),
-            [[row.name, *(_text(row.sites[site]) for site in sites)] for row in summary.rows],
-        ),
-        "",
-        f"Dice over {summary.baseline} by site (95%, uncorrected):",
-        "",
-        *_markdown(
-            ("method", *sites),
-            [
-                [row.name, *(_text(gained, "+") for gained in row.sites_over_baseline.values())]
-                for row in summary.rows
-                if row.sites_over_baseline
-            ],
-        ),
-        "",
-        "Images by site, a number a seed:",
-        "",
-        *_markdown(
-            ("", *sites),
-            [
-                [what, *(", ".join(map(str, counts.get(site, ()))) for site in sites)]
-                for what, counts in (
-                    ("tested", summary.tested),
-                    ("labelled for the supervised control", summary.trained),
-                )
-            ],
-        ),
-        "",
-        "What the plug-in adds:",
-        "",
-        *_markdown(
-            ("method", "over", "Dice gained (95%)", "p Holm"),
-            [[p.method, p.start, _text(p, "+"), f"{p.p_holm:.3f}"] for p in summary.plug_in],
-        ),
-    ]
-    write_atomically(out / "comparison.md", ("\n".join(lines) + "\n").encode())
-
-
-HEADER = (
-    "method",
-    "seeds",
-    "Dice (95%)",
-    "worst site",
-    "NSD",
-    "HD95",
-    "ECE",
-    "over baseline (95%), p Holm",
-    "of the way to supervised",
-)
-
-
-def _cells(row: MaskSummaryRow) -> list[str]:
-    over = row.over_baseline
-    way = row.way_to_supervised
-    return [
-        row.name,
-        str(len(row.seeds)),
-        _text(row.dice),
-        f"{row.worst_site_dice:.3f}, {row.worst_site}",
-        f"{row.nsd.value:.3f}",
-        f"{row.hd95.value:.1f}",
-        f"{row.ece.value:.3f}",
-        "" if over is None else f"{_text(over, '+')}, {over.p_holm:.3f}",
-        "" if way is None else f"{way.value:.0%} ({way.low:.0%} to {way.high:.0%})",
-    ]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _text(found: Interval, sign: str = "", digits: int = 3) -> str:
-    value, low, high = (f"{v:{sign}.{digits}f}" for v in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})"
 
 
 def _metrics(found: MaskScores, site: str, draws: PatientDraws) -> dict[str, Floats]:

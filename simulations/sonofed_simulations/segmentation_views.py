@@ -14,6 +14,7 @@ from sonofed_common.contract.actions import EvaluateSegmenter
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.study import Infusion, Study
 from sonofed_common.models.infusion import confidence
+from sonofed_common.segmentation_metrics import image_dice
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.report.view import SegmentationView
 
@@ -63,7 +64,7 @@ def _result(state: StudyState, study: Study, bundle: str) -> _Model:
 
 def _view(site: Site, study: Study, bundle: str, result: _Model) -> SegmentationView:
     before = _predict(site, study, _Model(bundle, ("source",), PLAIN, {}), "global")
-    after = _predict(site, study, result, "site")
+    after = _predict(site, study, result, study.segmenter_batch_norm)
     return SegmentationView(
         name=site.settings.name,
         images=np.concatenate([(p.images[:, 0] * 255).round().byte().numpy() for p in after]),
@@ -73,8 +74,8 @@ def _view(site: Site, study: Study, bundle: str, result: _Model) -> Segmentation
         confidence=np.concatenate([confidence(p.probabilities).numpy() for p in after]),
         weights=np.concatenate([p.weights.numpy() for p in after], axis=1),
         branches=result.branches,
-        dice_source=np.concatenate([p.scores().dice for p in before]),
-        dice_ours=np.concatenate([p.scores().dice for p in after]),
+        dice_source=np.concatenate([image_dice(p.probabilities, p.masks) for p in before]),
+        dice_ours=np.concatenate([image_dice(p.probabilities, p.masks) for p in after]),
     )
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from sonofed_client.adaptation.evaluation import evaluate
 from sonofed_client.adaptation.pretraining import PretrainingModel
+from sonofed_client.adaptation.ranking import keys
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
 from sonofed_client.enclave.handlers import reconstruction
@@ -86,6 +87,7 @@ def site(tmp_path, hospital, coordinator):
         store=tmp_path / "store",
         data=data,
         coordinator_key=public_hex(coordinator),
+        auto_approve=(public_hex(coordinator),),
         oracle=True,
         threads=1,
     )
@@ -489,6 +491,24 @@ def test_a_bundle_counts_as_installed_once_it_is_whole(site, bundle):
     )
 
 
+@pytest.mark.parametrize("per_class", [4, 5])
+def test_a_test_over_few_images_of_a_class_tells_no_metric(own, bundle, per_class):
+    own = own.model_copy(update={"data": own.data.model_copy(update={"test_fraction": 0.5})})
+    rows = iter(range(4 * per_class))
+
+    def balanced(row):
+        number = next(rows, None)
+        return None if number is None else {**row, "label": number % 2, "patient": number}
+
+    rewrite(own.data.path, balanced)
+    enclave = InProcessEnclave(own)
+    install(enclave, bundle)
+    reply = enclave.perform("evaluate.classifier", request(evaluation(bundle)))
+    assert reply.config == {"examples": 2 * per_class}
+    assert reply.metrics["images"] == 2 * per_class
+    assert ("auroc" in reply.metrics) == (len(reply.metrics) > 1) == (per_class == 5)
+
+
 def test_a_repeated_job_gives_its_first_reply_without_training(site, bundle, monkeypatch):
     enclave = InProcessEnclave(site)
     first = {a: to_bytes(r) for a, r in talk(enclave, bundle) if a in JOB_REQUESTS}
@@ -668,7 +688,13 @@ def talked(tmp_path_factory, hospital, bundle, coordinator):
     key = public_hex(coordinator)
     enclave = InProcessEnclave(
         SiteSettings(
-            name="north", store=store, data=data, coordinator_key=key, oracle=True, threads=1
+            name="north",
+            store=store,
+            data=data,
+            coordinator_key=key,
+            auto_approve=(key,),
+            oracle=True,
+            threads=1,
         )
     )
     talk(enclave, bundle)
@@ -708,6 +734,37 @@ def test_pooled_ranks_that_do_not_fit_are_refused_and_not_kept(site, bundle):
         "query.histogram", request(question, edges=WHOLE["uncertainty"], cuts=NO_CUTS)
     )
     assert reply.arrays["counts"].sum() == len(Store(site.store).images("pool"))
+
+
+def test_the_ranks_of_a_selection_come_once(site, bundle):
+    enclave = InProcessEnclave(site)
+    talk(enclave, bundle)
+    settings = Selection(combine="rank", budgets=(1.0,))
+    scoring = request(actions.Score(**encode(bundle), selection=settings), centroids=np.eye(2, 8))
+
+    def send(change):
+        arrays = {}
+        for column, scores in Store(site.store).get("study/trial/scores").arrays.items():
+            starts, sizes = np.unique(keys(scores), return_counts=True)
+            sizes[-1] += change
+            cumulative = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+            arrays |= {f"{column}/starts": starts, f"{column}/cumulative": cumulative}
+        message = request(actions.Select(**COMMON, stage="rank"), ranks=arrays)
+        return enclave.perform("train.select", message)
+
+    enclave.perform("train.score", scoring)
+    for _ in range(2):
+        send(0)
+    with pytest.raises(ParameterError, match="score again"):
+        send(1)
+    enclave.perform("train.score", scoring)
+    send(1)
+
+
+def test_a_hospital_breaks_ties_by_no_id(own):
+    site = InProcessEnclave(own.model_copy(update={"oracle": False})).site
+    assert len({site.tie_secret("trial"), site.tie_secret("other"), None}) == 3
+    assert InProcessEnclave(own).site.tie_secret("trial") is None
 
 
 def test_a_bundle_without_diffusion_says_so(site, bundle, coordinator, tmp_path):
@@ -809,7 +866,7 @@ def test_a_selection_that_begins_forgets_the_one_before(site, bundle):
 
 @pytest.mark.parametrize("oracle", [True, False])
 def test_an_oracle_is_not_waited_for_where_it_knows_no_label(own, bundle, oracle):
-    own = own.model_copy(update={"oracle": oracle, "auto_approve": True})
+    own = own.model_copy(update={"oracle": oracle})
     forget_labels(own.data.path)
     enclave = InProcessEnclave(own)
     install(enclave, bundle)
@@ -1051,6 +1108,7 @@ def test_settings_are_read_strictly(tmp_path, site):
 name = "north"
 store = "{site.store}"
 coordinator_key = "{site.coordinator_key}"
+auto_approve = ["{site.coordinator_key}"]
 oracle = true
 threads = 1
 [data]

@@ -92,7 +92,7 @@ def settings(tmp_path, rows):
         coordinator_key=public_hex(KEY),
         image_key="0" * 64,
         threads=1,
-        auto_approve=True,
+        auto_approve=(public_hex(KEY),),
     )
 
 

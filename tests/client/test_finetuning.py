@@ -12,7 +12,7 @@ from torch import nn
 
 from sonofed_client.adaptation.evaluation import evaluate, predict
 from sonofed_client.adaptation.finetuning import draw_replay, finetune_round
-from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.batch_norm import adapt_batch_norm, statistics_of
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.runtime import derive_seed
@@ -50,6 +50,18 @@ def bright(count):
 def same(one: nn.Module, other: nn.Module) -> bool:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_mixed_statistics_are_the_mean_of_the_priors_and_the_sites():
+    model, own = network().eval(), network().eval()
+    adapt_batch_norm(model, images(40, seed=3, scale=2.0))
+    prior = statistics_of(model)
+    site = images(70, scale=0.4)
+    adapt_batch_norm(own, site)
+    for _ in range(2):
+        adapt_batch_norm(model, site, prior=prior)
+        for name, alone in statistics_of(own).items():
+            assert torch.allclose(statistics_of(model)[name], (alone + prior[name]) / 2)
 
 
 def test_batch_norm_takes_the_statistics_of_the_site():

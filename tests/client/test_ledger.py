@@ -1,5 +1,7 @@
 import json
+import random
 import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sonofed_client.enclave.ledger import Entry, Ledger, payload
+from sonofed_client.enclave.entry import Entry
+from sonofed_client.enclave.ledger import Ledger, payload
+from sonofed_client.enclave.sent_bytes import DAY_SECONDS
 from sonofed_client.enclave.verification import check
 from sonofed_common.contract.errors import LedgerError
 from sonofed_common.contract.records import Records
@@ -133,9 +137,10 @@ def test_a_head_that_is_gone_or_of_another_key_is_noticed(ledger, tmp_path):
     head.write_text(json.dumps(values | {"entries": 1, "hash": rows(tmp_path)[0][2]}))
     with pytest.raises(LedgerError, match="head was edited"):
         ledger.verify()
-    head.write_text("{")
-    with pytest.raises(LedgerError, match="unreadable"):
-        ledger.append(entry(0))
+    for spoilt in ("{", "[1]", "5"):
+        head.write_text(spoilt)
+        with pytest.raises(LedgerError, match="unreadable"):
+            ledger.append(entry(0))
     head.unlink()
     for opened in (ledger, Ledger(tmp_path, KEY)):
         with pytest.raises(LedgerError, match="no head"):
@@ -186,6 +191,33 @@ def test_totals_count_what_was_sent(ledger):
     assert ledger.sent_bytes("trial") == sum(range(ENTRIES))
     assert ledger.sent_bytes("other") == 500 and ledger.sent_bytes("none") == 0
     assert ledger.sent_bytes() == sum(range(ENTRIES)) + 500
+
+
+def test_totals_are_those_of_a_full_scan(tmp_path, monkeypatch):
+    dice, clock = random.Random(0), [time.time()]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    ledgers = [Ledger(tmp_path, KEY), Ledger(tmp_path, KEY)]
+
+    def scan(holds):
+        found = ledgers[0].entries()
+        return sum(e["bytes"] for e in found if e["outcome"] == "sent" and holds(e))
+
+    for _ in range(40):
+        clock[0] += dice.choice((0, 1, 3600, 20000))
+        outcome, study = dice.choice(("sent", "sent", "refused")), dice.choice("abc")
+        dice.choice(ledgers).append(entry(dice.randrange(10**6), outcome, study))
+        for ledger in [*ledgers, Ledger(tmp_path, KEY)]:
+            assert ledger.sent_bytes() == scan(lambda e: e["time"] >= clock[0] - DAY_SECONDS)
+            assert ledger.sent_bytes(study) == scan(lambda e, study=study: e["study"] == study)
+
+
+def test_totals_read_each_entry_once(ledger, tmp_path):
+    assert ledger.sent_bytes() == sum(range(ENTRIES))
+    spoil(tmp_path, ("UPDATE entries SET body = 'no json' WHERE number = 2",))
+    ledger.append(entry(100))
+    assert ledger.sent_bytes() == ledger.sent_bytes("trial") == sum(range(ENTRIES)) + 100
+    with pytest.raises(LedgerError, match=r"entry 2 .*unreadable"):
+        Ledger(tmp_path, KEY).sent_bytes()
 
 
 def test_an_export_can_be_checked_without_the_site(ledger, tmp_path):

@@ -1,6 +1,9 @@
 """Records that cross a socket in parts, whole or not at all."""
 
 import gc
+import json
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from sonofed_client.enclave import parts
-from sonofed_client.enclave.parts import TYPES, read, receive, send
+from sonofed_client.enclave.parts import TEXT_BYTES, TYPES, read, receive, send
 from sonofed_client.enclave.room import Room
 from sonofed_common.contract import enclave_pb2 as messages
+from sonofed_common.contract.actions import Describe, parse, request
 from sonofed_common.contract.errors import EngineError, ParameterError, PolicyError
 from sonofed_common.contract.records import Records
+from sonofed_common.contract.study import MAX_SITES, Study
 
 names = st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
 tensors = st.sampled_from([np.dtype(code) for code in TYPES.values()]).flatmap(
@@ -114,3 +119,64 @@ def test_a_promise_that_is_not_kept_holds_no_room():
     for _ in range(3):
         with pytest.raises(ParameterError, match="ended before its last part"):
             receive([large], room.memory)
+
+
+def file_of(text):
+    header = json.dumps({"__metadata__": {"records": text}}).encode()
+    header += b" " * (-len(header) % 8)
+    return memoryview(len(header).to_bytes(8, "little") + header)
+
+
+def peak(work):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ParameterError):
+            work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def described(cohort):
+    content = {"name": "t", "cohort": cohort}
+    facts = {"study": "t", "seed": 1, "study_digest": "0" * 64, "content": content}
+    return json.dumps({"config": facts, "metrics": {}})
+
+
+WRONG = {
+    "sites": {"sites": [1] * 30_000},
+    "keys": {"sites": ["north"], **{f"{n:x}": 0 for n in range(9_000)}},
+    "lists": {"sites": [[] for _ in range(30_000)]},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_small_message_costs_little_to_refuse(wrong):
+    text = described(WRONG[wrong])
+    file = file_of(text)
+    assert peak(lambda: parse("query.describe", read(file))) < 200 * len(text) < 40e6
+    assert peak(lambda: read(file_of(text + " " * TEXT_BYTES))) < 10 * len(text) + 10 * TEXT_BYTES
+    begun = time.process_time()
+    with pytest.raises(ParameterError):
+        parse("query.describe", read(file))
+    assert time.process_time() - begun < 3
+
+
+def test_a_study_of_the_most_sites_comes_through():
+    sites = [f"{n:03d}" + "x" * 61 for n in range(MAX_SITES)]
+    study = Study(name="t", cohort={"sites": sites})
+    facts = {"study": "t", "seed": 0, "study_digest": study.digest(), "content": study}
+    sent = request(Describe(**facts))
+    received = receive(send(sent, "query.describe")).records
+    assert parse("query.describe", received).content == study
+    assert len(json.dumps(sent.config)) < TEXT_BYTES / 3
+    with pytest.raises(ValueError, match="at most"):
+        Study(name="t", cohort={"sites": [*sites, "one more"]})
+
+
+def test_a_long_action_or_header_is_refused_before_it_is_kept():
+    with pytest.raises(ParameterError):
+        receive(send(Records(), "query." + "x" * parts.ACTION_LENGTH))
+    many = Records({f"{n:0200d}": np.zeros(1, np.uint8) for n in range(5_000)})
+    with pytest.raises(ParameterError):
+        receive(send(many, "query.missing"))

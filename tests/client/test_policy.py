@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sonofed_client.enclave.forecast import MANY, _sample, asks, explain, questions, refusals
-from sonofed_client.enclave.policy import ActionRule, ArrayRule, Policy, read_policy
+from sonofed_client.enclave.policy import Policy, read_policy
 from sonofed_client.enclave.privacy import gaussian, privatise
 from sonofed_client.enclave.release import release
+from sonofed_client.enclave.rules import ActionRule, ArrayRule
 from sonofed_client.enclave.scope import check_scope
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import ACTIONS
@@ -35,6 +36,8 @@ LIMITS = {
     "day_bytes": 10**6,
 }
 WEIGHTS = {"key": "weights/*", "dtypes": ["float32", "int64"], "numbers": 10}
+SMALL = {"key": "counts", "dtypes": ["int64"], "numbers": 9, "counts": True, "small": "zero"}
+ROWS = {"key": "b", "dtypes": ["float64"], "numbers": 9}
 
 
 def policy(action="train.classifier", limits=LIMITS, **rule):
@@ -110,7 +113,7 @@ def test_nothing_that_is_not_named_ever_passes(held, config, metrics):
     if named and typed:
         out = let_out(RULE, reply).records
         assert out.arrays.keys() == held.keys() and out.config == config
-        assert out.metrics.keys() == metrics.keys()
+        assert out.metrics == (metrics if config.get("examples", 0) >= 5 else {})
     else:
         with pytest.raises(PolicyError) as error:
             let_out(RULE, reply)
@@ -181,25 +184,63 @@ def test_small_counts_do_not_leave():
     assert let_out(rule, whole).records.metrics == {"images": 9.0}
 
 
+def clusters(least):
+    rows = {"key": "sums", "dtypes": ["float64"], "numbers": 1000}
+    return {"min_count": least, "arrays": [rows, {**SMALL, "numbers": 99, "rows": ["sums"]}]}
+
+
 def test_small_clusters_go_with_their_sums():
-    rule = {
-        "min_count": 3,
-        "arrays": [
-            {"key": "sums", "dtypes": ["float64"], "numbers": 9},
-            {
-                "key": "counts",
-                "dtypes": ["int64"],
-                "numbers": 3,
-                "counts": True,
-                "small": "zero",
-                "rows": ["sums"],
-            },
-        ],
-    }
-    reply = Records({"sums": np.ones((3, 2)), "counts": np.array([3, 2, 0])})
-    out = let_out(rule, reply, "query.cluster").records.arrays
-    assert out["counts"].tolist() == [3, 0, 0] and out["sums"].tolist() == [[1, 1], [0, 0], [1, 1]]
-    assert reply.arrays["counts"].tolist() == [3, 2, 0] and reply.arrays["sums"].all()
+    reply = Records({"sums": np.ones((4, 2)), "counts": np.array([3, 2, 0, 1])})
+    out = let_out(clusters(3), reply, "query.cluster").records.arrays
+    assert out["counts"].tolist() == [3, 0, 0, 0]
+    assert out["sums"].tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    assert reply.arrays["counts"].tolist() == [3, 2, 0, 1] and reply.arrays["sums"].all()
+
+
+def test_counts_of_sums_that_do_not_come_are_held_back():
+    with pytest.raises(PolicyError, match="sums"):
+        let_out(clusters(3), Records({"counts": np.array([9, 1])}), "query.cluster")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(2, 7), st.integers(0, 9))
+def test_the_rest_of_a_known_total_is_no_few_images(sizes, least, seed):
+    # Whole numbers: a difference is exact, and 0 only of no image.
+    vectors = [
+        np.random.default_rng((seed, n)).integers(1, 99, (s, 3)) for n, s in enumerate(sizes)
+    ]
+    sums = np.array([v.sum(axis=0) for v in vectors], dtype=np.float64)
+    counts = np.array(sizes)
+    reply = Records({"sums": sums, "counts": counts})
+    out = let_out(clusters(least), reply, "query.cluster").records.arrays
+    hidden = sum(sizes) - out["counts"].sum()
+    assert hidden == 0 or hidden >= least or not out["counts"].any()
+    shown = out["counts"] > 0
+    assert (out["counts"][shown] >= least).all() and (out["counts"] == counts)[shown].all()
+    assert (out["sums"][shown] == sums[shown]).all() and not out["sums"][~shown].any()
+    if (counts[counts > 0] >= least).all():
+        assert np.array_equal(out["counts"], counts)
+
+
+@pytest.mark.parametrize(
+    ("config", "least", "leaves"),
+    [
+        ({"examples": 5}, 1, True),
+        ({"examples": 4}, 1, False),
+        ({}, 1, False),
+        ({"examples": 40, "measured": 4}, 1, False),
+        ({"examples": 40, "measured": 5}, 1, True),
+        ({"examples": 40, "measured": 19}, 20, False),
+        ({"examples": 40, "measured": 20}, 20, True),
+        ({"examples": 40, "measured": 20.0}, 1, False),
+    ],
+)
+def test_metrics_over_too_few_images_do_not_leave(config, least, leaves):
+    rule = {"config": {"examples": "count"}, "metrics": ["auroc"], "counted": ["images"]}
+    reply = Records(config=config, metrics={"auroc": 0.5, "images": 40})
+    out = let_out({**rule, "min_count": least}, reply, "evaluate.classifier").records
+    assert out.metrics == {"images": 40} | ({"auroc": 0.5} if leaves else {})
+    assert out.config == {k: v for k, v in config.items() if k == "examples"}
 
 
 def test_withheld_metrics_are_taken_out():
@@ -328,6 +369,18 @@ def test_budgets_hold(spent, budget):
         ({"arrays": [{**WEIGHTS, "key": "*"}]}, "exact name"),
         ({"arrays": [{**WEIGHTS, "key": "w*ts"}]}, "exact name"),
         ({"arrays": [{**WEIGHTS, "noise": 1.0}]}, "noise needs a clip"),
+        ({"arrays": [{**WEIGHTS, "clip": 1.0, "noise": 1.0}]}, "noise and releases"),
+        ({"arrays": [WEIGHTS], "releases": 5}, "noise and releases"),
+        ({"arrays": [WEIGHTS, WEIGHTS]}, "one rule for each key"),
+        ({"arrays": [{**WEIGHTS, "small": "zero"}], "min_count": 5}, "counts = true"),
+        ({"arrays": [{**WEIGHTS, "counts": True, "rows": ["b"]}]}, "small = 'zero'"),
+        ({"arrays": [{**SMALL, "rows": ["c"]}, ROWS], "min_count": 5}, "'c'"),
+        ({"arrays": [{**SMALL, "rows": ["counts"]}, ROWS], "min_count": 5}, "'counts'"),
+        ({"arrays": [SMALL, ROWS], "min_count": 5}, "name what goes with them"),
+        ({"arrays": [{**SMALL, "rows": ["b"]}, ROWS]}, "give the action a min_count"),
+        ({"parameters": {"seed": {}}}, "limits nothing"),
+        ({"parameters": {"seed": {"values": []}}}, "limits nothing"),
+        ({"parameters": {"seed": {"least": 2, "most": 1}}}, "least is above most"),
         ({"metrics": ["loss"], "withheld": ["loss"]}, "once"),
         ({"metric": ["loss"]}, "metrics"),
     ],
@@ -376,13 +429,25 @@ def test_the_forecast_knows_that_the_exact_selection_needs_single_counts():
     assert refusals(asked, STANDARD) == []
 
 
+def test_the_forecast_counts_noised_replies():
+    values = json.loads(STANDARD.model_dump_json())
+    rule = values["actions"]["train.pretrain"]
+    rule["arrays"][0] |= {"clip": 1.0, "noise": 0.8}
+    asked = study(phases=("enrol", "ship", "pretrain"), pretraining={"rounds": 7})
+    for releases, said in ((7, []), (6, ["train.pretrain: asked 7 times, above releases = 6"])):
+        rule["releases"] = releases
+        assert refusals(asked, Policy.model_validate(values)) == said
+
+
 def test_a_policy_is_explained():
     values = json.loads(STANDARD.model_dump_json())
     del values["actions"]["train.embed"]
     values["actions"]["train.classifier"]["arrays"][0] |= {"clip": 1.0, "noise": 0.8}
+    values["actions"]["train.classifier"]["releases"] = 40
     values["actions"]["train.classifier"]["parameters"] = {"settings.local_epochs": {"most": 5}}
     words = "\n".join(explain(Policy.model_validate(values)))
-    assert "clipped to 1, noise 0.8" in words and "settings.local_epochs at most 5" in words
+    assert "clipped to 1, noise 0.8" in words and "at most 40 replies with noise" in words
+    assert "settings.local_epochs at most 5" in words
     assert words.endswith("refused: train.embed")
 
 

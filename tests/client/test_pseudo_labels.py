@@ -26,7 +26,7 @@ from sonofed_client.enclave.enclave import InProcessEnclave
 from sonofed_client.enclave.handlers import segmentation
 from sonofed_client.enclave.site import Site
 from sonofed_client.settings import SiteData, SiteSettings
-from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.batch_norm import adapt_batch_norm, statistics_of
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
@@ -174,6 +174,21 @@ def test_batch_norm_is_what_the_statistics_alone_give():
     assert report["foreground"] == pytest.approx((predicted > 0).float().mean().item())
 
 
+def test_mixed_statistics_go_back_as_they_came():
+    own, mixed, untrained = network(), network(), network()
+    for model in (own, mixed, untrained):
+        adapt_batch_norm(model, 0.9 * images() + 0.05)
+    came = statistics_of(mixed)
+    one = adapt_round(own, images(), chosen(), FACTS, 0, 5)
+    other = adapt_round(mixed, images(), chosen(), FACTS, 0, 5, batch_norm="mixed")
+    assert one["loss"] != other["loss"]
+    assert all(torch.equal(tensor, came[name]) for name, tensor in statistics_of(mixed).items())
+    assert changed(network(), mixed)
+    adapt_round(untrained, images(), chosen("batch_norm"), FACTS, 0, 5, batch_norm="mixed")
+    assert all(torch.equal(tensor, came[name]) for name, tensor in statistics_of(untrained).items())
+    assert not changed(network(), untrained)
+
+
 def test_apl_without_its_losses_trains_nothing():
     model = network()
     off = chosen(consistency=False, self_training=False)
@@ -282,6 +297,7 @@ def test_no_label_can_be_given():
     names = set(inspect.signature(adapt_round).parameters)
     assert names == {
         "model", "images", "settings", "facts", "round", "seed", "checkpoint", "events",
+        "batch_norm",
     }  # fmt: skip
 
 
@@ -317,7 +333,7 @@ def unlabelled(tmp_path, key):
         data=SiteData(kind="table", path=data, test_fraction=0.4),
         coordinator_key=public_hex(key),
         threads=1,
-        auto_approve=True,
+        auto_approve=(public_hex(key),),
     )
     site = Site(settings)
     site.images("pool", SIZE)
@@ -351,14 +367,16 @@ def ask(bundle, round=0, **values):
 def test_a_site_without_a_label_adapts_a_branch_in_rounds(unlabelled, bundle):
     enclave = InProcessEnclave(unlabelled)
     install(enclave, bundle)
-    first = enclave.perform("train.segmenter", request(ask(bundle)))
+    first = enclave.perform("train.segmenter", request(ask(bundle, local_epochs=2)))
     store = Site(unlabelled).store
     assert store.annotations() == {} and not store.names("mask")
     assert first.config == {"examples": len(store.images("pool"))}
     assert set(first.metrics) == {"loss", "foreground", "kept"}
     weights = first.group("weights")
     assert weights.keys() == network().state_dict().keys()
-    second = enclave.perform("train.segmenter", request(ask(bundle, 1), weights=weights))
+    second = enclave.perform(
+        "train.segmenter", request(ask(bundle, 1, local_epochs=2), weights=weights)
+    )
     name = "heads.0.last.weight"
     assert not np.array_equal(second.group("weights")[name], weights[name])
     assert not list((unlabelled.store / "checkpoints").iterdir())
@@ -387,8 +405,8 @@ def test_a_repeated_or_interrupted_request_gives_the_first_reply(unlabelled, bun
             if event["event"] == "progress" and event["epoch"] == 2:
                 raise KeyboardInterrupt
 
-        *rest, _ = arguments
-        return adapt_round(*rest, events=Events(listeners=[interrupt]))
+        *rest, _, batch_norm = arguments
+        return adapt_round(*rest, Events(listeners=[interrupt]), batch_norm)
 
     with monkeypatch.context() as patch:
         patch.setattr(segmentation, "adapt_round", stopped)
@@ -411,5 +429,5 @@ def test_a_collapse_at_a_site_leaves_no_checkpoint(unlabelled, bundle, monkeypat
     install(enclave, bundle)
     monkeypatch.setattr(segmentation, "adapt_round", collapsing)
     with pytest.raises(CollapseError):
-        enclave.perform("train.segmenter", request(ask(bundle)))
+        enclave.perform("train.segmenter", request(ask(bundle, local_epochs=2)))
     assert not list((unlabelled.store / "checkpoints").iterdir())

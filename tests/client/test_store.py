@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -196,6 +196,76 @@ def test_a_private_row_in_the_place_of_another_is_found(store):
         connection.execute("UPDATE images SET sealed = (SELECT max(sealed) FROM images)")
     with pytest.raises(StoreError, match="damaged"):
         store.images()
+
+
+def kept(store):
+    return store.images(), store.images("pool"), store.annotations()
+
+
+def test_a_flipped_bit_of_an_image_or_a_label_is_found_or_says_nothing_else(store):
+    store.catalogue([image(0), image(1, "test")])
+    store.annotate([(image(0).id, 1)], "expert")
+    before, path = kept(store), store.folder / "store.sqlite"
+    store._catalogue._engine.dispose()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = path.read_bytes()
+    # A label of 0 or 1 is a bit of the row's header, before what is found here.
+    rows = [whole.find(f"{image(0).id}{part}".encode()) for part in ("pool", "expert")]
+    places = [8 * (row + n) + bit for row in rows for n in range(-10, 26) for bit in (0, 3, 6)]
+    assert min(rows) > 0
+    found = 0
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        for name in ("store.sqlite-wal", "store.sqlite-shm"):
+            (store.folder / name).unlink(missing_ok=True)
+        try:
+            damaged = Store(store.folder, store.keys)
+            assert kept(damaged) == before
+        except StoreError:
+            found += 1
+        damaged._catalogue._engine.dispose()
+    assert found > len(places) // 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "UPDATE images SET label = 1",
+        "UPDATE images SET label = NULL",
+        "UPDATE images SET part = 'test'",
+        "UPDATE images SET position = 3 - position",
+        "UPDATE images SET id = 'x' || id",
+        "UPDATE images SET sealed = 5",
+        "DELETE FROM images WHERE position = 1",
+        "UPDATE annotations SET label = 0",
+        "UPDATE annotations SET author = 'somebody else'",
+        "UPDATE annotations SET image = 'b'",
+        "DELETE FROM annotations",
+        "DELETE FROM totals",
+        "INSERT INTO annotations SELECT 'b', label, author, time, sealed FROM annotations",
+    ],
+)
+def test_an_edit_of_the_catalogue_is_found(store, edit):
+    store.catalogue([image(0), image(1)])
+    store.annotate([("a", 1)], "expert")
+    with sqlite3.connect(store.folder / "store.sqlite") as connection:
+        connection.execute(edit)
+    with pytest.raises(StoreError, match=r"catalogue.*damaged"):
+        kept(store)
+    if "annotations" in edit:
+        with pytest.raises(StoreError, match=r"catalogue.*damaged"):
+            store.annotate([("c", 1)], "expert")
+
+
+@pytest.mark.parametrize("version", [0, 1, 7])
+def test_a_store_of_another_version_is_named(store, version):
+    with sqlite3.connect(store.folder / "store.sqlite") as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    with pytest.raises(StoreError, match="another version"):
+        Store(store.folder)
 
 
 def test_an_unencrypted_store_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -7,9 +8,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from sonofed_client.cli import app
+from sonofed_client.enclave.ledger import payload
 from sonofed_client.enclave.policy import STANDARD, read_policy
 from sonofed_client.enclave.store import open_store
-from sonofed_client.enclave.studies import MAX_WAITING, Studies
 from sonofed_client.enclave.wall import Wall, open_studies
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract import actions
@@ -30,7 +31,7 @@ from sonofed_common.security import public_hex
 KEY = public_hex(Ed25519PrivateKey.generate())
 OTHER_KEY = public_hex(Ed25519PrivateKey.generate())
 DESCRIPTION = Records(config={"site": "north"}, metrics={"pool": 20, "test": 10})
-UPDATE = Records({"weights/w": np.ones(4, dtype=np.float32)}, {"examples": 3}, {"loss": 0.5})
+UPDATE = Records({"weights/w": np.ones(4, dtype=np.float32)}, {"examples": 30}, {"loss": 0.5})
 
 
 def a_study(**values):
@@ -79,11 +80,16 @@ def never(_):
 
 
 def last(wall):
-    return wall.ledger.entries()[-1]
+    """The latest entry that is no count of repetitions."""
+    return [e for e in wall.ledger.entries() if not e["repeats"]][-1]
 
 
-def approve(settings, study):
-    open_studies(settings).decide(study.digest(), "approved")
+def tries(entries, outcome):
+    return sum(max(1, e["repeats"]) for e in entries if e["outcome"] == outcome)
+
+
+def approve(settings, study, ledger):
+    open_studies(settings, ledger).approve(f"sha256:{study.digest()}")
 
 
 def narrow(**changes):
@@ -105,25 +111,25 @@ def test_an_unknown_study_waits_until_a_person_approved_it(wall, settings):
             wall.perform("train.classifier", train(study), never)
     (known,) = open_studies(settings).known()
     assert known.content == study and known.state == "waiting"
-    approve(settings, study)
+    approve(settings, study, wall.ledger)
     assert wall.perform("query.describe", describe(study), lambda _: DESCRIPTION) == DESCRIPTION
     assert wall.perform("train.classifier", train(study), lambda _: UPDATE) == UPDATE
-    outcomes = [e["outcome"] for e in wall.ledger.entries()]
-    assert outcomes == ["refused"] * 5 + ["sent"] * 2
-    sent = last(wall)
+    entries = wall.ledger.entries()
+    assert tries(entries, "refused") == 5 and tries(entries, "sent") == 2
+    sent = next(e for e in reversed(entries) if e["outcome"] == "sent")
     assert (sent["study"], sent["study_digest"]) == ("trial", study.digest())
     assert sent["records"][0] == ["weights/w", "float32", [4]] and sent["round"] == 0
     assert sent["rule"] == "actions.train.classifier" and len(sent["sha256"]) == 64
-    assert sent["bytes"] > UPDATE.nbytes and wall.ledger.verify() == 7
+    assert sent["bytes"] > UPDATE.nbytes and wall.ledger.verify() == len(entries)
 
 
 def test_a_denied_study_is_refused_also_if_it_was_approved(wall, settings):
     study = a_study()
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", describe(study), never)
-    approve(settings, study)
+    approve(settings, study, wall.ledger)
     wall.perform("query.describe", describe(study), lambda _: DESCRIPTION)
-    open_studies(settings).decide("trial", "denied")
+    open_studies(settings, wall.ledger).deny("trial")
     for action, message in (
         ("query.describe", describe(study)),
         ("train.classifier", train(study)),
@@ -137,7 +143,7 @@ def test_another_content_of_the_name_waits_and_the_approved_one_goes_on(wall, se
     study, longer = a_study(), a_study(finetuning={"local_epochs": 50})
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", describe(study), never)
-    approve(settings, study)
+    approve(settings, study, wall.ledger)
     wall.perform("query.describe", describe(study), lambda _: DESCRIPTION)
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", describe(longer), never)
@@ -163,7 +169,7 @@ def test_an_approval_is_of_one_coordinator(wall, settings, store):
     study = a_study()
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", describe(study), never)
-    approve(settings, study)
+    approve(settings, study, wall.ledger)
     other = settings.model_copy(update={"coordinator_key": OTHER_KEY})
     for action, message in (
         ("train.classifier", train(study)),
@@ -180,23 +186,14 @@ def test_a_study_without_its_content_cannot_be_approved(wall, settings):
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", request(actions.Describe(**values)), never)
     with pytest.raises(ConfigurationError, match="unread"):
-        approve(settings, study)
+        approve(settings, study, wall.ledger)
     with pytest.raises(StudyWaitingError):
         wall.perform("query.describe", describe(study), never)
-    approve(settings, study)
-
-
-def test_nobody_fills_the_list_of_waiting_studies(tmp_path):
-    studies = Studies(tmp_path, KEY)
-    for seed in range(MAX_WAITING + 1):
-        parameters = actions.Describe(study="trial", seed=seed, study_digest=f"{seed:064x}")
-        with pytest.raises(StudyWaitingError, match="too many" if seed == MAX_WAITING else "waits"):
-            studies.approved(parameters)
-    assert len(studies.known()) == MAX_WAITING
+    approve(settings, study, wall.ledger)
 
 
 def test_a_site_that_approves_by_itself_still_holds_a_study_to_its_content(settings, store):
-    wall = Wall(settings.model_copy(update={"auto_approve": True}), store)
+    wall = Wall(settings.model_copy(update={"auto_approve": (KEY,)}), store)
     study = a_study()
     wall.perform("query.describe", describe(study), lambda _: DESCRIPTION)
     wall.perform("train.classifier", train(study), lambda _: UPDATE)
@@ -209,7 +206,7 @@ def open_wall(settings, store):
     """A wall that approves by itself, under a given policy."""
 
     def make(policy=None):
-        automatic = settings.model_copy(update={"auto_approve": True})
+        automatic = settings.model_copy(update={"auto_approve": (KEY,)})
         return Wall(automatic, store, policy=policy)
 
     return make
@@ -280,7 +277,7 @@ def test_budgets_count_what_left_before(open_wall):
 
 
 def test_noise_is_added_once_for_the_same_question_and_reply(open_wall):
-    wall = open_wall(narrow(arrays={"clip": 1.0, "noise": 0.5}))
+    wall = open_wall(narrow(arrays={"clip": 1.0, "noise": 0.5}, rule={"releases": 9}))
     study = a_study()
     first, again = (
         wall.perform("train.classifier", train(study), lambda _: UPDATE) for _ in range(2)
@@ -292,6 +289,46 @@ def test_noise_is_added_once_for_the_same_question_and_reply(open_wall):
     other = wall.perform("train.classifier", train(study, round=1), lambda _: UPDATE)
     assert other.digest() != first.digest()
     assert np.linalg.norm(UPDATE.arrays["weights/w"]) > 1.0
+
+
+def test_noise_cannot_be_averaged_away(open_wall):
+    own = narrow(arrays={"clip": 1.0, "noise": 0.5}, rule={"releases": 3})
+    wall, study = open_wall(own), a_study()
+    for extra in ("junk", "weight/w", "weights"):
+        message = train(study)
+        message.arrays[extra] = np.array([7])
+        with pytest.raises(ParameterError, match="does not take"):
+            wall.perform("train.classifier", message, never)
+    replies = []
+    for step in range(4):
+        message = train(study)
+        message.arrays["weights/w"] += np.float32(step) * np.finfo(np.float32).eps
+        if step < 3:
+            replies.append(wall.perform("train.classifier", message, lambda _: UPDATE))
+            continue
+        for restarted in (wall, open_wall(own)):
+            with pytest.raises(PolicyError, match="no more noised replies") as error:
+                restarted.perform("train.classifier", message, lambda _: UPDATE)
+            assert error.value.rule == "actions.train.classifier.releases"
+    assert len({r.digest() for r in replies}) == 3
+    again = wall.perform("train.classifier", train(study), lambda _: UPDATE)
+    assert again.digest() == replies[0].digest()
+    assert wall.ledger.noised_replies("trial", "train.classifier") == 3
+    assert wall.ledger.noised_replies("other", "train.classifier") == 0
+
+
+def test_a_noised_reply_that_was_held_back_counts_when_it_leaves(open_wall, monkeypatch):
+    clock = [time.time()]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    one_a_day = payload(UPDATE)[0]
+    noised = {"arrays": {"clip": 1.0, "noise": 0.5}, "rule": {"releases": 2}}
+    wall, study = open_wall(narrow(**noised, day_bytes=one_a_day)), a_study()
+    wall.perform("train.classifier", train(study), lambda _: UPDATE)
+    with pytest.raises(PolicyError, match="per day"):
+        wall.perform("train.classifier", train(study, round=1), lambda _: UPDATE)
+    clock[0] += 2 * 86400
+    wall.perform("train.classifier", train(study, round=1), lambda _: UPDATE)
+    assert wall.ledger.noised_replies("trial", "train.classifier") == 2
 
 
 def test_a_policy_for_another_coordinator_opens_no_wall(settings, store):
@@ -324,9 +361,12 @@ def test_a_hospital_reads_and_decides(wall, file):
     assert study.digest() in shown and KEY in shown
     assert "finetuning.local_epochs = 7" in shown and "20% of the pool" in shown
     assert "train.classifier (4 times): weights/*" in shown
-    assert "may work" in call("studies", "approve", "trial", "--site", file)
+    key = f"sha256:{study.digest()}"
+    assert f"studies approve {key} --site" in shown
+    assert "of a content" in call("studies", "approve", "trial", "--site", file, code=20)
+    assert "may work" in call("studies", "approve", key, "--site", file)
     assert wall.perform("query.describe", describe(study), lambda _: DESCRIPTION) == DESCRIPTION
-    assert "refused" in call("studies", "deny", study.digest()[:8], "--site", file)
+    assert "refused" in call("studies", "deny", key[:19], "--site", file)
     with pytest.raises(StudyDeniedError):
         wall.perform("query.describe", describe(study), never)
     assert [e["outcome"] for e in wall.ledger.entries()] == [
@@ -337,8 +377,10 @@ def test_a_hospital_reads_and_decides(wall, file):
         "refused",
     ]
     assert "no study that this site knows" in call(
-        "studies", "approve", "other", "--site", file, code=20
+        "studies", "deny", "other", "--site", file, code=20
     )
+    assert "is forgotten" in call("studies", "forget", "trial", "--site", file)
+    assert "no study" in call("studies", "list", "--site", file)
 
 
 def test_a_hospital_reads_and_checks_its_ledger(open_wall, file, settings, tmp_path):
@@ -355,6 +397,21 @@ def test_a_hospital_reads_and_checks_its_ledger(open_wall, file, settings, tmp_p
     head = json.loads((settings.store / "ledger.head").read_text())
     (settings.store / "ledger.head").write_text(json.dumps(head | {"entries": 1}))
     assert "head was edited" in call("ledger", "verify", "--site", file, code=83)
+
+
+def test_a_policy_that_was_edited_since_the_start_is_told(file, settings, store, tmp_path):
+    own = tmp_path / "policy.toml"
+    own.write_text(STANDARD.read_text(encoding="utf-8"))
+    settings = settings.model_copy(update={"policy": own})
+    file.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+    assert "no enclave of this site has started" in call("policy", "check", "--site", file)
+    started = Wall(settings, store)
+    assert "the enclave holds this policy" in call("policy", "check", "--site", file)
+    own.write_text(own.read_text().replace("day_bytes = 200", "day_bytes = 100"))
+    told = call("policy", "check", "--site", file)
+    assert f"another policy, digest {started.policy.digest()}" in told
+    Wall(settings, store)
+    assert "the enclave holds this policy" in call("policy", "check", "--site", file)
 
 
 def test_a_hospital_checks_and_tries_its_policy(file, settings, tmp_path):
@@ -374,3 +431,29 @@ def test_a_hospital_checks_and_tries_its_policy(file, settings, tmp_path):
     assert "train.pretrain" in refused and "metric" in refused
     own.write_text(text.replace("day_bytes", "day_byte"))
     assert "did you mean 'day_bytes'" in call("policy", "check", "--site", file, code=20)
+
+
+def test_only_a_named_coordinator_is_approved_without_a_person(settings, store):
+    study = a_study()
+    assert settings.auto_approve == ()
+    for named, oracle in (((), True), ((OTHER_KEY,), True), ((OTHER_KEY,), False)):
+        update = {"auto_approve": named, "oracle": oracle}
+        with pytest.raises(StudyWaitingError):
+            Wall(settings.model_copy(update=update), store).perform(
+                "query.describe", describe(study), never
+            )
+    wall = Wall(settings.model_copy(update={"auto_approve": (OTHER_KEY, KEY)}), store)
+    wall.perform("query.describe", describe(study), lambda _: DESCRIPTION)
+    with pytest.raises(ValueError, match="auto_approve"):
+        SiteSettings.model_validate(settings.model_dump() | {"auto_approve": ["everybody"]})
+
+
+def test_repeated_refusals_are_shown_as_a_count(open_wall, file):
+    wall = open_wall()
+    for _ in range(4):
+        with pytest.raises(UnknownActionError):
+            wall.perform("query.images", Records(), never)
+    wall.ledger.settle()
+    shown = call("ledger", "show", "--site", file)
+    assert "3 more within a minute" in shown and "4 were refused" in shown
+    assert "2 entries, all sound" in call("ledger", "verify", "--site", file)

@@ -326,20 +326,31 @@ def test_parameters_that_do_not_validate_are_refused(action, config, key):
 
 
 def test_a_request_is_parsed_to_the_parameters_it_was_made_of():
-    for action, parameters in (
-        ("query.annotations", Annotations(**COMMON)),
-        ("query.histogram", Histogram(**COMMON, column="identity", split=4, tied=2**64 - 1)),
+    for action, parameters, sent in (
+        ("query.annotations", Annotations(**COMMON), {}),
+        (
+            "query.histogram",
+            Histogram(**COMMON, column="identity", split=4, tied=2**64 - 1),
+            {"edges": np.zeros((1, 2))},
+        ),
         (
             "evaluate.classifier",
             EvaluateClassifier(
                 **COMMON, bundle="0" * 64, image_size=32, classifier="x", batch_norm="site"
             ),
+            {"weights/w": np.ones(2)},
         ),
     ):
-        message = request(parameters, weights={"w": np.ones(2)}, edges=np.zeros((1, 2)))
+        message = request(parameters, **sent)
         carried = from_bytes(to_bytes(message))
         assert parse(action, carried) == parameters
-        assert carried.arrays.keys() == {"weights/w", "edges"}
+        assert carried.arrays.keys() == sent.keys()
+
+
+def test_an_array_that_the_action_does_not_take_is_refused():
+    message = request(Annotations(**COMMON), weights={"w": np.ones(2)})
+    with pytest.raises(ParameterError, match="takes none"):
+        parse("query.annotations", message)
 
 
 def test_every_action_forbids_what_it_does_not_know():

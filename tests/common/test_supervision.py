@@ -173,5 +173,7 @@ def test_a_later_process_of_the_same_number_is_another(tmp_path):
     assert not identity.model_copy(update={"boot": "another"}).alive
     assert members("nothing", identity.model_copy(update={"boot": "another"})) == []
     process.kill()
+    # It has ended, and its number is still taken.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not identity.alive
     process.wait()

@@ -80,6 +80,21 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(tmp_path, stop_after):
     assert same(whole, again)
 
 
+def test_without_the_last_save_only_that_epoch_is_done_again(tmp_path):
+    checkpoint = tmp_path / "run.safetensors"
+    losses = train(network(), checkpoint=checkpoint, saves_last=False)
+    steps = 0
+
+    def count(done, total):
+        nonlocal steps
+        steps += 1
+
+    assert train(network(), checkpoint=checkpoint, after_step=count) == losses
+    assert steps == 5
+    train(network(), Training(1, 1e-2, 5, 7), checkpoint=tmp_path / "one", saves_last=False)
+    assert not (tmp_path / "one").exists()
+
+
 def test_a_checkpoint_of_another_run_or_a_torn_one_is_refused(tmp_path):
     checkpoint = tmp_path / "run.safetensors"
     train(network(), checkpoint=checkpoint)

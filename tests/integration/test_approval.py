@@ -3,8 +3,9 @@ import tomllib
 import pytest
 import tomli_w
 
+from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.studies import Studies
-from sonofed_client.enclave.wall import open_studies
+from sonofed_client.enclave.wall import open_ledger, open_studies
 from sonofed_client.settings import read_site
 from sonofed_common.contract.errors import StudyDeniedError, StudyWaitingError
 from sonofed_common.contract.study import Study
@@ -23,7 +24,7 @@ def laid_out(laboratory, tmp_path):
         study = Study.model_validate(values)
         sites = laboratory.prepare_sites(0, tmp_path / "sites")
         settings = tomllib.loads(sites[0].read_text())
-        settings |= {"oracle": False, "auto_approve": False}
+        settings |= {"oracle": False, "auto_approve": []}
         sites[0].write_text(tomli_w.dumps(settings))
         workspace = laboratory.workspace(study, laboratory.root / "source", tmp_path / "study")
         return workspace, sites, study
@@ -36,9 +37,12 @@ def deciding(site, study, state):
 
     def decide(event):
         if event["event"] == "study-waiting":
-            studies = open_studies(read_site(site))
-            assert studies.find(study.name).content == study
-            studies.decide(study.name, state)
+            settings = read_site(site)
+            studies = open_studies(settings, open_ledger(open_store(settings)))
+            known = studies.one(study.name)
+            assert known.content == study
+            decide = studies.approve if state == "approved" else studies.deny
+            decide(known.key)
 
     return Events(listeners=[decide])
 

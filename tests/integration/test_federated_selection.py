@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
+from functools import partial
 from itertools import pairwise
 from math import pi
 
@@ -27,8 +29,9 @@ from sonofed_server.phases.refinement import (
 NONE = np.empty((0, 2), dtype=np.uint64)
 
 
-def federated(sites, options: Selection, seed: int = 0) -> list[set[str]]:
-    """Run the true exchange; ``sites`` holds lists of (id, u, r)."""
+def federated(sites, options: Selection, seed: int = 0, secrets=None) -> list[set[str]]:
+    """Run the true exchange; ``sites`` holds lists of (id, u, r), ``secrets`` one of each site."""
+    secrets = secrets or [None] * len(sites)
     selectors = [
         PoolSelector(
             [i for i, _, _ in site],
@@ -36,8 +39,9 @@ def federated(sites, options: Selection, seed: int = 0) -> list[set[str]]:
             seed,
             np.array([u for _, u, _ in site], dtype=np.float32),
             np.array([r for _, _, r in site], dtype=np.float32),
+            secret,
         )
-        for site in sites
+        for site, secret in zip(sites, secrets, strict=True)
     ]
 
     def count(request: CountRequest):
@@ -61,8 +65,13 @@ def federated(sites, options: Selection, seed: int = 0) -> list[set[str]]:
     return chosen
 
 
-def pooled(sites, options: Selection, seed: int = 0) -> list[set[str]]:
+def keyed(secret, text) -> str:
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def pooled(sites, options: Selection, seed: int = 0, secrets=None) -> list[set[str]]:
     """Select with every score in one place, in plain Python."""
+    secrets = secrets or [None] * len(sites)
     pool = [(i, u, r, s) for s, site in enumerate(sites) for i, u, r in site]
 
     def score(image):
@@ -79,7 +88,12 @@ def pooled(sites, options: Selection, seed: int = 0) -> list[set[str]]:
         parts = {"near": below, "far": above, "both": 2 * min(below, above)}
         return sum(other[1] < u for other in pool) + options.omega * parts[options.distance_order]
 
-    order = sorted(pool, key=lambda image: (score(image), int(image[0], 16)))
+    def tie_break(image):
+        i, _, _, site = image
+        secret = secrets[site]
+        return int(i, 16) if secret is None else int(keyed(secret, i)[:16], 16)
+
+    order = sorted(pool, key=lambda image: (score(image), tie_break(image)))
     own = [[image[0] for image in order if image[3] == s] for s in range(len(sites))]
 
     def size(share: float, images: int) -> int:
@@ -166,15 +180,72 @@ options_of_a_study = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(pools(), options_of_a_study)
-def test_federated_equals_pooled_element_for_element(sites, options) -> None:
-    chosen = federated(sites, options, seed=7)
-    assert chosen == pooled(sites, options, seed=7)
+@given(pools(), options_of_a_study, st.integers(0, 9))
+def test_federated_equals_pooled_element_for_element(sites, options, draw) -> None:
+    # Of a tenth of the examples no site has a secret; of the others each has its own.
+    secrets = [f"{draw} {n}".encode() if draw else None for n in range(len(sites))]
+    chosen = federated(sites, options, 7, secrets)
+    assert chosen == pooled(sites, options, 7, secrets)
     images = sum(map(len, sites))
     for share, small, large in zip(options.budgets, chosen, [*chosen[1:], None], strict=True):
         assert large is None or small <= large
         if options.scope != "per_site":
             assert len(small) == budget_count(share, images)
+
+
+def found_in(selector, column, whole, tied=None) -> dict[int, int]:
+    """Keys of a column and how many images have each, by bisection as a curious coordinator may."""
+    found, waiting = {}, [(int(whole[0, 0]), int(whole[0, 1]) or 2**64)]
+    while waiting:
+        low, high = waiting.pop()
+        edges = np.array([[low, high % 2**64]], dtype=np.uint64)
+        counts = selector.counts(column, edges, 256, NONE, tied)[0]
+        width = -(-(high - low) // 256)
+        for part in np.flatnonzero(counts).tolist():
+            start = low + part * width
+            end = min(start + width, high)
+            if end - start == 1:
+                found[start] = int(counts[part])
+            else:
+                waiting.append((start, end))
+    return found
+
+
+def test_no_question_tells_an_id() -> None:
+    scores = np.random.default_rng(0).random((2, 6)).astype(np.float32)
+    ids = [f"{n:016x}" for n in (3, 99, 10**6, 10**12, 2**63, 2**64 - 1)]
+    options = Selection(combine="radians")
+    told = []
+    for secret in (b"north, trial", b"north, other"):
+        selector = PoolSelector(ids, options, 3, scores[0], scores[1], secret)
+        keys_of = found_in(selector, "informativeness", WHOLE["informativeness"])
+        identities = [found_in(selector, "identity", WHOLE["identity"], key) for key in keys_of]
+        told.append({f"{n:016x}" for one in identities for n in one})
+        assert len(told[-1]) == 6
+    # Neither an id nor anything that two studies could be joined by.
+    assert told[0].isdisjoint(ids) and told[0].isdisjoint(told[1])
+
+
+def test_a_table_that_would_make_ties_is_refused() -> None:
+    scores = np.random.default_rng(0).random((2, 6)).astype(np.float32)
+    ids = [f"{n:016x}" for n in range(6)]
+    selector = PoolSelector(ids, Selection(), 0, scores[0], scores[1])
+    honest = {}
+    for column, own in zip(("uncertainty", "representativeness"), scores, strict=True):
+        honest[column] = rank_table(partial(interval_counts, keys(own)), WHOLE[column])
+    joined = RankTable(np.zeros(1, dtype=np.uint64), np.array([0, 6]))
+    starts = honest["uncertainty"].starts
+    two = RankTable(starts[[0, 1, 2, 4, 5]], np.array([0, 1, 2, 4, 5, 6]))
+    for forged in (joined, two):
+        with pytest.raises(ParameterError, match="another pool"):
+            selector.set_ranks({**honest, "uncertainty": forged})
+    # Six images of one score where the pool is said to hold five.
+    tied = PoolSelector(ids, Selection(), 0, np.zeros(6, dtype=np.float32), scores[1])
+    few = RankTable(np.zeros(1, dtype=np.uint64), np.array([0, 5]))
+    with pytest.raises(ParameterError, match="another pool"):
+        tied.set_ranks({**honest, "uncertainty": few})
+    tied.set_ranks({**honest, "uncertainty": joined})
+    selector.set_ranks(honest)
 
 
 def test_a_larger_pool_needs_few_queries() -> None:

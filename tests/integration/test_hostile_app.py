@@ -123,7 +123,7 @@ CLIENT = '''
             own = Path(os.environ["HOME"]) / name
             own.write_text(
                 f"name = 'north'\\nstore = '{store}'\\ncoordinator_key = '{'0' * 64}'\\n"
-                f"auto_approve = true\\n[data]\\nkind = 'table'\\npath = '{data}'\\n"
+                f"auto_approve = ['{'0' * 64}']\\n[data]\\nkind = 'table'\\npath = '{data}'\\n"
             )
             return open_enclave(str(own))
 
@@ -347,7 +347,8 @@ def approved(site, enclave):
     settings = read_site(site)
     with pytest.raises(StudyWaitingError):
         SocketEnclave(settings.socket).perform("query.describe", description())
-    open_studies(settings).decide(STUDY.name, "approved")
+    ledger = open_ledger(open_store(settings))
+    open_studies(settings, ledger).approve(f"sha256:{STUDY.digest()}")
     return SocketEnclave(settings.socket).perform("query.describe", description())
 
 

@@ -205,7 +205,8 @@ def test_a_changed_kit_is_refused(project, name):
     with zipfile.ZipFile(path) as kit:
         files = {n: kit.read(n) for n in kit.namelist()}
     at = files[name].index(b"localhost") if name == "kit.json" else len(files[name]) // 2
-    files[name] = files[name][:at] + b"X" + files[name][at + 1 :]
+    other = b"Y" if files[name][at : at + 1] == b"X" else b"X"
+    files[name] = files[name][:at] + other + files[name][at + 1 :]
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as kit:
         for n, content in files.items():

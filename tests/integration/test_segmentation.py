@@ -21,6 +21,7 @@ import tomli_w
 import torch
 from flwr.app import Message
 from PIL import Image
+from safetensors.numpy import load as load_weights
 
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.handlers.ensemble import predict_site
@@ -309,7 +310,7 @@ DOCUMENTED = {
 
 @pytest.fixture(scope="module")
 def widest(lab, tmp_path_factory):
-    """A study with a branch for each site, temperatures by consensus and a gate, overheard."""
+    """A study with branches by site, mixed statistics, consensus and a gate, overheard."""
     workspace, sites = lay_out(
         lab,
         tmp_path_factory.mktemp("widest"),
@@ -317,6 +318,7 @@ def widest(lab, tmp_path_factory):
         infusion={"rule": "gate", "calibration": "consensus"},
         pretraining={"rounds": 1, "local_epochs": 1},
         pseudo_labels={"strategy": "tent", "rounds": 2},
+        segmenter_batch_norm="mixed",
     )
     grid = Recording()
     with pytest.MonkeyPatch.context() as patch:
@@ -468,6 +470,24 @@ def test_each_site_is_tested_with_its_own_branch(widest):
     asked = [records.config["branches"] for records in grid.of("asked", "evaluate.segmenter")]
     own = [branches for branches in asked if len(branches) == 1 and branches != ["source"]]
     assert own == [[f"target-{name}"] for name in HOSPITALS]
+
+
+def test_mixed_statistics_are_asked_for_and_the_sources_stay_in_the_weights(widest, lab):
+    workspace, _, _, grid = widest
+    for action in ("train.segmenter", "train.ensemble"):
+        assert {r.config["batch_norm"] for r in grid.of("asked", action)} == {"mixed"}
+    tests = [r.config["batch_norm"] for r in grid.of("asked", "evaluate.segmenter")]
+    sites = len(HOSPITALS)
+    assert tests[: 2 * sites] == ["global"] * sites + ["site"] * sites
+    assert set(tests[2 * sites :]) == {"mixed"}
+    path = "segmenters/source.safetensors"
+    came, adapted = (
+        load_weights(Bundle.open(folder).read(path))
+        for folder in (workspace.bundle, workspace.adapted)
+    )
+    running = [name for name in came if name.endswith(("running_mean", "running_var"))]
+    assert running and all(np.allclose(came[n], adapted[n], atol=1e-6) for n in running)
+    assert any(not np.array_equal(came[name], adapted[name]) for name in came)
 
 
 def test_replies_hold_documented_keys_and_nothing_of_an_image(widest):
@@ -783,12 +803,16 @@ def reduced(name, hospitals, **source):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The real sets, of the source's every fourth lesion: what is proven here needs no more."""
+    """The real sets, every fourth lesion of BUSI and third of BUS-BRA: no more is needed here."""
     if "SONOFED_DATA" not in os.environ:
         pytest.skip("SONOFED_DATA is not set")
     whole, part = Path(os.environ["SONOFED_DATA"]).resolve(), tmp_path_factory.mktemp("data")
-    for name in ("BUSBRA", "BrEaST"):
-        (part / name).symlink_to(whole / name)
+    (part / "BrEaST").symlink_to(whole / "BrEaST")
+    (part / "BUSBRA").mkdir()
+    for name in ("Images", "Masks"):
+        (part / "BUSBRA" / name).symlink_to(whole / "BUSBRA" / name)
+    header, *rows = (whole / "BUSBRA" / "bus_data.csv").read_text().splitlines(keepends=True)
+    (part / "BUSBRA" / "bus_data.csv").write_text("".join([header, *rows[::3]]))
     for name in ("benign", "malignant"):
         folder = part / "Dataset_BUSI_with_GT" / name
         folder.mkdir(parents=True)

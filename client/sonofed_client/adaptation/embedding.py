@@ -230,6 +230,7 @@ def train_round(
         parameters=trained,
         before_epoch=before_epoch,
         after_step=after_step,
+        saves_last=False,
     )
     found = latest.named()
     for prefix in ("predicted_", ""):

@@ -125,6 +125,7 @@ def finetune_round(
         events,
         "fine-tuning",
         before_epoch=renew_draws,
+        saves_last=False,
     )
     return {"examples": float(len(images)), "loss": losses[-1]}
 

@@ -227,6 +227,7 @@ def pretrain_round(
         parameters=model,
         before_epoch=before_epoch,
         after_step=after_step,
+        saves_last=False,
     )
     adapt_batch_norm(model.encoder, images)
     mim, contrastive = (tally.sums / count).tolist()

@@ -19,10 +19,10 @@ from sonofed_client.adaptation.source_free.threshold import Threshold
 from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
 from sonofed_client.adaptation.source_free.views import Views
 from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.batch_norm import Statistics, adapt_batch_norm, set_statistics, statistics_of
 from sonofed_common.contract.errors import CollapseError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import PseudoLabels, Strategy
+from sonofed_common.contract.study import PseudoLabels, SiteNorm, Strategy
 from sonofed_common.models.segmenter import Segmenter
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit
@@ -63,6 +63,7 @@ def adapt_round(
     seed: int,
     checkpoint: Path | None = None,
     events: Events = SILENT,
+    batch_norm: SiteNorm = "site",
 ) -> dict[str, float]:
     """Adapt a segmenter in place to unlabelled images for one federated round.
 
@@ -84,6 +85,10 @@ def adapt_round(
         Written after every epoch; where it exists, training goes on from it.
     events : Events
         Gets the progress.
+    batch_norm : {"site", "mixed"}
+        ``site``: normalisation statistics are the images' own, and the model keeps them. ``mixed``:
+        the mean of those and of the model's; it keeps those that it came with, for every site mixes
+        its own.
 
     Returns
     -------
@@ -110,15 +115,20 @@ def adapt_round(
     if not len(images):
         raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
     sample = evenly_spaced(images, STATISTICS_IMAGES)
-    adapt_batch_norm(model, sample)
+    prior = statistics_of(model) if batch_norm == "mixed" else None
+    adapt_batch_norm(model, sample, prior=prior)
     before = class_shares(model, sample)
     strategy = STRATEGIES[settings.strategy](settings, facts)
     if len(images) == 1 or not list(strategy.trained(model)):
+        if prior is not None:
+            set_statistics(model, prior)
         return {"loss": 0.0, "foreground": before[1:].sum().item(), "kept": 0.0}
-    loss, kept = _train(strategy, model, images, round, seed, checkpoint, events)
-    adapt_batch_norm(model, sample)
+    loss, kept = _train(strategy, model, images, round, seed, checkpoint, events, prior)
+    adapt_batch_norm(model, sample, prior=prior)
     after = class_shares(model, sample)
     check_collapse(before, after, facts)
+    if prior is not None:
+        set_statistics(model, prior)
     return {"loss": loss, "foreground": after[1:].sum().item(), "kept": kept}
 
 
@@ -130,6 +140,7 @@ def _train(
     seed: int,
     checkpoint: Path | None,
     events: Events,
+    prior: Statistics | None,
 ) -> tuple[float, float]:
     settings = strategy.settings
     place = next(model.parameters()).device
@@ -140,11 +151,12 @@ def _train(
     whole.register_buffer("kept", kept)
     labels, weights = torch.empty(0), torch.empty(0)
     views = Views(seed, settings.flips)
+    sample = evenly_spaced(images, STATISTICS_IMAGES)
 
     def before_epoch(epoch: int) -> None:
         nonlocal labels, weights, views
         views = Views(derive_seed(seed, "views", epoch), settings.flips)
-        adapt_batch_norm(teacher, evenly_spaced(images, STATISTICS_IMAGES))
+        adapt_batch_norm(teacher, sample, prior=prior)
         labels, weights = strategy.label(teacher, images)
         kept.fill_((weights > 0).float().mean().item())
 
@@ -180,6 +192,7 @@ def _train(
             parameters=model,
             before_epoch=before_epoch,
             after_step=after_step,
+            saves_last=False,
         )
     finally:
         for parameter, flag in trains.items():

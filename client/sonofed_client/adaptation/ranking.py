@@ -6,6 +6,7 @@ SonoFed's own.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,15 @@ def keys(scores: Scores) -> Keys:
     return positive.view(np.uint32 if scores.dtype == np.float32 else np.uint64).astype(np.uint64)
 
 
-def identity_keys(ids: Sequence[str]) -> Keys:
-    """Read image ids of 16 hexadecimal digits as 64-bit keys (n,).
+def identity_keys(ids: Sequence[str], secret: bytes | None = None) -> Keys:
+    """Turn image ids of 16 hexadecimal digits into 64-bit keys (n,) that break ties.
+
+    Parameters
+    ----------
+    ids : sequence of str
+        Distinct.
+    secret : bytes, optional
+        Keys are the first 64 bits of the ids' HMAC-SHA256 under it; default: the ids as they are.
 
     Raises
     ------
@@ -59,6 +67,9 @@ def identity_keys(ids: Sequence[str]) -> Keys:
         values = []
     if any(len(i) != 16 for i in ids) or len(set(values)) != len(ids):
         raise ParameterError("image ids are not distinct words of 16 hexadecimal digits")
+    if secret is not None:
+        digests = (hmac.digest(secret, i.encode(), "sha256") for i in ids)
+        values = [int.from_bytes(digest[:8], "big") for digest in digests]
     return np.array(values, dtype=np.uint64)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from monai.metrics import PSNRMetric, SSIMMetric
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sonofed_common.models.sampling import reconstruct
+from sonofed_common.monai import PSNRMetric, SSIMMetric
 
 __all__ = ["quality", "reconstruct"]
 

@@ -48,6 +48,9 @@ class PoolSelector:
         The study's seed; strategy ``random`` hashes it with the draw and the image id.
     uncertainty, representativeness : ndarray of float32 (n,), optional
         Angles in [0, pi] that belong to the ids; small u is uncertain. Not used by ``random``.
+    secret : bytes, optional
+        Of the site, for this study: ties are broken by the ids' HMAC under it, so that no id is
+        counted; default: by the ids.
 
     Raises
     ------
@@ -57,8 +60,8 @@ class PoolSelector:
     Notes
     -----
     An answer depends on the arguments of the question and on the rank tables alone, so a repeated
-    or resumed question gets the same answer. Ids are distinct over all sites: two images that tie
-    at the last place of a budget by score and by id are both left out.
+    or resumed question gets the same answer. What breaks ties is distinct over all sites: two
+    images that tie at the last place of a budget by score and by that number are both left out.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class PoolSelector:
         seed: int,
         uncertainty: Scores | None = None,
         representativeness: Scores | None = None,
+        secret: bytes | None = None,
     ) -> None:
         self.ids = tuple(ids)
         self.settings = settings
-        self._identity = identity_keys(self.ids)
+        self._identity = identity_keys(self.ids, secret)
         self._scores: dict[Column, Scores] = {}
         self._informativeness: Keys | None = None
         if settings.strategy == "random":
@@ -101,7 +105,7 @@ class PoolSelector:
         Raises
         ------
         ParameterError
-            A table is missing or belongs to another pool.
+            A table is missing, or is not of a pool that these images were in.
         """
         columns = ranked_columns(self.settings)
         if any(column not in tables for column in columns):
@@ -125,7 +129,7 @@ class PoolSelector:
         column : str
             ``uncertainty`` and ``representativeness`` count all images; ``informativeness`` counts
             the candidates of the next cut; ``identity`` counts those of them whose informativeness
-            key is ``tied``, so that nobody can list the ids of a pool.
+            key is ``tied``, by what breaks their tie.
         edges : ndarray of uint64 (m, 2)
             Intervals as for `interval_counts`.
         split : int
@@ -148,7 +152,7 @@ class PoolSelector:
         """
         _check_cuts(cuts)
         if column == "identity" and tied is None:
-            raise ParameterError("ids are counted among tied images only; name their key")
+            raise ParameterError("identities are counted of tied images only; name their key")
         if column in ("informativeness", "identity"):
             plan = stages(self.settings)
             if len(cuts) >= len(plan):

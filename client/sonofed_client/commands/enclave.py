@@ -51,10 +51,9 @@ def enclave(
 def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     # Only now: torch and the models load once, in the process that stays.
     from sonofed_client.enclave.enclave import InProcessEnclave
+    from sonofed_client.enclave.entry import Entry
     from sonofed_client.enclave.jobs import Jobs
-    from sonofed_client.enclave.ledger import Entry
     from sonofed_client.enclave.parts import HEADER_BYTES
-    from sonofed_client.enclave.policy import read_policy
     from sonofed_client.enclave.room import Room
     from sonofed_client.enclave.server import Service, serve, wait_for_the_end
 
@@ -67,8 +66,11 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     jobs = Jobs(enclave, enclave.site.store, lambda: enclave.site.snapshot)
     enclave.site.events.listeners.append(jobs.progress)
     # What is larger than the policy takes is not even read.
-    room = Room(read_policy(settings.policy).received_bytes + HEADER_BYTES)
+    room = Room(enclave.policy.received_bytes + HEADER_BYTES)
     server = serve(Service(enclave, jobs, enclave.ledger, room), settings.socket)
+    # Not before: while the socket is made, files are made with its mode.
+    jobs.start()
     how = "without a network" if is_isolated else "NOT isolated"
     print(f"the enclave of site {settings.name} answers, {how}", flush=True)
     wait_for_the_end(server)
+    enclave.ledger.settle()

@@ -37,7 +37,7 @@ def show(
             print(f"    {_plain(name)} {kind} {'x'.join(map(str, shape))}".rstrip())
     sent = [e for e in entries if e["outcome"] == "sent"]
     total = sum(e["bytes"] for e in sent)
-    held = sum(e["outcome"] == "refused" for e in entries)
+    held = sum(max(1, e["repeats"]) for e in entries if e["outcome"] == "refused")
     print(f"{len(sent)} messages of {total} bytes left, {held} were refused")
 
 
@@ -71,6 +71,8 @@ def _line(entry: dict[str, Any]) -> str:
         parts.append(f"round {entry['round']}")
     if entry["outcome"] == "sent":
         parts.append(f"{entry['bytes']} bytes, sha256 {entry['sha256'][:12]}")
+    if entry["repeats"]:
+        parts.append(f"{entry['repeats']} more within a minute")
     parts += [f"{name} {value:g}" for name, value in entry["privacy"].items()]
     if entry["rule"]:
         parts.append(f"rule {_plain(entry['rule'])}")

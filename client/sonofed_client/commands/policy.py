@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sonofed_client.enclave.forecast import explain, refusals
-from sonofed_client.enclave.policy import read_policy
+from sonofed_client.enclave.policy import read_policy, running_policy
 from sonofed_client.settings import read_site
 from sonofed_common.contract.errors import PolicyError
 from sonofed_common.contract.study import read_study
@@ -33,6 +33,13 @@ def check(site: Site) -> None:
         )
     for line in explain(read):
         print(line)
+    running = running_policy(settings.store)
+    if running is None:
+        print("no enclave of this site has started yet")
+    elif running == read.digest():
+        print("the enclave holds this policy")
+    else:
+        print(f"NOTE: the enclave holds another policy, digest {running}; start it again for this")
 
 
 @app.command()

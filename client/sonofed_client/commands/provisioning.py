@@ -77,7 +77,7 @@ def install(
             policy=hospital.policy,
             master_key=MasterKeySource(file=hospital.master_key),
             socket=hospital.socket,
-            auto_approve=simulated,
+            auto_approve=(read.public_key,) if simulated else (),
         )
     values = {"runtime_port": runtime_port, "health_port": health_port}
     relay = validate(RelaySettings, values, "the relay's settings")

@@ -6,22 +6,24 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from sonofed_client.enclave.forecast import asks
-from sonofed_client.enclave.ledger import Entry
 from sonofed_client.enclave.policy import read_policy
 from sonofed_client.enclave.store import open_store
-from sonofed_client.enclave.studies import KnownStudy
+from sonofed_client.enclave.studies import Studies
 from sonofed_client.enclave.wall import open_ledger, open_studies
 from sonofed_client.settings import read_site
 from sonofed_common.contract.errors import ConfigurationError
 
 app = typer.Typer(help="Studies that ask for this site's work.", no_args_is_help=True)
 Site = Annotated[Path, typer.Option(help="The site's settings, a TOML file.")]
-Which = Annotated[str, typer.Argument(help="Name of the study, or the start of its digest.")]
+Which = Annotated[
+    str, typer.Argument(help="Name of the study, or sha256: and the start of its digest.")
+]
+Digest = Annotated[str, typer.Argument(help="The digest that 'show' prints: sha256: and digits.")]
 
 
 @app.callback()
@@ -35,7 +37,8 @@ def list_studies(site: Site) -> None:
     settings = read_site(site)
     known = open_studies(settings).known()
     for study in known:
-        print(f"{study.state:<8}  {study.name}  {study.digest[:12]}  seen {_when(study.seen)}")
+        by = ", automatically" if study.decided_by == "automatic" else ""
+        print(f"{study.state:<8}  {study.name}  {study.short_key}  seen {_when(study.seen)}{by}")
     if not known:
         print("no study has asked for this site's work")
 
@@ -44,7 +47,7 @@ def list_studies(site: Site) -> None:
 def show(site: Site, study: Which) -> None:
     """Print what a study asks: its phases, what leaves in each, and all its settings."""
     settings = read_site(site)
-    found = open_studies(settings).find(study)
+    found = open_studies(settings).one(study)
     print(f"study {found.name}, {found.state}, digest {found.digest}")
     print(f"coordinator's key {found.coordinator}")
     if found.content is None:
@@ -55,27 +58,33 @@ def show(site: Site, study: Which) -> None:
     print("\nThe study's settings:\n")
     for line in _settings(found.content.model_dump(mode="json")):
         print(line)
+    print(f"\nTo approve this content: sonofed-site studies approve {found.key} --site {site}")
 
 
 @app.command()
-def approve(site: Site, study: Which) -> None:
+def approve(site: Site, digest: Digest) -> None:
     """Let a study work at this site: this content, of this coordinator's key, and no other."""
-    _decide(site, study, "approved")
+    approved = _deciding(site).approve(digest)
+    print(f"study {approved.name} ({approved.short_key}) may work at this site")
 
 
 @app.command()
 def deny(site: Site, study: Which) -> None:
-    """Refuse a study, also one that was approved before."""
-    _decide(site, study, "denied")
+    """Refuse a content, or all contents of a name, also ones that were approved before."""
+    for denied in _deciding(site).deny(study):
+        print(f"study {denied.name} ({denied.short_key}) is refused from now on")
 
 
-def _decide(site: Path, key: str, state: Literal["approved", "denied"]) -> None:
+@app.command()
+def forget(site: Site, study: Which) -> None:
+    """Drop a content, or all contents of a name, and what was decided; they wait anew."""
+    for gone in _deciding(site).forget(study):
+        print(f"study {gone.name} ({gone.short_key}) is forgotten; if it asks again, it waits")
+
+
+def _deciding(site: Path) -> Studies:
     settings = read_site(site)
-    ledger = open_ledger(open_store(settings))
-    decided = open_studies(settings).decide(key, state)
-    rule = f"coordinator {decided.coordinator}"
-    ledger.append(Entry(outcome=state, study=decided.name, study_digest=decided.digest, rule=rule))
-    print(_sentence(decided))
+    return open_studies(settings, open_ledger(open_store(settings)))
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -85,12 +94,6 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         else:
             # As JSON, whose escapes keep a stranger's control codes from the terminal.
             yield f"{prefix}{name} = {json.dumps(value)}"
-
-
-def _sentence(study: KnownStudy) -> str:
-    if study.state == "approved":
-        return f"study {study.name} ({study.digest[:12]}) may work at this site"
-    return f"study {study.name} ({study.digest[:12]}) is refused from now on"
 
 
 def _when(seconds: float) -> str:

@@ -11,34 +11,56 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.types import UserDefinedType
 
 from sonofed_client.enclave.durable import full_disk
 from sonofed_common.contract.errors import StoreError
+
+VERSION = 2
 
 
 class Base(DeclarativeBase):
     """Of the tables."""
 
 
+class Sealed(UserDefinedType[bytes]):
+    """Bytes as the file has them: what a damage made of them is for who opens them to refuse."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Return the type's name in SQLite."""
+        return "BLOB"
+
+
 class Image(Base):
-    """One image of the site; ``sealed`` holds its name and its group, encrypted."""
+    """One image of the site; ``sealed`` holds its name and group, encrypted, and binds the rest."""
 
     __tablename__ = "images"
     id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[str]
     label: Mapped[int | None]
     position: Mapped[int]
-    sealed: Mapped[bytes]
+    sealed: Mapped[bytes] = mapped_column(Sealed)
 
 
 class Annotation(Base):
-    """A label that an expert (or the oracle of a simulation) gave."""
+    """A label that an expert (or the oracle of a simulation) gave; ``sealed`` binds it."""
 
     __tablename__ = "annotations"
     image: Mapped[str] = mapped_column(primary_key=True)
     label: Mapped[int]
     author: Mapped[str]
     time: Mapped[float]
+    sealed: Mapped[bytes] = mapped_column(Sealed)
+
+
+class Total(Base):
+    """How many rows there are of images, by part, or of annotations; ``sealed`` holds it."""
+
+    __tablename__ = "totals"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    sealed: Mapped[bytes] = mapped_column(Sealed)
 
 
 class Artifact(Base):
@@ -62,7 +84,7 @@ class Catalogue:
     Raises
     ------
     StoreError
-        It is damaged, or the disk is full.
+        It is damaged or of another version, or the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +93,7 @@ class Catalogue:
         self._engine = _open(path)
         self._writing = self._engine.execution_options(writes=True)
         with self.write() as session:
-            Base.metadata.create_all(session.connection())
+            _prepare_tables(session.connection())
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -89,6 +111,19 @@ class Catalogue:
         """Make what was written survive a power cut."""
         with self._path.with_name(f"{self._path.name}-wal").open("rb") as log:
             os.fsync(log.fileno())
+
+
+def _prepare_tables(connection: Connection) -> None:
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if version == VERSION:
+        return
+    if version or connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one():
+        raise StoreError(
+            "the site's store is of another version of SonoFed; move it away and take the images "
+            "in again"
+        )
+    Base.metadata.create_all(connection)
+    connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
 
 
 @contextmanager

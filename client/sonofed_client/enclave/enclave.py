@@ -18,6 +18,7 @@ from sonofed_client.enclave.handlers import (
     selection,
 )
 from sonofed_client.enclave.ledger import Ledger
+from sonofed_client.enclave.policy import Policy
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.wall import Wall
@@ -91,6 +92,11 @@ class InProcessEnclave:
         return self._site
 
     @property
+    def policy(self) -> Policy:
+        """What may leave the site, as read when it was opened."""
+        return self._wall.policy
+
+    @property
     def ledger(self) -> Ledger:
         """What left the site and what was refused."""
         return self._wall.ledger
@@ -113,6 +119,16 @@ class InProcessEnclave:
             lambda parameters: self._work(action, parameters, request),
             lambda parameters, received: start_of(self._site, parameters, received),
         )
+
+    def admit(self, action: str, request: Records) -> None:
+        """Refuse, before it is queued, a request that `perform` would refuse before any work.
+
+        Raises
+        ------
+        UnknownActionError, ParameterError, StudyWaitingError, StudyDeniedError, PolicyError
+            As `perform`; the refusal is in the ledger.
+        """
+        self._wall.admit(action, request)
 
     def _work(self, action: str, parameters: Parameters, request: Records) -> Records:
         set_threads(self._site.settings.threads)

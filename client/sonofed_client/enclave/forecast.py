@@ -2,105 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sonofed_client.enclave.ledger import payload
-from sonofed_client.enclave.policy import ActionRule, ArrayRule, Kind, Policy, read_policy
+from sonofed_client.enclave.policy import Policy, read_policy
+from sonofed_client.enclave.questions import ANY_BUNDLE, Question, questions
 from sonofed_client.enclave.release import release
+from sonofed_client.enclave.rules import ActionRule, ArrayRule, Kind
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.errors import PolicyError
 from sonofed_common.contract.records import Array, Json, Records, grouped
-from sonofed_common.contract.selection import MAX_PARTS
-from sonofed_common.contract.study import Infusion, Study
+from sonofed_common.contract.study import Study
 
 if TYPE_CHECKING:
     from torch import nn
 
 MANY = 10**6
-_ANY = "0" * 64
 _SAMPLES: Mapping[Kind, Json] = {
     "count": MANY,
     "counts": [MANY],
-    "digest": _ANY,
-    "digests": [_ANY],
+    "digest": ANY_BUNDLE,
+    "digests": [ANY_BUNDLE],
     "text": "any",
     "texts": {"any": "any"},
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """One action that a study asks of a site.
-
-    Attributes
-    ----------
-    action : str
-        Named action.
-    parameters : Parameters
-        As the coordinator sends them, but for a bundle that nobody has seen yet.
-    times : int
-        How often at most; where nobody can know before, once.
-    """
-
-    action: str
-    parameters: Parameters
-    times: int = 1
-
-
-def questions(study: Study) -> Iterator[Question]:
-    """Yield what a study asks of a site, in the order of its phases."""
-    common: dict[str, Any] = {"study": study.name, "seed": study.seed}
-    pooled: dict[str, Any] = {**common, "bundle": _ANY, "image_size": study.image_size}
-    settings: dict[str, Any] = {"settings": study.embedding, "reconstruction": study.reconstruction}
-    name = next(iter(study.classifiers), "")
-    encode: dict[str, Any] = {**pooled, "classifier": name, "pairs": study.pairs, **settings}
-    ask, selection = Question, study.selection
-    for phase in study.phases:
-        if phase == "enrol":
-            digest = study.digest()
-            yield ask("query.describe", actions.Describe(**common, study_digest=digest))
-        elif phase == "ship":
-            yield ask("query.missing", actions.Missing(**common))
-            yield ask("train.install", actions.Install(**common))
-        elif phase == "reconstruct":
-            redraw = actions.Reconstruct(**pooled, settings=study.reconstruction)
-            yield ask("train.reconstruct", redraw)
-        elif phase == "embed":
-            embed = actions.Embed(**encode, round=0)
-            yield ask("train.embed", embed, study.embedding.rounds)
-        elif phase == "cluster":
-            times = study.clustering.iterations + 1
-            yield ask("query.cluster", actions.Cluster(**encode), times)
-        elif phase == "select":
-            yield ask("train.score", actions.Score(**encode, selection=selection))
-            counts = actions.Histogram(**common, column="informativeness", split=MAX_PARTS)
-            if selection.scope != "per_site":
-                yield ask("query.histogram", counts)
-            yield ask("train.select", actions.Select(**common, stage="mark"))
-        elif phase == "annotate":
-            yield ask("query.annotations", actions.Annotations(**common))
-        elif phase == "classifier":
-            yield from _classifiers(study, pooled)
-        elif phase == "pretrain":
-            pretrain = actions.Pretrain(**pooled, round=0, settings=study.pretraining)
-            yield ask("train.pretrain", pretrain, study.pretraining.rounds)
-        elif phase == "pseudo_label":
-            per_site = study.supervision.branches == "per_site"
-            branches = (len(study.cohort.sites) if per_site else 1) * ("supervise" in study.phases)
-            for wanted in study.adaptations:
-                train = actions.TrainSegmenter(**pooled, branch="source", round=0, settings=wanted)
-                yield ask("train.segmenter", train, (1 + branches) * wanted.rounds)
-        elif phase == "ensemble" and study.infusion.calibration == "consensus":
-            yield ask("train.ensemble", actions.TrainEnsemble(**pooled, branches=("source",)), 2)
-        elif phase == "evaluate":
-            plain = Infusion(rule="mean", calibration="none")
-            test = actions.EvaluateSegmenter(**pooled, branches=("source",), infusion=plain)
-            yield ask("evaluate.segmenter", test, 7)
 
 
 def refusals(study: Study, policy: Policy) -> list[str]:
@@ -111,7 +41,7 @@ def refusals(study: Study, policy: Policy) -> list[str]:
     known once their bundle is here, may still be refused.
     """
     found: dict[str, None] = {}
-    total = 0
+    total, asked = 0, Counter[str]()
     for question in questions(study):
         try:
             policy.admit(question.parameters, question.action, Records())
@@ -122,7 +52,12 @@ def refusals(study: Study, policy: Policy) -> list[str]:
         except PolicyError as error:
             found[f"{question.action}: {error.message} (rule {error.rule})"] = None
             continue
-        total += size * question.times
+        total += size * (question.times or 1)
+        asked[question.action] += question.times or 1
+    for action, times in asked.items():
+        most = policy.actions[action].releases
+        if most is not None and times > most:
+            found[f"{action}: asked {times} times, above releases = {most}"] = None
     if total > policy.study_bytes:
         found[f"{total} bytes or more would leave, above study_bytes = {policy.study_bytes}"] = None
     return list(found)
@@ -135,10 +70,13 @@ def asks(study: Study, policy: Policy) -> list[str]:
     if "annotate" in study.phases:
         lines.append(f"labels asked of the experts: {budgets} of the pool")
     lines.append("what leaves, and how often at most where that is known:")
+    asked: dict[str, list[int | None]] = {}
     for question in questions(study):
-        rule = policy.actions.get(question.action)
-        often = f" ({question.times} times)" if question.times > 1 else ""
-        lines.append(f"- {question.action}{often}: {_leaves(rule) if rule else 'refused'}")
+        asked.setdefault(question.action, []).append(question.times)
+    for action, times in asked.items():
+        rule, total = policy.actions.get(action), sum(number or 0 for number in times)
+        often = "" if None in times else f" ({total} time{'s' * (total > 1)})"
+        lines.append(f"- {action}{often}: {_leaves(rule) if rule else 'refused'}")
     found = refusals(study, policy)
     lines += ["the policy would refuse:", *(f"- {line}" for line in found)] if found else []
     return lines
@@ -173,6 +111,8 @@ def _leaves(rule: ActionRule) -> str:
     parts += [f"metrics {', '.join(rule.metrics)}"] if rule.metrics else []
     if rule.min_count > 1:
         parts.append(f"no count from 1 to {rule.min_count - 1}")
+    if rule.releases is not None:
+        parts.append(f"at most {rule.releases} replies with noise for a study")
     if rule.secure_aggregation:
         parts.append("by secure aggregation only")
     if rule.message_bytes is not None:
@@ -187,18 +127,6 @@ def _array(rule: ArrayRule, least: int) -> str:
     if rule.counts and rule.small == "zero" and least > 1:
         text += ", small counts set to zero"
     return text + ")"
-
-
-def _classifiers(study: Study, pooled: Mapping[str, Json]) -> Iterator[Question]:
-    settings, budgets = study.finetuning, len(study.selection.budgets)
-    for name in study.classifiers:
-        for budget in range(budgets):
-            train = actions.TrainClassifier(
-                **pooled, classifier=name, round=0, budget=budget, settings=settings
-            )
-            yield Question("train.classifier", train, settings.rounds)
-        test = actions.EvaluateClassifier(**pooled, classifier=name, batch_norm=settings.batch_norm)
-        yield Question("evaluate.classifier", test, 2 + budgets)
 
 
 def _sample(question: Question, study: Study) -> Records:

@@ -13,3 +13,11 @@ class Enclave(Protocol):
     def perform(self, action: str, request: Records) -> Records:
         """Do one named action."""
         ...
+
+
+class Worker(Enclave, Protocol):
+    """An enclave in this process, which says beforehand what it would refuse."""
+
+    def admit(self, action: str, request: Records) -> None:
+        """Refuse what `perform` would refuse before any work."""
+        ...

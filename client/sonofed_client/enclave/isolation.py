@@ -13,8 +13,13 @@ from pathlib import Path
 from sonofed_client.enclave.master_key import MasterKey
 from sonofed_client.settings import MasterKeySource, SiteSettings
 
-WRAPPERS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))
-"""As root, and for other users where the kernel lets them have namespaces of their own."""
+_POWERLESS = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs")
+WRAPPERS = (
+    ("unshare", "--net", *_POWERLESS),
+    ("unshare", "--map-root-user", "--net", *_POWERLESS),
+)
+"""As root, and for other users where the kernel lets them have namespaces of their own. Without
+capabilities, for root has the one that would lead back into a network."""
 
 ENTERED = "SONOFED_ISOLATED"
 KEY_DESCRIPTOR = "SONOFED_MASTER_KEY_DESCRIPTOR"

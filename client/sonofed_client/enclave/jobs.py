@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import threading
 import time
 import traceback
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from queue import SimpleQueue
 
 from sonofed_client.enclave.enclave import JOBS
-from sonofed_client.enclave.interface import Enclave
+from sonofed_client.enclave.interface import Worker
 from sonofed_client.enclave.parts import Received, read
 from sonofed_client.enclave.store import Store
 from sonofed_common.contract.errors import EngineError, SonoFedError
@@ -36,6 +37,7 @@ WAITING_JOBS = 256
 KEPT_JOBS = 1000
 KEPT_BYTES = 1024**3
 QUEUE = "queue/"
+VERSION = version("sonofed")
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class State(IntEnum):
         return self not in (State.WAITING, State.RUNNING)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One job.
 
@@ -65,19 +67,24 @@ class Job:
         Hash of the action, the request and the site's images.
     action : str
         As asked.
+    record : str
+        Name of its own in the store; a job that is asked again has another.
+    request : memoryview or None
+        As it came: what it holds is what was counted. None once it runs, or if the store has it.
     state : State
         Where it is.
     percent : int
         Share of the present task that is done.
     reply : Records or None
-        What may leave; gone once it was fetched, for the ledger counts each time that it leaves.
+        What may leave; gone once it was taken, for the ledger counts each time that it leaves.
     error : SonoFedError or None
         Why it failed.
     """
 
     id: str
     action: str
-    request: Records | None
+    record: str
+    request: memoryview | None
     state: State = State.WAITING
     percent: int = 0
     reply: Records | None = None
@@ -91,11 +98,11 @@ class _CancelledError(Exception):
 
 
 class Jobs:
-    """Runs jobs in one thread, in the order of their arrival.
+    """Runs jobs in one thread, in the order of their arrival, once started.
 
     Parameters
     ----------
-    enclave : Enclave
+    enclave : Worker
         Does the work.
     store : Store
         Keeps the requests of long jobs until they are over.
@@ -113,13 +120,17 @@ class Jobs:
     a name that is made of the request: taken up after a restart it goes on from there.
     """
 
-    def __init__(self, enclave: Enclave, store: Store, snapshot: Callable[[], str]) -> None:
+    def __init__(self, enclave: Worker, store: Store, snapshot: Callable[[], str]) -> None:
         self._enclave, self._store, self._snapshot = enclave, store, snapshot
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._unfinished: set[Job] = set()
         self._changed = threading.Condition()
         self._queue: SimpleQueue[Job] = SimpleQueue()
         self._running: Job | None = None
         self._take_up()
+
+    def start(self) -> None:
+        """Begin to work."""
         threading.Thread(target=self._work, name="jobs", daemon=True).start()
 
     def submit(self, received: Received) -> Job:
@@ -131,24 +142,32 @@ class Jobs:
             Too many jobs wait.
         StoreError
             The request of a long job cannot be kept.
+        SonoFedError
+            The enclave refuses a long job's request, and nothing of it is kept.
         """
         action = received.action
-        facts = [version("sonofed"), action, received.sha256, self._snapshot()]
+        facts = [VERSION, action, received.sha256, self._snapshot()]
         key = sha256(json.dumps(facts).encode())
         with self._changed:
             known = self._jobs.get(key)
             if known is not None and self._serves(known):
                 return known
-            if sum(not job.state.over for job in self._jobs.values()) >= WAITING_JOBS:
+        if action in LONG:
+            self._enclave.admit(action, received.records)
+        with self._changed:
+            known = self._jobs.get(key)
+            if known is not None and self._serves(known):
+                return known
+            if len(self._unfinished) >= WAITING_JOBS:
                 raise EngineError("too many jobs wait at this site; ask again later")
-            job = Job(key, action, received.records)
+            job = Job(key, action, _record(key), received.file)
+            self._unfinished.add(job)
             self._jobs[key] = job
             self._jobs.move_to_end(key)
             self._forget()
         if action in LONG:
             try:
-                name = f"{QUEUE}{key}/request"
-                self._store.put_bytes(name, received.file, received.sha256)
+                self._store.put_bytes(f"{job.record}/request", received.file, received.sha256)
                 self._record(job, 0, time.time())
             except SonoFedError as error:
                 self._end(job, error=error)
@@ -169,10 +188,14 @@ class Jobs:
             self._changed.wait_for(lambda: job.changes > changes, seconds)
             return job.changes
 
-    def fetched(self, job: Job) -> None:
-        """Drop a reply that has left whole; who asks again gets it from the site's store."""
+    def take(self, job: str) -> Records | None:
+        """Return a job's reply, once: who asks again gets it from the site's store, or anew."""
         with self._changed:
-            job.reply = None
+            known = self._jobs.get(job)
+            if known is None:
+                return None
+            reply, known.reply = known.reply, None
+            return reply
 
     def cancel(self, job: Job) -> None:
         """Drop a job that waits; stop one that runs when it next reports its progress."""
@@ -180,8 +203,7 @@ class Jobs:
             job.cancelled = True
             if job.state is State.WAITING:
                 self._settle(job, error=_cancelled())
-        if job.state.over:
-            self._strike(job)
+        self._strike(job)
 
     def progress(self, event: Event) -> None:
         """Take note of how far the running job is; a listener of the site's events."""
@@ -227,7 +249,7 @@ class Jobs:
 
     def _request(self, job: Job) -> Records:
         """Return a job's request; for a long job, after its beginning was put on record."""
-        record = self._store.get(self._name(job)) if job.action in LONG else None
+        record = self._store.get(f"{job.record}/job") if job.action in LONG else None
         if record is not None:
             attempts = int(record.config["attempts"])
             if attempts >= ATTEMPTS:
@@ -235,9 +257,8 @@ class Jobs:
             self._record(job, attempts + 1, record.config["accepted"])
         request, job.request = job.request, None
         if request is None:
-            kept = self._store.get_bytes(f"{QUEUE}{job.id}/request")
-            request = read(memoryview(kept or b""))
-        return request
+            request = memoryview(self._store.get_bytes(f"{job.record}/request") or b"")
+        return read(request)
 
     def _end(
         self, job: Job, *, reply: Records | None = None, error: SonoFedError | None = None
@@ -251,7 +272,7 @@ class Jobs:
         if job.action not in LONG:
             return
         try:
-            self._store.remove(f"{QUEUE}{job.id}/")
+            self._store.remove(f"{job.record}/")
         except Exception as failure:
             log.error("the record of a job stays: %s", type(failure).__name__)
 
@@ -260,6 +281,7 @@ class Jobs:
     ) -> None:
         job.request, job.reply, job.error = None, reply, error
         job.state = State.DONE if error is None else State.FAILED
+        self._unfinished.discard(job)
         job.percent = 100 if error is None else job.percent
         self._change(job)
         self._forget()
@@ -281,27 +303,30 @@ class Jobs:
 
     def _record(self, job: Job, attempts: int, accepted: float) -> None:
         facts = {"action": job.action, "attempts": attempts, "accepted": accepted}
-        self._store.put(self._name(job), Records(config=facts))
-
-    def _name(self, job: Job) -> str:
-        return f"{QUEUE}{job.id}/job"
+        self._store.put(f"{job.record}/job", Records(config=facts))
 
     def _take_up(self) -> None:
         """Queue the jobs that were accepted before a restart and are not over."""
         records: dict[str, Records] = {}
         for name in self._store.names(QUEUE):
-            key, _, what = name.removeprefix(QUEUE).partition("/")
+            own, _, what = name.rpartition("/")
             record = self._store.get(name) if what == "job" else None
             if record is not None:
-                records[key] = record
-        for key, record in sorted(records.items(), key=lambda item: item[1].config["accepted"]):
-            self._jobs[key] = Job(key, str(record.config["action"]), None)
+                records[own] = record
+        for own, record in sorted(records.items(), key=lambda item: item[1].config["accepted"]):
+            key = own.removeprefix(QUEUE).partition("/")[0]
+            self._jobs[key] = Job(key, str(record.config["action"]), own, None)
+            self._unfinished.add(self._jobs[key])
             self._queue.put(self._jobs[key])
         for name in self._store.names(QUEUE):
-            if name.removeprefix(QUEUE).partition("/")[0] not in records:
+            if name.rpartition("/")[0] not in records:
                 self._store.remove(name)
         if records:
             log.warning("%d jobs were not over; they are taken up", len(records))
+
+
+def _record(job: str) -> str:
+    return f"{QUEUE}{job}/{secrets.token_hex(4)}"
 
 
 def _cancelled() -> EngineError:

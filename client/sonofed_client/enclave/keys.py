@@ -158,15 +158,13 @@ class KeyRing:
         StoreError
             It was changed, or is of another context.
         """
-        key_id, rest = sealed[:KEY_ID_BYTES].hex(), sealed[KEY_ID_BYTES:]
-        nonce, text = rest[:NONCE_BYTES], rest[NONCE_BYTES:]
         try:
+            key_id, rest = sealed[:KEY_ID_BYTES].hex(), sealed[KEY_ID_BYTES:]
+            nonce, text = rest[:NONCE_BYTES], rest[NONCE_BYTES:]
             key = self._keys[_data(key_id)]
             return AESGCM(key).decrypt(nonce, text, f"{key_id} {context}".encode()).decode()
-        except (KeyError, ValueError, InvalidTag):
-            raise StoreError(
-                "the catalogue of the site's store is damaged; restore the store from its backup"
-            ) from None
+        except (KeyError, ValueError, TypeError, AttributeError, InvalidTag):
+            raise damaged_catalogue() from None
 
     def _wrapped(self, secret: bytes) -> bytes:
         keys = {}
@@ -209,6 +207,13 @@ def _read_key_file(path: Path) -> _KeyFile:
         return _KeyFile.model_validate_json(path.read_bytes())
     except ValidationError:
         _damaged()
+
+
+def damaged_catalogue() -> StoreError:
+    """Return the error of a catalogue that is not as it was written."""
+    return StoreError(
+        "the catalogue of the site's store is damaged; restore the store from its backup"
+    )
 
 
 def _damaged() -> NoReturn:

@@ -10,76 +10,30 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field
 
+from sonofed_client.enclave.entry import Entry
+from sonofed_client.enclave.refusals import Refusals
+from sonofed_client.enclave.sent_bytes import SentBytes
 from sonofed_client.enclave.verification import START, Row, check, check_entry, check_head
-from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import LedgerError
 from sonofed_common.contract.records import Records
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import public_hex, sha256
 
-Outcome = Literal["sent", "refused", "failed", "approved", "denied", "note"]
-DAY_SECONDS = 86400.0
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entries (
     number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS by_study ON entries (json_extract(body, '$.study'))
-    WHERE json_valid(body);
-CREATE INDEX IF NOT EXISTS by_time ON entries (json_extract(body, '$.time')) WHERE json_valid(body);
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 _ANY = "SELECT number FROM entries LIMIT 1"
-
-
-class Entry(Model):
-    """One line of the ledger, before it is numbered, chained and signed.
-
-    Attributes
-    ----------
-    outcome : str
-        ``sent`` and ``refused`` are messages; ``failed`` is work that ended in an error, whose
-        sentence was sent; ``approved`` and ``denied`` are decisions on studies; ``note`` is else.
-    study, study_digest : str
-        Name, and digest of the approved content; empty where there is none.
-    round : int or None
-        Of the action, where it has rounds.
-    action : str
-        As asked, cut to 64 characters.
-    records : tuple
-        (key, dtype, shape) of each array; config and metrics as (key, ``config`` or ``metric``,
-        ()).
-    bytes : int
-        Of the payload; see `payload`.
-    sha256 : str
-        Of the payload.
-    rule : str
-        Clause of the policy that let it pass or refused it.
-    privacy : dict
-        ``<key> clip`` and ``<key> noise`` (a multiple of the clip) that were applied.
-    message : str
-        Why, where it did not pass.
-    """
-
-    outcome: Outcome
-    study: str = ""
-    study_digest: str = ""
-    round: int | None = None
-    action: str = ""
-    records: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
-    bytes: int = Field(default=0, ge=0)
-    sha256: str = ""
-    rule: str = ""
-    privacy: dict[str, float] = Field(default_factory=dict)
-    message: str = ""
 
 
 class Ledger:
@@ -96,6 +50,9 @@ class Ledger:
     -----
     An entry's body holds the hash of the body before it; its hash is signed. The head says how many
     entries there are and how the last one hashes. Processes may append at the same time.
+
+    What reads the ledger through this object first has the repeated refusals that it counted
+    written; those that another process counts follow when its window closes.
     """
 
     def __init__(self, folder: Path, key: Ed25519PrivateKey) -> None:
@@ -103,6 +60,7 @@ class Ledger:
         self.public_key = public_hex(key)
         self._path, self._head = folder / "ledger.sqlite", folder / "ledger.head"
         self._lock_path = folder / "ledger.lock"
+        self._refusals, self._sent = Refusals(self.append), SentBytes()
         with self._lock(), closing(self._connect()) as connection:
             connection.executescript(_TABLE)
             self._path.chmod(0o600)
@@ -136,6 +94,20 @@ class Ledger:
             self._write_head(number + 1, digest)
         return number + 1
 
+    def refuse(self, entry: Entry) -> None:
+        """Add an entry of a refusal or a failure, or count it where it repeats one.
+
+        Raises
+        ------
+        LedgerError
+            It cannot be written.
+        """
+        self._refusals.add(entry)
+
+    def settle(self) -> None:
+        """Write how many refusals were counted so far; for a process that ends."""
+        self._refusals.settle()
+
     def entries(self) -> list[dict[str, Any]]:
         """Return the bodies of all entries, oldest first, without a check of them.
 
@@ -144,27 +116,26 @@ class Ledger:
         LedgerError
             An entry is no JSON.
         """
+        self.settle()
         try:
-            return [json.loads(body) for _, body, _, _ in self._rows()]
+            # Entries of before refusals were counted say nothing of repetitions.
+            return [{"repeats": 0} | json.loads(body) for _, body, _, _ in self._rows()]
         except ValueError:
             raise LedgerError("an entry of the ledger is unreadable; verify the ledger") from None
 
     def sent_bytes(self, study: str | None = None) -> int:
         """Return the bytes that left for one study, or in the last 24 hours for all."""
-        query = (
-            "SELECT TOTAL(json_extract(body, '$.bytes')) FROM entries "
-            "WHERE json_valid(body) AND json_extract(body, '$.outcome') = 'sent' AND "
-        )
-        if study is None:
-            where, value = "json_extract(body, '$.time') >= ?", time.time() - DAY_SECONDS
-            parameters: tuple[float | str] = (value,)
-        else:
-            where, parameters = "json_extract(body, '$.study') = ?", (study,)
         with self._reading() as connection:
-            return int(connection.execute(query + where, parameters).fetchone()[0])
+            return self._sent.count(connection, study)
+
+    def noised_replies(self, study: str, action: str) -> int:
+        """Return the replies of an action that left for a study, each with noise of its own."""
+        with self._reading() as connection:
+            return self._sent.noised(connection, study, action)
 
     def head(self) -> str:
         """Return number and hash of the last entry, as the head's file says."""
+        self.settle()
         head = self._read_head() or {"entries": 0, "hash": START}
         return f"{head['entries']} {head['hash']}"
 
@@ -176,8 +147,11 @@ class Ledger:
         LedgerError
             Names the first entry that was edited, deleted or moved, or says that the end is cut.
         """
+        self.settle()
         with self._lock():
-            return check(self._rows(), self._read_head(), self.public_key)
+            rows, head = self._rows(), self._read_head()
+        # Not under the lock: a long ledger must not keep the enclave from writing to it.
+        return check(rows, head, self.public_key)
 
     def export(self, path: Path) -> int:
         """Write the ledger as JSON lines, for an auditor, and return the number of entries.
@@ -185,6 +159,7 @@ class Ledger:
         The first line holds the public key and the head; each other one an entry, its hash and its
         signature.
         """
+        self.settle()
         with self._lock():
             first = json.dumps({"public_key": self.public_key, "head": self._read_head()})
             rows = list(self._rows())
@@ -218,7 +193,7 @@ class Ledger:
             return None
         try:
             return dict(json.loads(self._head.read_bytes()))
-        except ValueError:
+        except (ValueError, TypeError):
             raise LedgerError("the ledger's head is unreadable; restore it from a backup") from None
 
     def _sign(self, text: str) -> str:

@@ -23,7 +23,13 @@ from sonofed_common.contract.records import Array, Records, checked
 
 PART_BYTES = 1024**2
 """A part is at most twice as large: below gRPC's own limit of 4 MiB."""
-HEADER_BYTES = 32 * 1024**2
+HEADER_BYTES = 1024**2
+"""Most of a record that is text: some eight thousand arrays. Read, JSON takes 24 times its size."""
+
+TEXT_BYTES = 128 * 1024
+"""Longest config and metrics; a study of the most sites has a quarter of it."""
+
+ACTION_LENGTH = 64
 TYPES = {
     "BOOL": "?",
     "I8": "i1",
@@ -104,7 +110,7 @@ def receive(parts: Iterable[Part], allocate: Callable[[int], mmap.mmap] = memory
     if first is None or first.WhichOneof("part") != "head":
         _refuse(first)
     size = first.head.size
-    if size <= 8:
+    if size <= 8 or len(first.head.action) > ACTION_LENGTH:
         _refuse(first)
     file = memoryview(allocate(size))
     digest, filled = hashlib.sha256(), 0
@@ -135,7 +141,10 @@ def read(file: memoryview) -> Records:
         if not 2 <= size <= min(len(file) - 8, HEADER_BYTES):
             raise ValueError("size of the header")
         header = json.loads(bytes(file[8 : 8 + size]))
-        texts = json.loads(header.pop("__metadata__")["records"])
+        text = header.pop("__metadata__")["records"]
+        if len(text) > TEXT_BYTES:
+            raise ParameterError("the facts that come with the record are too long; send fewer")
+        texts = json.loads(text)
         arrays = _views(header, file[8 + size :])
         return checked(arrays, texts["config"], texts["metrics"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):

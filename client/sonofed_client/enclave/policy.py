@@ -5,98 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from sonofed_client.enclave.rules import ActionRule
 from sonofed_common.contract.actions import ACTIONS, Parameters
 from sonofed_common.contract.configuration import Model, read_toml, validate
-from sonofed_common.contract.errors import PolicyError
+from sonofed_common.contract.errors import PolicyError, StoreError
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.security import sha256
 
 STANDARD = Path(__file__).parent / "policies" / "standard.toml"
-Kind = Literal["count", "counts", "digest", "digests", "text", "texts"]
+RUNNING_POLICY = "policy.sha256"
+"""File of a site's store: digest of the policy that the enclave read when it started."""
+
 Received = Callable[[], Mapping[str, Array]]
 """Makes the arrays that an update starts from: what came with the request, or a common start."""
-
-
-class Limit(Model):
-    """What a parameter may be; of a list, each of its entries."""
-
-    least: float | None = None
-    most: float | None = None
-    values: tuple[str | int | float | bool, ...] | None = None
-
-    def allows(self, value: Any) -> bool:
-        """Whether a value, or each value of a list, is inside the limit."""
-        if isinstance(value, list | tuple):
-            return all(self.allows(v) for v in value)
-        if self.values is not None and value not in self.values:
-            return False
-        if self.least is None and self.most is None:
-            return True
-        if not isinstance(value, int | float):
-            return False
-        low = self.least is None or value >= self.least
-        return low and (self.most is None or value <= self.most)
-
-
-class ArrayRule(Model):
-    """Arrays that may leave.
-
-    Notes
-    -----
-    With ``clip`` the enclave limits the L2 norm of the arrays' common change from what the site
-    received, and with ``noise`` it adds Gaussian noise of standard deviation ``noise * clip``.
-    """
-
-    key: str = Field(min_length=1, description="exact name, or 'group/*'")
-    dtypes: tuple[str, ...] = Field(min_length=1)
-    numbers: int = Field(ge=1, description="most numbers in all arrays of this rule together")
-    counts: bool = Field(default=False, description="they count images; min_count holds")
-    small: Literal["refuse", "zero"] = Field(default="refuse", description="counts < min_count")
-    rows: tuple[str, ...] = Field(default=(), description="arrays whose rows go with small counts")
-    clip: float | None = Field(default=None, gt=0, description="largest L2 norm of the change")
-    noise: float | None = Field(default=None, gt=0, description="standard deviation over clip")
-
-    @field_validator("key")
-    @classmethod
-    def _star_last(cls, key: str) -> str:
-        if "*" in key and not (key.endswith("/*") and key.count("*") == 1 and len(key) > 2):
-            raise ValueError("a key is an exact name or ends in '/*'")
-        return key
-
-    @model_validator(mode="after")
-    def _noise_needs_clip(self) -> Self:
-        if self.noise is not None and self.clip is None:
-            raise ValueError("noise needs a clip: without one it bounds nothing")
-        return self
-
-    def names(self, name: str) -> bool:
-        """Whether the rule is about an array of this name."""
-        return name.startswith(self.key[:-1]) if self.key.endswith("*") else name == self.key
-
-
-class ActionRule(Model):
-    """What one action may be asked for, and what its reply may hold."""
-
-    parameters: dict[str, Limit] = Field(default_factory=dict, description="by dotted name")
-    secure_aggregation: bool = Field(default=False, description="its arrays leave as sums only")
-    min_count: int = Field(default=1, ge=1, description="smallest count, but 0, to disclose")
-    message_bytes: int | None = Field(default=None, ge=0, description="default: the policy's")
-    arrays: tuple[ArrayRule, ...] = ()
-    config: dict[str, Kind] = Field(default_factory=dict)
-    metrics: tuple[str, ...] = ()
-    counted: tuple[str, ...] = Field(default=(), description="metrics that count images")
-    withheld: tuple[str, ...] = Field(default=(), description="metrics that are taken out")
-
-    @model_validator(mode="after")
-    def _one_fate(self) -> Self:
-        names = [*self.metrics, *self.counted, *self.withheld]
-        if len(set(names)) != len(names):
-            raise ValueError("name each metric once, in metrics, counted or withheld")
-        return self
 
 
 class Policy(Model):
@@ -159,6 +84,21 @@ class Policy(Model):
                     f"actions.{action}.parameters.{path}",
                 )
 
+    def check_releases(self, action: str, before: int) -> None:
+        """Check whether a study may have one more noised reply of an action.
+
+        Raises
+        ------
+        PolicyError
+            So many left before.
+        """
+        most = self.actions[action].releases
+        if most is not None and before >= most:
+            raise PolicyError(
+                f"this site's policy lets no more noised replies of {action} leave for this study",
+                f"actions.{action}.releases",
+            )
+
     def check_bytes(self, action: str, size: int, study: int, day: int) -> None:
         """Check a reply against the budgets.
 
@@ -200,6 +140,24 @@ def read_policy(path: Path | None) -> Policy:
     """
     path = path or STANDARD
     return validate(Policy, read_toml(path), path.name)
+
+
+def running_policy(store: Path) -> str | None:
+    """Return the digest of the policy that a store's enclave started with; None before the first.
+
+    Raises
+    ------
+    StoreError
+        It cannot be read.
+    """
+    try:
+        return (store / RUNNING_POLICY).read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        raise StoreError(
+            f"{RUNNING_POLICY} of the site's store cannot be read; run this as the enclave's user"
+        ) from None
 
 
 def _is_parameter(model: type[BaseModel], path: str) -> bool:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sonofed_client.enclave.policy import ActionRule, ArrayRule, Policy, Received
+from sonofed_client.enclave.policy import Policy, Received
 from sonofed_client.enclave.privacy import privatise
+from sonofed_client.enclave.rules import ActionRule, ArrayRule
 from sonofed_common.contract.errors import PolicyError
 from sonofed_common.contract.records import Array, Records
 
@@ -18,6 +20,13 @@ MAX_ENTRIES = 100_000
 """Most entries of a list in a reply's configuration."""
 
 MAX_TEXTS = 32
+SMALLEST_MEASURED = 5
+"""Fewest images whose metrics may leave a site: those of one are that image's own numbers."""
+
+MEASURED = "measured"
+"""Fact of a reply that never leaves: how many images there are behind the metric with the fewest;
+default: ``examples``."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEXT = re.compile(r"[A-Za-z0-9 _.,:;()+/@#\-]{0,128}")
 
@@ -34,15 +43,18 @@ class Released:
         Clause of the policy that let it.
     privacy : dict of str to float
         ``<key> clip`` and ``<key> noise`` of each rule that was applied; empty without.
+    kept_as : str
+        Artifact that gives the same noise to the same question again; empty without noise.
     """
 
     records: Records
     rule: str
     privacy: dict[str, float] = field(default_factory=dict)
+    kept_as: str = ""
 
 
 def release(policy: Policy, action: str, reply: Records, received: Received) -> Released:
-    """Check a reply and make it fit to leave.
+    """Check a reply and make it fit to leave; metrics over too few images are taken out.
 
     Parameters
     ----------
@@ -70,15 +82,17 @@ def release(policy: Policy, action: str, reply: Records, received: Received) -> 
         raise PolicyError(f"this site's policy does not allow {action}", "actions")
     where = f"actions.{action}"
     try:
-        _check_config(rule, reply.config)
-        metrics = _metrics(rule, reply.metrics)
+        config = dict(reply.config)
+        measured = config.pop(MEASURED, config.get("examples"))
+        _check_config(rule, config)
+        metrics = _metrics(rule, reply.metrics, measured)
         arrays, privacy = _arrays(rule, reply.arrays, received)
     except _UnfitError as unfit:
         raise PolicyError(
             f"this site's policy does not let this reply of {action} leave: {unfit.sentence}",
             f"{where}.{unfit.clause}",
         ) from None
-    return Released(Records(arrays, dict(reply.config), metrics), where, privacy)
+    return Released(Records(arrays, config, metrics), where, privacy)
 
 
 class _UnfitError(Exception):
@@ -102,8 +116,9 @@ def _check_config(rule: ActionRule, config: Mapping[str, Any]) -> None:
             raise _UnfitError(clause, f"{name} is no {kind}")
 
 
-def _metrics(rule: ActionRule, metrics: Mapping[str, Any]) -> dict[str, int | float]:
+def _metrics(rule: ActionRule, metrics: Mapping[str, Any], measured: Any) -> dict[str, int | float]:
     kept: dict[str, int | float] = {}
+    enough = type(measured) is int and measured >= max(rule.min_count, SMALLEST_MEASURED)
     for name, value in metrics.items():
         if name in rule.withheld:
             continue
@@ -115,7 +130,8 @@ def _metrics(rule: ActionRule, metrics: Mapping[str, Any]) -> dict[str, int | fl
         # A whole number of any length could carry anything.
         if type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63):
             raise _UnfitError(f"metrics.{name}", f"{name} is no number")
-        kept[name] = value
+        if enough or name in rule.counted:
+            kept[name] = value
     return kept
 
 
@@ -165,14 +181,28 @@ def _large_counts(
             raise _UnfitError(clause, f"{name} holds a count that is too small to disclose")
         if not np.any(small):
             continue
-        changed[name] = np.where(small, 0, counts).astype(counts.dtype)
+        hidden = _with_complement(counts, small, least)
+        changed[name] = np.where(hidden, 0, counts).astype(counts.dtype)
         for other in rule.rows:
-            rows = np.array(arrays[other])
+            rows = np.array(arrays.get(other, ()))
             if rows.shape[: counts.ndim] != counts.shape:
                 raise _UnfitError(clause, f"{other} does not fit the counts in {name}")
-            rows[small] = 0
+            rows[hidden] = 0
             changed[other] = rows
     return changed
+
+
+def _with_complement(counts: Array, small: NDArray[np.bool_], least: int) -> NDArray[np.bool_]:
+    """Hide the smallest shown counts too, until those hidden are together no small count.
+
+    Where the total is known, as that of a pool is, what is left of it would tell them.
+    """
+    hidden = small.copy()
+    for place in np.argsort(counts, axis=None, kind="stable"):
+        if counts[hidden].sum() >= least:
+            break
+        hidden.flat[place] |= counts.flat[place] > 0
+    return hidden
 
 
 def _check_counts(clause: str, name: str, counts: list[Any], least: int) -> None:

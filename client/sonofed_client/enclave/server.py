@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
+from sonofed_client.enclave.deadlines import Deadlines
+from sonofed_client.enclave.entry import MESSAGE_LENGTH, Entry
 from sonofed_client.enclave.interface import Enclave
 from sonofed_client.enclave.jobs import Job, Jobs, State
-from sonofed_client.enclave.ledger import Entry, Ledger
+from sonofed_client.enclave.ledger import Ledger
 from sonofed_client.enclave.parts import failure, read, receive, send
 from sonofed_client.enclave.room import Room
 from sonofed_common.contract import enclave_pb2 as messages
@@ -38,6 +41,7 @@ WATCH_SECONDS = 20.0
 SUBMIT_SECONDS = 600.0
 """Longest time that one request may take to come in."""
 
+STOP_SECONDS = 5.0
 PATH_BYTES = 107
 OPTIONS = [("grpc.so_reuseport", 0)]
 
@@ -62,6 +66,7 @@ class Service(EnclaveServicer):  # type: ignore[misc]
     def __init__(self, enclave: Enclave, jobs: Jobs, ledger: Ledger, room: Room) -> None:
         self._enclave, self._jobs, self._ledger, self._room = enclave, jobs, ledger, room
         self._watches = threading.BoundedSemaphore(WATCHES)
+        self._deadlines = Deadlines(SUBMIT_SECONDS)
 
     def Describe(self, request: messages.Request, _: grpc.ServicerContext) -> messages.Reply:  # noqa: N802
         """Answer ``query.describe``."""
@@ -75,19 +80,15 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         self, request_iterator: Iterator[messages.Part], context: grpc.ServicerContext
     ) -> messages.Status:
         """Take a request in and queue its job."""
-        # A sender that stalls would hold a thread, and its request's memory, for ever.
-        timer = threading.Timer(SUBMIT_SECONDS, context.cancel)
-        timer.daemon = True
-        timer.start()
         try:
-            received = self._noting(lambda: receive(request_iterator, self._room.memory))
+            # A sender that stalls would hold a thread, and its request's memory, for ever.
+            with self._deadlines.limit(context):
+                received = self._noting(lambda: receive(request_iterator, self._room.memory))
             return _status(self._jobs.submit(received))
         except grpc.RpcError:
             raise
         except Exception as error:
             return messages.Status(state=State.FAILED, failure=failure(_named(error)))
-        finally:
-            timer.cancel()
 
     def Watch(  # noqa: N802
         self, request: messages.Job, context: grpc.ServicerContext
@@ -114,13 +115,11 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         self, request: messages.Job, context: grpc.ServicerContext
     ) -> Iterator[messages.Part]:
         """Send the reply of a job that is done."""
-        job = self._jobs.find(request.id)
-        reply = job.reply if job is not None and job.state is State.DONE else None
-        if job is None or reply is None:
+        reply = self._jobs.take(request.id)
+        if reply is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "no reply; submit the request again")
             return
         yield from send(reply)
-        self._jobs.fetched(job)
 
     def Cancel(self, request: messages.Job, _: grpc.ServicerContext) -> messages.Status:  # noqa: N802
         """Cancel a job."""
@@ -134,8 +133,26 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         try:
             return take_in()
         except SonoFedError as error:
-            self._ledger.append(Entry(outcome="refused", message=str(error)))
+            # A stream may end with a failure, whose sentence is the relay's own and of any length.
+            self._ledger.refuse(Entry(outcome="refused", message=str(error)[:MESSAGE_LENGTH]))
             raise
+
+
+class _Lenient(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Takes bytes that are no message for an empty one, which no call answers with anything.
+
+    gRPC itself would refuse them before the ledger hears of it, and log a traceback for each.
+    """
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        return handler._replace(request_deserializer=_or_empty(handler.request_deserializer))
 
 
 def serve(service: Service, path: Path) -> grpc.Server:
@@ -165,7 +182,10 @@ def serve(service: Service, path: Path) -> grpc.Server:
     finally:
         os.umask(before)
     server = grpc.server(
-        ThreadPoolExecutor(THREADS, "calls"), maximum_concurrent_rpcs=CALLS, options=OPTIONS
+        ThreadPoolExecutor(THREADS, "calls"),
+        interceptors=[_Lenient()],
+        maximum_concurrent_rpcs=CALLS,
+        options=OPTIONS,
     )
     add_EnclaveServicer_to_server(service, server)
     os.umask(0o117)
@@ -187,7 +207,8 @@ def wait_for_the_end(server: grpc.Server) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
-    server.stop(grace=1.0).wait()
+    # A call that gRPC lost sight of must not keep the process from its end.
+    server.stop(grace=1.0).wait(STOP_SECONDS)
 
 
 def _status(job: Job) -> messages.Status:
@@ -198,6 +219,16 @@ def _status(job: Job) -> messages.Status:
         percent=job.percent,
         failure=failure(error) if error is not None else None,
     )
+
+
+def _or_empty(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message]:
+    def parse_or_empty(data: bytes) -> Message:
+        try:
+            return parse(data)
+        except DecodeError:
+            return parse(b"")
+
+    return parse_or_empty
 
 
 def _named(error: Exception) -> SonoFedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import tempfile
 from collections import OrderedDict
@@ -36,9 +37,6 @@ WARM_MODELS = 8
 FEATURE_BATCH = 64
 INTERRUPTED = 4
 """Most checkpoints of trainings that were broken off: of cancelled studies nobody takes them up."""
-
-SMALLEST_MEASURED = 5
-"""Fewest images whose mean may leave a site: that of one is the image's own number."""
 
 
 class Site:
@@ -246,6 +244,15 @@ class Site:
         """Name of an artifact that belongs to one study."""
         return f"study/{study}/{name}"
 
+    def tie_secret(self, study: str) -> bytes | None:
+        """Return the secret by which one study's ties are broken.
+
+        An oracle has none: in a simulation the ids themselves break ties, and results repeat.
+        """
+        if self.settings.oracle:
+            return None
+        return hmac.digest(self.store.image_key(), f"ties {study}".encode(), "sha256")
+
     def need(self, name: str, what: str) -> Records:
         """Return an artifact.
 
@@ -291,11 +298,6 @@ def load_weights(model: nn.Module, arrays: Mapping[str, Array]) -> None:
         model.load_state_dict(state)
     except RuntimeError:
         raise misfit from None
-
-
-def measured(images: int, metrics: Mapping[str, float]) -> dict[str, int | float]:
-    """Return means over a number of images as they may leave; none of fewer than the smallest."""
-    return dict(metrics) if images >= SMALLEST_MEASURED else {}
 
 
 def weights_of(model: nn.Module) -> dict[str, Array]:

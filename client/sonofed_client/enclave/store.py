@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from sonofed_client.enclave.blobs import Blobs, damaged_blob
-from sonofed_client.enclave.catalogue import Annotation, Artifact, Catalogue, Image
+from sonofed_client.enclave.catalogue import Annotation, Artifact, Catalogue, Image, Total
 from sonofed_client.enclave.durable import full_disk_named
-from sonofed_client.enclave.keys import KeyRing
+from sonofed_client.enclave.keys import KeyRing, damaged_catalogue
 from sonofed_client.enclave.master_key import MasterKey
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
@@ -59,7 +60,8 @@ class Store:
     Notes
     -----
     Blobs and the images' names and groups are encrypted. Ids, parts, labels, positions and the
-    names, sizes and digests of artifacts stand in the catalogue as they are. An old blob goes only
+    names, sizes and digests of artifacts stand in the catalogue as they are; a row of an image or a
+    label that was changed, moved, added or lost is found when it is read. An old blob goes only
     when the catalogue on the disk no longer names it: at any instant, all that was there is.
     """
 
@@ -83,41 +85,82 @@ class Store:
                 part=i.part,
                 label=i.label,
                 position=i.position,
-                sealed=self.keys.seal(json.dumps([i.name, i.group]), f"image {i.id}"),
+                sealed=self.keys.seal(
+                    json.dumps([i.name, i.group]), _bound(i.id, i.part, i.label, i.position)
+                ),
             )
             for i in images
         ]
         with self._catalogue.write() as session:
             session.execute(delete(Image))
             session.add_all(rows)
+            self._set_totals(session, "images", Counter(i.part for i in images))
 
     def images(self, part: str | None = None) -> list[CataloguedImage]:
         """Return the catalogue in its fixed order, or one part of it (``pool`` or ``test``)."""
-        query = select(Image).order_by(Image.position)
+        query = select(Image.sealed, Image.id, Image.part, Image.label, Image.position)
         if part is not None:
             query = query.where(Image.part == part)
         with self._catalogue.read() as session:
-            return [self._catalogued(image) for image in session.scalars(query)]
+            rows = session.execute(query.order_by(Image.position)).all()
+            totals = self._totals(session, "images")
+        if len(rows) != (sum(totals.values()) if part is None else totals.get(part, 0)):
+            raise damaged_catalogue()
+        return [self._catalogued(*row) for row in rows]
 
-    def _catalogued(self, image: Image) -> CataloguedImage:
-        name, group = json.loads(self.keys.unseal(image.sealed, f"image {image.id}"))
-        return CataloguedImage(image.id, name, image.part, image.label, group, image.position)
+    def _catalogued(
+        self, sealed: bytes, key: str, part: str, label: int | None, position: int
+    ) -> CataloguedImage:
+        name, group = json.loads(self.keys.unseal(sealed, _bound(key, part, label, position)))
+        return CataloguedImage(key, name, part, label, group, position)
 
     def annotate(self, labels: Iterable[tuple[str, int]], author: str) -> None:
         """Record labels as (image id, label); a second label of an image replaces the first."""
-        rows = [{"image": i, "label": y, "author": author, "time": time.time()} for i, y in labels]
+        now = time.time()
+        rows = [
+            {
+                "image": i,
+                "label": y,
+                "author": author,
+                "time": now,
+                "sealed": self.keys.seal("", _bound(i, y, author, now)),
+            }
+            for i, y in labels
+        ]
         if not rows:
             return
         statement = insert(Annotation)
-        changes = {c: statement.excluded[c] for c in ("label", "author", "time")}
+        changes = {c: statement.excluded[c] for c in ("label", "author", "time", "sealed")}
         with self._catalogue.write() as session:
+            labelled = self._annotations(session).keys() | {row["image"] for row in rows}
             session.execute(statement.on_conflict_do_update(["image"], set_=changes), rows)
+            self._set_totals(session, "annotations", {"all": len(labelled)})
 
     def annotations(self) -> dict[str, int]:
         """Return the labels given so far, by image id."""
-        query = select(Annotation.image, Annotation.label).order_by(Annotation.image)
         with self._catalogue.read() as session:
-            return {row.image: row.label for row in session.execute(query)}
+            return self._annotations(session)
+
+    def _annotations(self, session: Session) -> dict[str, int]:
+        of = Annotation
+        query = select(of.sealed, of.image, of.label, of.author, of.time).order_by(of.image)
+        rows = session.execute(query).all()
+        if len(rows) != self._totals(session, "annotations").get("all", 0):
+            raise damaged_catalogue()
+        for row in rows:
+            self.keys.unseal(row.sealed, _bound(row.image, row.label, row.author, row.time))
+        return {row.image: row.label for row in rows}
+
+    def _totals(self, session: Session, name: str) -> dict[str, int]:
+        sealed = session.scalar(select(Total.sealed).where(Total.name == name))
+        if sealed is None:
+            return {}
+        totals: dict[str, int] = json.loads(self.keys.unseal(sealed, _bound("total", name)))
+        return totals
+
+    def _set_totals(self, session: Session, name: str, totals: Mapping[str, int]) -> None:
+        sealed = self.keys.seal(json.dumps(totals), _bound("total", name))
+        session.merge(Total(name=name, sealed=sealed))
 
     def put(self, name: str, records: Records) -> None:
         """Store records under a name; the old blob of that name goes."""
@@ -243,6 +286,11 @@ class Store:
             for digest in digests:
                 if session.scalar(select(func.count()).where(Artifact.digest == digest)) == 0:
                     self._blobs.remove(digest)
+
+
+def _bound(*row: str | float | None) -> str:
+    """A row of the catalogue as the text that its seal is bound to."""
+    return f"row {row!r}"
 
 
 def _digest(session: Session, name: str) -> str | None:

@@ -3,80 +3,65 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
+from sonofed_client.enclave.entry import Entry
+from sonofed_client.enclave.study_table import KnownStudy, StudyTable
 from sonofed_common.contract.actions import Describe, Parameters
-from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import (
     ConfigurationError,
+    LedgerError,
     StudyDeniedError,
     StudyWaitingError,
 )
-from sonofed_common.contract.study import Study
-from sonofed_common.runtime import write_atomically
 
-State = Literal["waiting", "approved", "denied"]
-MAX_WAITING = 64
-"""Most studies that may wait, so that a stranger cannot fill the disk."""
+MAX_UNDECIDED = 64
+"""Most studies that no person decided on: a new one takes the place of the oldest, which asks again
+if it is meant. So a stranger neither fills the disk nor keeps others from being read."""
 
-
-class KnownStudy(Model):
-    """A study that a coordinator described to this site.
-
-    Attributes
-    ----------
-    digest : str
-        SHA-256 of the validated study: the approval is of this content alone.
-    coordinator : str
-        Key of the coordinator at the time of the decision; another one's studies wait anew.
-    content : Study or None
-        None where a site that approves by itself was told the digest only.
-    seen, decided : float
-        Seconds since the epoch; ``decided`` is 0 while it waits.
-    current : bool
-        Whether its name means this study: the last that was described and approved.
-    """
-
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
-    name: str
-    coordinator: str
-    state: State
-    content: Study | None = None
-    seen: float
-    decided: float = 0.0
-    current: bool = False
+_DIGEST = re.compile(r"sha256:([0-9a-f]{12,64})")
 
 
 class Studies:
-    """The studies that a site knows, in one file of its store.
+    """The studies that a site knows, in a file of its store.
 
     Parameters
     ----------
     folder : Path
-        Holds ``studies.json``.
+        Of the store.
     coordinator : str
         Public key of the coordinator that the site's settings name.
     automatic : bool
-        Approve what is described; off by default in a site's settings.
+        Approve what is described; off by default in a site's settings. What was approved so waits
+        for a person once it is off.
+    record : callable, optional
+        Puts an entry into the site's ledger; without it, nothing can be decided.
+
+    Notes
+    -----
+    A *key* is the name of a study or ``sha256:`` and at least 12 digits of its digest. No name
+    holds a colon, so a key is never both.
     """
 
-    def __init__(self, folder: Path, coordinator: str, automatic: bool = False) -> None:
-        self._path = folder / "studies.json"
-        self._coordinator, self._automatic = coordinator, automatic
+    def __init__(
+        self,
+        folder: Path,
+        coordinator: str,
+        automatic: bool = False,
+        record: Callable[[Entry], object] | None = None,
+    ) -> None:
+        self._table = StudyTable(folder / "studies.sqlite")
+        self._lock_path = folder / "studies.lock"
+        self._coordinator, self._automatic, self._record = coordinator, automatic, record
 
     def known(self) -> list[KnownStudy]:
         """Return the studies, oldest first."""
-        if not self._path.exists():
-            return []
-        values = json.loads(self._path.read_bytes())
-        return [validate(KnownStudy, study, self._path.name) for study in values]
+        return [self._now(study) for study in self._table.all()]
 
     def approved(self, parameters: Parameters) -> KnownStudy | None:
         """Return the study that a request belongs to; None where none was described.
@@ -87,118 +72,197 @@ class Studies:
             The hospital has not decided yet, or the study was not described.
         StudyDeniedError
             The hospital decided against it.
+        LedgerError
+            The site approves by itself, and the ledger cannot take the entry.
         """
         if isinstance(parameters, Describe):
             return self._described(parameters)
-        named = [s for s in self.known() if s.name == parameters.study and self._is_ours(s)]
-        study = next((s for s in named if s.current), named[-1] if named else None)
+        study = self._table.of_name(parameters.study, self._coordinator)
         if study is None and self._automatic:
             return None
-        if study is None:
-            raise StudyWaitingError("this hospital does not know the study; enrol it first")
-        return _decided(study)
+        return self._decided(study)
 
-    def decide(self, key: str, state: Literal["approved", "denied"]) -> KnownStudy:
-        """Approve or deny a study.
+    def confirm(self, study: KnownStudy) -> None:
+        """Make sure that an approval still holds.
+
+        Raises
+        ------
+        StudyWaitingError, StudyDeniedError
+            The hospital has changed its mind since.
+        """
+        self._decided(self._table.of_digest(study.digest, study.coordinator))
+
+    def find(self, key: str) -> list[KnownStudy]:
+        """Return all contents of a name, or the content of a digest for each coordinator's key.
+
+        Raises
+        ------
+        ConfigurationError
+            The site knows no such study, or the digits begin several digests.
+        """
+        digits = _DIGEST.fullmatch(key)
+        found = [
+            study
+            for study in self.known()
+            if (study.digest.startswith(digits[1]) if digits else study.name == key)
+        ]
+        if digits and len({study.digest for study in found}) > 1:
+            raise ConfigurationError(f"{key} begins several digests; give more of the digits")
+        if not found:
+            raise ConfigurationError(f"{key!r} is no study that this site knows; list the studies")
+        return found
+
+    def one(self, key: str) -> KnownStudy:
+        """Return the one content that a key means, of the site's coordinator where that is known.
+
+        Raises
+        ------
+        ConfigurationError
+            No content, or several.
+        """
+        found = self.find(key)
+        digests = dict.fromkeys(study.digest for study in found)
+        if len(digests) > 1:
+            keys = ", ".join(study.short_key for study in found)
+            raise ConfigurationError(f"{key} means several contents; give a digest: {keys}")
+        return next((s for s in found if s.coordinator == self._coordinator), found[0])
+
+    def approve(self, key: str) -> KnownStudy:
+        """Approve a content; the ledger has the entry before the approval holds.
 
         Parameters
         ----------
         key : str
-            Its name, where only one waits under it, or the start of its digest.
-        state : str
-            What the hospital decided.
+            Of its digest: a name says nothing of what was read.
 
         Raises
         ------
         ConfigurationError
-            No study, or more than one, is meant; or there is nothing to read of it.
+            Another key, no such study, one of another coordinator, or one that nobody could read.
+        LedgerError
+            The ledger cannot take the entry; nothing is approved.
         """
-        with self._lock():
-            study = self.find(key)
-            if study.content is None and state == "approved":
-                raise ConfigurationError(
-                    f"study {study.name} came without its content; nothing can be approved unread"
-                )
-            if study.coordinator != self._coordinator and state == "approved":
+        if not _DIGEST.fullmatch(key):
+            raise ConfigurationError(
+                "an approval is of a content: give the digest that 'studies show' prints, "
+                "sha256: and its digits"
+            )
+        with self._alone():
+            study = self.one(key)
+            if study.coordinator != self._coordinator:
                 raise ConfigurationError(
                     f"study {study.name} is of another coordinator than the site's settings name"
                 )
-            update = {"state": state, "decided": round(time.time(), 3)}
-            return self._keep(study.model_copy(update=update))
+            if study.content is None:
+                raise ConfigurationError(
+                    f"study {study.name} came without its content; nothing can be approved unread"
+                )
+            return self._decide(study, "approved", "person")
 
-    def find(self, key: str) -> KnownStudy:
-        """Return a study by its name or the start of its digest; one that waits goes first.
+    def deny(self, key: str) -> list[KnownStudy]:
+        """Deny a content, or all contents of a name, also ones that were approved before.
 
         Raises
         ------
         ConfigurationError
-            No study, or more than one, is meant.
+            No such study.
+        LedgerError
+            The ledger cannot take the entry; what was denied until then stays so.
         """
-        found = [s for s in self.known() if s.name == key or s.digest.startswith(key)]
-        waiting = [s for s in found if s.state == "waiting"]
-        for candidates in (waiting, [s for s in found if s.current], found):
-            if len(candidates) == 1:
-                return candidates[0]
-        if found:
-            digests = ", ".join(s.digest[:12] for s in found)
-            raise ConfigurationError(f"{key!r} means several studies; give a digest: {digests}")
-        raise ConfigurationError(f"{key!r} is no study that this site knows; list the studies")
+        with self._alone():
+            return [self._decide(study, "denied", "person") for study in self.find(key)]
+
+    def forget(self, key: str) -> list[KnownStudy]:
+        """Drop a content, or all contents of a name, and what was decided: they wait anew.
+
+        Raises
+        ------
+        ConfigurationError
+            No such study.
+        LedgerError
+            The ledger cannot take the entry; what was forgotten until then stays so.
+        """
+        with self._alone():
+            found = self.find(key)
+            for study in found:
+                self._note(study, "note", f"forgotten; it was {study.state}")
+                self._table.remove(study)
+            return found
 
     def _described(self, parameters: Describe) -> KnownStudy:
-        with self._lock():
-            known = self.known()
-            study = next(
-                (s for s in known if s.digest == parameters.study_digest and self._is_ours(s)), None
+        with self._alone():
+            before = self._table.of_digest(parameters.study_digest, self._coordinator)
+            study = KnownStudy(
+                digest=parameters.study_digest,
+                name=parameters.study,
+                coordinator=self._coordinator,
+                content=parameters.content,
+                seen=round(time.time(), 3),
             )
-            if study is None or (study.content is None and parameters.content is not None):
-                if study is None and sum(s.state == "waiting" for s in known) >= MAX_WAITING:
-                    raise StudyWaitingError("too many studies wait at this hospital; ask later")
-                study = KnownStudy(
-                    digest=parameters.study_digest,
-                    name=parameters.study,
-                    coordinator=self._coordinator,
-                    state=study.state if study else "waiting",
-                    content=parameters.content,
-                    seen=round(time.time(), 3),
-                )
-                self._keep(study)
+            if before is not None:
+                # A digest alone may have come first, under any name.
+                unread = before.content is None and study.content is not None
+                update = {"content": study.content, "name": study.name} if unread else {}
+                study = self._now(before).model_copy(update=update)
+            if study.name != parameters.study:
+                raise StudyDeniedError("the digest is of a study of another name")
             if self._automatic and study.state == "waiting":
-                update = {"state": "approved", "decided": round(time.time(), 3)}
-                study = self._keep(study.model_copy(update=update))
-            _decided(study)
-            return (
-                study if study.current else self._keep(study.model_copy(update={"current": True}))
+                study = self._decide(study, "approved", "automatic")
+            if study.state == "approved" and not study.current:
+                study = study.model_copy(update={"current": True})
+            if study != before:
+                self._table.put(study)
+                self._table.keep_undecided(MAX_UNDECIDED)
+        return self._decided(study)
+
+    def _decide(
+        self,
+        study: KnownStudy,
+        state: Literal["approved", "denied"],
+        by: Literal["person", "automatic"],
+    ) -> KnownStudy:
+        # An entry too many does no harm; an approval without one does.
+        self._note(
+            study, state, "" if by == "person" else "approved by itself, as auto_approve says"
+        )
+        update = {"state": state, "decided_by": by, "decided": round(time.time(), 3)}
+        decided = study.model_copy(update=update)
+        self._table.put(decided)
+        return decided
+
+    def _note(
+        self, study: KnownStudy, outcome: Literal["approved", "denied", "note"], message: str
+    ) -> None:
+        if self._record is None:
+            raise LedgerError("a decision on a study needs the site's ledger")
+        self._record(
+            Entry(
+                outcome=outcome,
+                study=study.name,
+                study_digest=study.digest,
+                rule=f"coordinator {study.coordinator}",
+                message=message,
             )
+        )
 
-    def _is_ours(self, study: KnownStudy) -> bool:
-        return study.coordinator == self._coordinator
+    def _now(self, study: KnownStudy) -> KnownStudy:
+        if study.decided_by != "automatic" or self._automatic:
+            return study
+        return study.model_copy(update={"state": "waiting", "decided_by": "", "decided": 0.0})
 
-    def _keep(self, study: KnownStudy) -> KnownStudy:
-        def other(s: KnownStudy) -> KnownStudy:
-            gives_way = study.current and s.name == study.name
-            return s.model_copy(update={"current": False}) if gives_way else s
-
-        known, same = self.known(), (study.digest, study.coordinator)
-        place = next((n for n, s in enumerate(known) if (s.digest, s.coordinator) == same), None)
-        studies = [other(s) for s in known]
-        if place is None:
-            studies.append(study)
-        else:
-            studies[place] = study
-        values = [s.model_dump(mode="json") for s in studies]
-        write_atomically(self._path, json.dumps(values).encode(), mode=0o600)
+    def _decided(self, study: KnownStudy | None) -> KnownStudy:
+        if study is None:
+            raise StudyWaitingError("this hospital does not know the study; enrol it first")
+        study = self._now(study)
+        if study.state == "waiting":
+            raise StudyWaitingError("the study waits for this hospital's approval; ask again later")
+        if study.state == "denied":
+            raise StudyDeniedError("this hospital does not take part in the study")
         return study
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with self._path.with_suffix(".lock").open("a") as file:
+    def _alone(self) -> Iterator[None]:
+        self._lock_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock_path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _decided(study: KnownStudy) -> KnownStudy:
-    if study.state == "waiting":
-        raise StudyWaitingError("the study waits for this hospital's approval; ask again later")
-    if study.state == "denied":
-        raise StudyDeniedError("this hospital does not take part in the study")
-    return study

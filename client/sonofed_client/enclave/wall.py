@@ -5,27 +5,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from sonofed_client.enclave.ledger import Entry, Ledger, Outcome, payload
-from sonofed_client.enclave.policy import Policy, read_policy
+from sonofed_client.enclave.entry import MESSAGE_LENGTH, Entry, Outcome
+from sonofed_client.enclave.ledger import Ledger, payload
+from sonofed_client.enclave.policy import RUNNING_POLICY, Policy, read_policy
 from sonofed_client.enclave.release import Released, release
 from sonofed_client.enclave.scope import check_scope
 from sonofed_client.enclave.store import Store
-from sonofed_client.enclave.studies import KnownStudy, Studies
+from sonofed_client.enclave.studies import Studies
+from sonofed_client.enclave.study_table import KnownStudy
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.actions import Describe, Parameters, parse
 from sonofed_common.contract.errors import (
     LedgerError,
     PolicyError,
     SonoFedError,
+    StudyDeniedError,
+    StudyWaitingError,
 )
 from sonofed_common.contract.records import Array, Records
+from sonofed_common.runtime import write_atomically
 from sonofed_common.security import sha256
 
 Work = Callable[[Parameters], Records]
 Start = Callable[[Parameters, Records], Mapping[str, Array]]
 _STUDY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-LEDGER_TEXT = 400
 
 
 def open_ledger(store: Store) -> Ledger:
@@ -33,10 +38,19 @@ def open_ledger(store: Store) -> Ledger:
     return Ledger(store.folder, store.keys.ledger)
 
 
-def open_studies(settings: SiteSettings) -> Studies:
-    """Open the approvals of a site; the oracle of a simulation approves by itself."""
-    automatic = settings.auto_approve or settings.oracle
-    return Studies(settings.store, settings.coordinator_key, automatic)
+def open_studies(settings: SiteSettings, ledger: Ledger | None = None) -> Studies:
+    """Open the approvals of a site.
+
+    Parameters
+    ----------
+    settings : SiteSettings
+        Of the site.
+    ledger : Ledger, optional
+        For decisions; without it they can only be read.
+    """
+    automatic = settings.coordinator_key in settings.auto_approve
+    record = None if ledger is None else ledger.append
+    return Studies(settings.store, settings.coordinator_key, automatic, record)
 
 
 class Wall:
@@ -69,13 +83,19 @@ class Wall:
         self._store = store
         self._ledger = ledger or open_ledger(store)
         self._policy = policy or read_policy(settings.policy)
-        self._studies = open_studies(settings)
+        self._studies = open_studies(settings, self._ledger)
         allowed = self._policy.coordinators
         if allowed and settings.coordinator_key not in allowed:
             raise PolicyError(
                 "the policy's coordinators do not name the coordinator_key of the site's settings",
                 "coordinators",
             )
+        write_atomically(store.folder / RUNNING_POLICY, self._policy.digest().encode(), 0o600)
+
+    @property
+    def policy(self) -> Policy:
+        """The site's policy, as it was read when this wall was made."""
+        return self._policy
 
     @property
     def ledger(self) -> Ledger:
@@ -111,15 +131,11 @@ class Wall:
         SonoFedError
             What the work itself raises.
         """
-        entry = Entry(outcome="sent", action=action[:64], study=_study_name(request))
-        admitted = False
+        parameters, study, entry = self._let_in(action, request)
         try:
-            parameters = parse(action, request)
-            study = self._studies.approved(parameters)
-            entry = _about(entry, parameters, study)
-            self._admit(action, parameters, request, study)
-            admitted = True
             reply = work(parameters)
+            # The hospital may have changed its mind meanwhile.
+            self._confirm(parameters, study)
             entry = entry.model_copy(update={"records": _records(reply)})
             released = self._release(action, parameters, request, reply, start)
             size, digest = payload(released.records)
@@ -127,8 +143,7 @@ class Wall:
         except LedgerError:
             raise
         except Exception as error:
-            refused = isinstance(error, PolicyError) or not admitted
-            self._ledger.append(_failure(entry, error, "refused" if refused else "failed"))
+            self._ledger.refuse(_failure(entry, error, _held(error)))
             raise
         self._ledger.append(
             entry.model_copy(
@@ -141,14 +156,43 @@ class Wall:
                 }
             )
         )
+        if released.kept_as:
+            # Only what the ledger counts may be given again without being counted.
+            self._store.put(released.kept_as, released.records)
+            self._store.trim("released/")
         return released.records
 
-    def _admit(
-        self, action: str, parameters: Parameters, request: Records, study: KnownStudy | None
-    ) -> None:
-        if study is not None and study.content is not None:
-            check_scope(study.content, action, parameters)
-        self._policy.admit(parameters, action, request)
+    def admit(self, action: str, request: Records) -> None:
+        """Refuse a request, before it is queued, that `perform` would refuse before any work.
+
+        Raises
+        ------
+        SonoFedError
+            As `perform`; the refusal is on record.
+        """
+        self._let_in(action, request)
+
+    def _let_in(self, action: str, request: Records) -> tuple[Parameters, KnownStudy | None, Entry]:
+        entry = Entry(outcome="sent", action=action[:64], study=_study_name(request))
+        try:
+            parameters = parse(action, request)
+            study = self._studies.approved(parameters)
+            entry = _about(entry, parameters, study)
+            if study is not None and study.content is not None:
+                check_scope(study.content, action, parameters)
+            self._policy.admit(parameters, action, request)
+        except LedgerError:
+            raise
+        except Exception as error:
+            self._ledger.refuse(_failure(entry, error, "refused"))
+            raise
+        return parameters, study, entry
+
+    def _confirm(self, parameters: Parameters, study: KnownStudy | None) -> None:
+        if study is None:
+            self._studies.approved(parameters)
+        else:
+            self._studies.confirm(study)
 
     def _release(
         self,
@@ -161,7 +205,7 @@ class Wall:
         def received() -> Mapping[str, Array]:
             return start(parameters, request) if start else request.arrays
 
-        if not any(rule.noise for rule in self._policy.actions[action].arrays):
+        if not self._policy.actions[action].is_noised:
             return release(self._policy, action, reply, received)
         # Fresh noise for each repetition of a question could be averaged away.
         values = parameters.model_dump(mode="json", exclude={"study"})
@@ -170,10 +214,11 @@ class Wall:
         kept = self._store.get(name)
         if kept is not None:
             return Released(kept, f"actions.{action}, as released before")
+        # And so could that of questions which hardly differ.
+        before = self._ledger.noised_replies(parameters.study, action)
+        self._policy.check_releases(action, before)
         released = release(self._policy, action, reply, received)
-        self._store.put(name, released.records)
-        self._store.trim("released/")
-        return released
+        return replace(released, kept_as=name)
 
     def _check_bytes(self, action: str, parameters: Parameters, size: int) -> None:
         day = self._ledger.sent_bytes()
@@ -192,6 +237,11 @@ def _about(entry: Entry, parameters: Parameters, study: KnownStudy | None) -> En
     )
 
 
+def _held(error: Exception) -> Outcome:
+    kinds = (PolicyError, StudyDeniedError, StudyWaitingError)
+    return "refused" if isinstance(error, kinds) else "failed"
+
+
 def _failure(entry: Entry, error: Exception, outcome: Outcome) -> Entry:
     known = isinstance(error, SonoFedError)
     # What is not of the catalogue may name a file or a patient; not even its sentence was sent.
@@ -200,7 +250,7 @@ def _failure(entry: Entry, error: Exception, outcome: Outcome) -> Entry:
         update={
             "outcome": outcome,
             "rule": getattr(error, "rule", ""),
-            "message": sentence[:LEDGER_TEXT],
+            "message": sentence[:MESSAGE_LENGTH],
         }
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, UnknownActionError
-from sonofed_common.contract.records import Array, Records, grouped
+from sonofed_common.contract.records import Array, Records, grouped, is_named
 from sonofed_common.contract.selection import MAX_PARTS, Column
 from sonofed_common.contract.study import (
     Embedding,
@@ -19,12 +19,21 @@ from sonofed_common.contract.study import (
     PseudoLabels,
     Reconstruction,
     Selection,
+    SiteNorm,
     Study,
 )
 
 
 class Parameters(Model):
-    """What every action carries."""
+    """What every action carries.
+
+    Attributes
+    ----------
+    arrays : tuple of str
+        Arrays that a request of the action may bring: exact names, or ``group/*``.
+    """
+
+    arrays: ClassVar[tuple[str, ...]] = ()
 
     study: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     seed: int = Field(ge=0, description="study seed")
@@ -53,9 +62,13 @@ class Describe(Parameters):
 class Missing(Parameters):
     """Which blobs of a bundle a site lacks. Arrays: ``manifest``, ``signature`` (uint8)."""
 
+    arrays = ("manifest", "signature")
+
 
 class Install(Parameters):
     """Install a signed bundle. Arrays: ``manifest``, ``signature``, ``blobs/<sha256>`` (uint8)."""
+
+    arrays = ("manifest", "signature", "blobs/*")
 
 
 class Pooled(Parameters):
@@ -88,6 +101,8 @@ class Embed(Encode):
     start from the bundle's classifier and the study seed.
     """
 
+    arrays = ("student/*", "predictor/*")
+
     round: int = Field(ge=0)
 
     @model_validator(mode="after")
@@ -99,9 +114,13 @@ class Embed(Encode):
 class Cluster(Encode):
     """Moments of the embedding (with ``student/...``), or per-cluster sums (with ``centroids``)."""
 
+    arrays = ("student/*", "centroids")
+
 
 class Score(Encode):
     """Score the pool against the final centroids. Arrays: ``centroids``; none for ``random``."""
+
+    arrays = ("centroids",)
 
     selection: Selection
 
@@ -111,6 +130,8 @@ class Histogram(Parameters):
 
     Arrays: ``edges`` (m, 2) and ``cuts`` (c, 2), uint64.
     """
+
+    arrays = ("edges", "cuts")
 
     column: Column
     split: int = Field(ge=1, le=MAX_PARTS)
@@ -123,6 +144,8 @@ class Select(Parameters):
     Arrays: ``ranks/<column>/starts`` and ``ranks/<column>/cumulative``, or ``cuts`` (c, 2).
     """
 
+    arrays = ("ranks/*", "cuts")
+
     stage: Literal["rank", "mark"]
 
 
@@ -132,6 +155,8 @@ class Annotations(Parameters):
 
 class TrainClassifier(Pooled):
     """One round of fine-tuning. Arrays: ``weights/...``; absent for the source's weights."""
+
+    arrays = ("weights/*",)
 
     classifier: str
     round: int = Field(ge=0)
@@ -146,6 +171,8 @@ class TrainClassifier(Pooled):
 
 class EvaluateClassifier(Pooled):
     """Test a classifier on the site's own test images. Arrays: ``weights/...`` or none (source)."""
+
+    arrays = ("weights/*",)
 
     classifier: str
     batch_norm: Literal["site", "global"]
@@ -162,6 +189,8 @@ class Pretrain(Pooled):
     Arrays: ``weights/...``; absent at round 0, where each site makes the same start.
     """
 
+    arrays = ("weights/*",)
+
     round: int = Field(ge=0)
     settings: Pretraining
 
@@ -174,9 +203,12 @@ class Pretrain(Pooled):
 class TrainSegmenter(Pooled):
     """One round of source-free adaptation. Arrays: ``weights/...``; absent for the bundle's."""
 
+    arrays = ("weights/*",)
+
     branch: Branch
     round: int = Field(ge=0)
     settings: PseudoLabels
+    batch_norm: SiteNorm = "site"
 
     @model_validator(mode="after")
     def _round_of_the_study(self) -> Self:
@@ -188,6 +220,7 @@ class TrainEnsemble(Pooled):
     """Find each branch's temperature from the branches' consensus on the pool."""
 
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=64)
+    batch_norm: SiteNorm = "site"
 
 
 class EvaluateSegmenter(Pooled):
@@ -196,9 +229,11 @@ class EvaluateSegmenter(Pooled):
     Arrays: ``temperatures`` (K,) float64, or none for 1; ``gate/...`` for that rule.
     """
 
+    arrays = ("temperatures", "gate/*")
+
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=64)
     infusion: Infusion
-    batch_norm: Literal["site", "global"] = "site"
+    batch_norm: SiteNorm | Literal["global"] = "site"
     replicates: int = Field(default=2000, ge=0, le=20000)
 
 
@@ -236,12 +271,18 @@ def parse(action: str, request: Records) -> Parameters:
     UnknownActionError
         The action is not in `ACTIONS`.
     ParameterError
-        The parameters do not validate.
+        The parameters do not validate, or an array came that the action does not take.
     """
     model = ACTIONS.get(action)
     if model is None:
         raise UnknownActionError(
             f"{action[:64]!r} is not an action of this site; known: {', '.join(ACTIONS)}"
+        )
+    # Else one that nobody reads would make a new question of an old one.
+    if not all(any(is_named(name, key) for key in model.arrays) for name in request.arrays):
+        raise ParameterError(
+            f"the request of {action} holds an array that it does not take; it takes "
+            f"{', '.join(model.arrays) or 'none'}"
         )
     try:
         return validate(model, request.config, action)

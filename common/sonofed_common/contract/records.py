@@ -62,6 +62,11 @@ def grouped(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {f"{name}/{k}": v for k, v in arrays.items()}
 
 
+def is_named(name: str, key: str) -> bool:
+    """Whether a key, an exact name or ``group/*``, is about an array of this name."""
+    return name.startswith(key[:-1]) if key.endswith("/*") else name == key
+
+
 def to_bytes(records: Records) -> bytes:
     """Encode records as one safetensors file whose metadata holds the JSON parts.
 

@@ -124,10 +124,14 @@ class RankTable:
         Raises
         ------
         ParameterError
-            A key lies before the first bin: the table belongs to another pool.
+            A key lies before the first bin, shares its bin with another key, or its bin holds fewer
+            images than there are keys here: the table belongs to another pool.
         """
         bins = np.searchsorted(self.starts, keys, side="right") - 1
-        if np.any(bins < 0):
+        held = np.diff(self.cumulative)
+        # A table that joins images would make ties of its own.
+        apart = len(np.unique(bins)) == len(np.unique(keys))
+        if np.any(bins < 0) or not apart or np.any(np.bincount(bins, minlength=len(held)) > held):
             raise ParameterError("the rank table belongs to another pool; repeat the selection")
         return self.cumulative[bins], self.images - self.cumulative[bins + 1]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -100,10 +100,14 @@ def check_site_name(name: str) -> str:
     return name
 
 
+MAX_SITES = 500
+"""Most hospitals of a study."""
+
+
 class Cohort(Model):
     """Who takes part, and how long anything may take."""
 
-    sites: tuple[str, ...] = Field(min_length=1, description="hospital names")
+    sites: tuple[str, ...] = Field(min_length=1, max_length=MAX_SITES, description="hospital names")
     quorum: int | None = Field(
         default=None, ge=1, description="fewest sites to go on with; default all"
     )
@@ -188,6 +192,7 @@ class Selection(Model):
     budgets: tuple[float, ...] = Field(
         default=(0.2,),
         min_length=1,
+        max_length=20,
         description="ascending shares of the pool; the last is the study's",
     )
     scope: Literal["global", "per_site", "global_with_site_floor"] = "global"
@@ -262,6 +267,9 @@ class Supervision(Model):
         default=None, description="default: as the source's own segmenter was trained"
     )
 
+
+SiteNorm = Literal["site", "mixed"]
+"""A site's own normalisation statistics, or their mean with those of the weights."""
 
 Strategy = Literal["apl", "threshold", "cbst", "mrnet", "batch_norm", "tent", "dpl", "upl_sfda"]
 """Source-free adaptation strategies."""
@@ -370,8 +378,10 @@ class Study(Model):
     seed: int = Field(default=0, ge=0)
     preset: Literal["default", "paper"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
-    classifiers: tuple[ClassifierName, ...] = ("efficientnet_lite0",)
-    phases: tuple[Phase, ...] = ACTIVE_LEARNING
+    classifiers: tuple[ClassifierName, ...] = Field(
+        default=("efficientnet_lite0",), max_length=len(get_args(ClassifierName))
+    )
+    phases: tuple[Phase, ...] = Field(default=ACTIVE_LEARNING, max_length=len(get_args(Phase)))
     cohort: Cohort
     reconstruction: Reconstruction = Reconstruction()
     embedding: Embedding = Embedding()
@@ -387,6 +397,10 @@ class Study(Model):
         description="strategies that follow, each on the last one's weights",
     )
     infusion: Infusion = Infusion()
+    segmenter_batch_norm: SiteNorm = Field(
+        default="site",
+        description="segmenters' normalisation statistics: the site's, or mixed with the weights'",
+    )
     aggregation: Aggregation = Aggregation()
 
     @model_validator(mode="before")

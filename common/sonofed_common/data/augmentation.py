@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import torch
-from monai.networks.layers import AffineTransform
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sonofed_common.monai import AffineTransform
 
 FLIP_PROBABILITY = 0.5
 LARGEST_ROTATION = math.radians(15)

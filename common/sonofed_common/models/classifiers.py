@@ -86,13 +86,13 @@ class _Maps(nn.Module):
 
 
 def _resnet18(pretrained: bool) -> tuple[nn.Module, int, float]:
-    from monai.networks.nets import resnet18
+    from sonofed_common.monai import resnet18
 
     return _resnet(resnet18), 512, 0.0
 
 
 def _resnet50(pretrained: bool) -> tuple[nn.Module, int, float]:
-    from monai.networks.nets import resnet50
+    from sonofed_common.monai import resnet50
 
     return _resnet(resnet50), 2048, 0.0
 
@@ -110,7 +110,7 @@ def _resnet(family: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _densenet121(pretrained: bool) -> tuple[nn.Module, int, float]:
-    from monai.networks.nets import DenseNet121
+    from sonofed_common.monai import DenseNet121
 
     network = DenseNet121(spatial_dims=2, in_channels=3, out_channels=2)
     network.class_layers.out = nn.Identity()
@@ -133,7 +133,7 @@ def _shufflenet_v2(pretrained: bool) -> tuple[nn.Module, int, float]:
 
 
 def _efficientnet_b0(pretrained: bool) -> tuple[nn.Module, int, float]:
-    from monai.networks.nets import EfficientNetBN
+    from sonofed_common.monai import EfficientNetBN
 
     network = EfficientNetBN("efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=3)
     network._dropout = nn.Identity()

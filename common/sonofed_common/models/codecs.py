@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 class Codec(Protocol):

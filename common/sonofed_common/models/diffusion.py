@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from sonofed_common.contract.errors import ConfigurationError
@@ -29,6 +28,8 @@ def build_tiny(image_size: int, seed: int) -> DiffusionStack:
     seed : int
         Of the initial weights.
     """
+    from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = DctCodec()
@@ -85,6 +86,8 @@ def load_sd15(folder: Path, biomedclip: Path, prompt: str = PROMPT) -> Diffusion
         A folder or part is missing or unreadable, the UNet does not predict epsilon, or the text
         tower's hidden size differs from the UNet's cross-attention.
     """
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+
     unet = read_part(UNet2DConditionModel, folder, "unet")
     codec = VaeCodec(read_part(AutoencoderKL, folder, "vae"))
     scheduler = read_part(DDPMScheduler, folder, "scheduler")

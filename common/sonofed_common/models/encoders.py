@@ -131,7 +131,7 @@ def _efficientnet_lite0(pretrained: bool) -> Encoder:
 
 
 def _unet(pretrained: bool) -> Encoder:
-    from monai.networks.nets.basic_unet import Down, TwoConv
+    from sonofed_common.monai import Down, TwoConv
 
     channels = (16, 32, 64, 128, 256)
     act, norm = ("relu", {"inplace": True}), "batch"

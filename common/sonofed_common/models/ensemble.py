@@ -63,7 +63,7 @@ class SegmentationEnsemble:
     Notes
     -----
     Networks are put in evaluation mode. Normalisation statistics are those of the weights; a
-    hospital re-estimates them on its own images first.
+    hospital re-estimates them on its own images first, as the study did: see `adapt_batch_norm`.
     """
 
     def __init__(

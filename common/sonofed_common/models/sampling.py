@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from sonofed_common.contract.errors import ConfigurationError, DivergenceError
@@ -17,11 +15,12 @@ SYNTHETIC_IMAGES = "synthetic/source.safetensors"
 """Where a source bundle holds images that were drawn from source edges: records with ``images``
 (N, S, S) uint8 and ``labels`` (N,) int64."""
 
-SAMPLERS: dict[str, Any] = {
-    "ddim": DDIMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
+"""Names of diffusers' classes."""
 
 
 @torch.no_grad()
@@ -78,10 +77,12 @@ def reconstruct(
 def _reconstruct_batch(
     stack: DiffusionStack, images: Tensor, settings: Reconstruction, seeds: Sequence[int]
 ) -> Tensor:
+    import diffusers
+
     edges = stack.edges(images).to(stack.device)
     # Trailing steps start at the schedule's very end (Lin et al. 2024): pure noise meets the time
     # it was trained with, and a share of the steps is that share of the schedule.
-    sampler = SAMPLERS[settings.sampler].from_config(
+    sampler = getattr(diffusers, SAMPLERS[settings.sampler]).from_config(
         stack.scheduler.config, timestep_spacing="trailing", clip_sample=False, thresholding=False
     )
     sampler.set_timesteps(settings.steps, device=stack.device)

@@ -36,7 +36,7 @@ class UNetHead(nn.Module):
     """
 
     def __init__(self, channels: Sequence[int], classes: int, dropout: float) -> None:
-        from monai.networks.nets.basic_unet import UpCat
+        from sonofed_common.monai import UpCat
 
         super().__init__()
         below = channels[-1]

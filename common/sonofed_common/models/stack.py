@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
@@ -18,6 +17,10 @@ from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.models.codecs import Codec, DctCodec, VaeCodec
 from sonofed_common.models.edges import CANNY, canny
 from sonofed_common.runtime import write_atomically
+
+if TYPE_CHECKING:
+    # Loaded where they are used: diffusers takes seconds, and most processes draw nothing.
+    from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 
 DROP = 0.2
 """Probability with which training drops the prompt, and the edge map, of an image."""
@@ -194,6 +197,8 @@ class DiffusionStack(nn.Module):
         ConfigurationError
             The folder or a part of it is missing or unreadable.
         """
+        from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+
         try:
             facts = json.loads((folder / "stack.json").read_bytes())
             kind, size, settings = facts["kind"], int(facts["image_size"]), dict(facts["canny"])
@@ -222,7 +227,7 @@ def read_part(part: type[Part], folder: Path, name: str) -> Part:
         The part is missing or unreadable.
     """
     options: dict[str, Any] = {"subfolder": name, "local_files_only": True}
-    if part is not DDPMScheduler:
+    if issubclass(part, nn.Module):
         options |= {"use_safetensors": True, "low_cpu_mem_usage": False}
     try:
         if not (folder / name).is_dir():

@@ -73,7 +73,11 @@ def _at_home(run: StudyRun, chosen: Branches, name: str, origin: Origin) -> Segm
 
 
 def _consensus(run: StudyRun, chosen: Branches) -> Array:
-    parameters = TrainEnsemble(**{**run.pooled, "bundle": chosen.bundle.id}, branches=chosen.names)
+    parameters = TrainEnsemble(
+        **{**run.pooled, "bundle": chosen.bundle.id},
+        branches=chosen.names,
+        batch_norm=run.study.segmenter_batch_norm,
+    )
     mean = FedAvg()
     for _, reply in run.exchange.ask("train.ensemble", request(parameters)):
         if weight := weight_of(reply, run.study.aggregation):

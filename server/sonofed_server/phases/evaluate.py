@@ -9,7 +9,7 @@ from typing import Literal
 from sonofed_common.contract.actions import EvaluateSegmenter, request
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.results import SegmentationStage
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study import Infusion, SiteNorm
 from sonofed_server.phases.branches import Branches, adapted, branches
 from sonofed_server.study.run import StudyRun
 
@@ -23,7 +23,7 @@ class _Test:
     branches: Mapping[str, tuple[str, ...]]
     infusion: Infusion
     arrays: dict[str, Array]
-    batch_norm: Literal["site", "global"] = "site"
+    batch_norm: SiteNorm | Literal["global"]
 
 
 def evaluate(run: StudyRun) -> None:
@@ -59,14 +59,14 @@ def _evaluate(run: StudyRun, test: _Test) -> None:
 
 
 def _tests(run: StudyRun) -> Iterator[_Test]:
-    plain = Infusion(rule="mean", calibration="none")
+    plain, norm = Infusion(rule="mean", calibration="none"), run.study.segmenter_batch_norm
     before, after = branches(run), adapted(run)
 
     def single(
         stage: SegmentationStage,
         chosen: Branches,
         names: dict[str, str],
-        batch_norm: Literal["site", "global"] = "site",
+        batch_norm: SiteNorm | Literal["global"] = norm,
     ) -> _Test:
         alone: dict[str, tuple[str, ...]] = {site: (name,) for site, name in names.items()}
         return _Test(stage, chosen.bundle.id, alone, plain, {}, batch_norm)
@@ -74,13 +74,13 @@ def _tests(run: StudyRun) -> Iterator[_Test]:
     def joint(stage: SegmentationStage, chosen: Branches, origin: str) -> _Test:
         names = dict.fromkeys(run.study.cohort.sites, chosen.names)
         if stage == "mean":
-            return _Test(stage, chosen.bundle.id, names, plain, {})
+            return _Test(stage, chosen.bundle.id, names, plain, {}, norm)
         arrays = run.state.group(f"ensemble/{origin}")
-        return _Test(stage, chosen.bundle.id, names, run.study.infusion, arrays)
+        return _Test(stage, chosen.bundle.id, names, run.study.infusion, arrays, norm)
 
     sources = dict.fromkeys(run.study.cohort.sites, "source")
     yield single("source", before, sources, "global")
-    yield single("bn_adapted", before, sources)
+    yield single("bn_adapted", before, sources, "site")
     informed = _informed(run, before)
     if informed:
         yield single("target_informed", before, informed)

@@ -37,13 +37,14 @@ def model_card(run: StudyRun) -> str:
         )
     if segments := bool({"supervise", "pseudo_label", "ensemble"} & set(done)):
         lines.append(_segmentation(run, len(sites)))
-    batch_norm = run.study.finetuning.batch_norm if classifies else "site"
+    statistics = [f"{run.study.finetuning.batch_norm} (classifiers)"] * classifies
+    statistics += [f"{run.study.segmenter_batch_norm} (segmenters)"] * segments
     lines += [
         "Not a medical device; for research. Validate it on your own patients before any use.",
         "",
         f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
         "longer side resized, padded with 0",
-        f"- normalisation statistics: {batch_norm}",
+        f"- normalisation statistics: {', '.join(statistics) or 'global'}",
         f"- source bundle: {run.bundle.id}",
         f"- study file: {run.study.digest()}",
     ]

@@ -44,6 +44,7 @@ def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
             branch=name,
             round=number,
             settings=settings,
+            batch_norm=study.segmenter_batch_norm,
         )
         message = request(parameters, weights=state.group(group))
         mean = FedAvg()

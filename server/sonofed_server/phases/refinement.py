@@ -153,7 +153,7 @@ def select_federated(
     -------
     ndarray of uint64 (c, 2)
         A (key, identity) pair per stage of the scope. A candidate is taken if its informativeness
-        key is smaller, or equal with a smaller image id.
+        key is smaller, or equal with a smaller identity: its id, or what a site makes of that.
 
     Raises
     ------

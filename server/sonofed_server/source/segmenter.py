@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.losses.dice import DiceCELoss
 from torch import Tensor
 
 from sonofed_common.contract.errors import ConfigurationError
@@ -17,6 +16,7 @@ from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.data.style import StyleAugmentation
 from sonofed_common.models.infusion import fit_temperature, lattice
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
+from sonofed_common.monai import DiceCELoss
 from sonofed_common.runtime import SILENT, Events, derive_seed, device
 from sonofed_common.segmentation_metrics import ImageScores, score_images, segmentation_metrics
 from sonofed_common.training import Training, fit

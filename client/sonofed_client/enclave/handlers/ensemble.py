@@ -12,9 +12,10 @@ from torch import Tensor
 from sonofed_client.adaptation.ensemble import branch_probabilities, consensus_log_temperatures
 from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
-from sonofed_client.enclave.site import SMALLEST_MEASURED, Site
+from sonofed_client.enclave.release import SMALLEST_MEASURED
+from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import CataloguedImage
-from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.batch_norm import adapt_batch_norm, statistics_of
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainEnsemble
 from sonofed_common.contract.errors import DivergenceError, ParameterError, SiteEmptyError
 from sonofed_common.contract.records import Records
@@ -66,7 +67,7 @@ def train_ensemble(site: Site, parameters: TrainEnsemble, request: Records) -> R
     if len(rows) < SMALLEST_MEASURED:
         nothing = np.zeros(len(parameters.branches))
         return Records({"log_temperatures": nothing}, config={"examples": 0})
-    models = _branches(site, parameters, images, "site")
+    models = _branches(site, parameters, images)
     found = consensus_log_temperatures(models, images)
     return Records({"log_temperatures": found}, config={"examples": len(rows)})
 
@@ -129,7 +130,7 @@ def predict_site(
     head = InfusionHead(len(parameters.branches), parameters.infusion, classes)
     head.load(request.arrays)
     _, pool = site.images("pool", parameters.image_size)
-    models = _branches(site, parameters, pool, parameters.batch_norm)
+    models = _branches(site, parameters, pool)
     tested = images[index]
     for number, stacked in enumerate(branch_probabilities(models, tested, BATCH)):
         part = slice(number * BATCH, number * BATCH + stacked.shape[1])
@@ -144,15 +145,16 @@ def predict_site(
 
 
 def _branches(
-    site: Site, parameters: TrainEnsemble | EvaluateSegmenter, pool: Tensor, batch_norm: str
+    site: Site, parameters: TrainEnsemble | EvaluateSegmenter, pool: Tensor
 ) -> list[Segmenter]:
-    """Branches of a bundle, their normalisation statistics re-estimated on the pool (``site``)."""
+    """Branches of a bundle, with the normalisation statistics that the request asks for."""
     models = [
         site.segmenter(parameters.bundle, branch, parameters.image_size)
         for branch in parameters.branches
     ]
-    if batch_norm == "site":
+    if parameters.batch_norm != "global":
         sample = evenly_spaced(pool, BATCH_NORM_IMAGES)
         for model in models:
-            adapt_batch_norm(model, sample)
+            prior = statistics_of(model) if parameters.batch_norm == "mixed" else None
+            adapt_batch_norm(model, sample, prior=prior)
     return models

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sonofed_client.adaptation.reconstruction import quality, reconstruct
+from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import JOB_CACHE_BYTES
 from sonofed_common.contract.actions import Pooled, Reconstruct
@@ -53,7 +54,8 @@ def reconstruct_pool(site: Site, parameters: Reconstruct, request: Records) -> R
     # Read just now, the pool's own go last; as bytes they are a quarter of these floats.
     site.store.trim("reconstruction/", max(JOB_CACHE_BYTES, redrawn.nbytes))
     return Records(
-        config={**config, "state": "done"}, metrics=_quality(site, parameters, images, redrawn)
+        config={**config, "state": "done", MEASURED: len(rows)},
+        metrics=_quality(site, parameters, images, redrawn),
     )
 
 

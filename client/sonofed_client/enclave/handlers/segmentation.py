@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sonofed_client.adaptation.pseudo_labels import adapt_round
-from sonofed_client.enclave.site import Site, load_weights, measured, weights_of
+from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.contract.actions import TrainSegmenter
 from sonofed_common.contract.records import Records, grouped
 from sonofed_common.runtime import derive_seed
@@ -30,9 +30,10 @@ def train_segmenter(site: Site, parameters: TrainSegmenter, request: Records) ->
             derive_seed(parameters.seed, site.settings.name, parameters.branch, parameters.round),
             checkpoint,
             site.events,
+            parameters.batch_norm,
         )
     return Records(
         grouped("weights", weights_of(model)),
         config={"examples": len(rows)},
-        metrics=measured(len(rows), report),
+        metrics=dict(report),
     )

@@ -57,7 +57,11 @@ def select(site: Site, parameters: Select, request: Records) -> Records:
     if parameters.stage == "rank":
         ranks = Records(request.group("ranks"))
         _selector(site, parameters, ranks)
-        site.store.put(site.study_artifact(parameters.study, "ranks"), ranks)
+        name = site.study_artifact(parameters.study, "ranks")
+        kept = site.store.get(name)
+        if kept is not None and kept.digest() != ranks.digest():
+            raise ParameterError("these scores have their pooled ranks; score again for others")
+        site.store.put(name, ranks)
         return Records()
     if "cuts" not in request.arrays:
         raise ParameterError("marking a selection needs the cuts; send them")
@@ -112,6 +116,7 @@ def _selector(site: Site, parameters: Parameters, ranks: Records | None = None) 
         settings,
         int(kept.config["seed"]),
         **{name: np.array(scores) for name, scores in kept.arrays.items()},
+        secret=site.tie_secret(parameters.study),
     )
     ranks = ranks or site.store.get(site.study_artifact(parameters.study, "ranks"))
     if ranks is not None:
