@@ -1,11 +1,13 @@
 """The files under deploy/, by the programs that read them."""
 
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.keys import make_keys
@@ -13,6 +15,13 @@ from sonofed_server.provisioning.project import Coordinator, Project
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+COMPOSE = ROOT / "deploy" / "compose"
+FOLDERS = {
+    "SONOFED_IMAGES": "/srv/ultrasound",
+    "SONOFED_SITE": "/etc/sonofed",
+    "SONOFED_RELAY": "/var/lib/sonofed-relay",
+    "SONOFED_PROJECT": "/srv/sonofed",
+}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
@@ -36,3 +45,54 @@ def test_nginx_takes_the_front(tmp_path):
     command = [find_nginx(), "-t", "-e", "stderr", "-p", tmp_path, "-c", write_front(coordinator)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "[warn]" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
+@pytest.mark.parametrize(
+    "names", [["hospital"], ["hospital", "hospital-gpu"], ["coordinator"]], ids="+".join
+)
+def test_compose_takes_its_files(names):
+    files = [word for name in names for word in ("-f", COMPOSE / f"{name}.yaml")]
+    command = ["docker-compose", *files, "config", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **FOLDERS})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def mounts(service):
+    """What a service sees of the machine: where it is there, and whether it may write."""
+    form = re.compile(r"(?:\$\{)?(\w+)(?:[^}]*\})?:/[^:]+(?::(ro))?")
+    found = (form.fullmatch(volume).groups() for volume in service["volumes"])
+    return {source: mode or "rw" for source, mode in found}
+
+
+def test_the_enclave_of_a_composition_has_no_network_and_the_relay_no_images():
+    services = yaml.safe_load((COMPOSE / "hospital.yaml").read_text())["services"]
+    enclave, relay = services["enclave"], services["relay"]
+    assert enclave["network_mode"] == "none" and "network_mode" not in relay
+    assert mounts(enclave) == {
+        "SONOFED_IMAGES": "ro",
+        "SONOFED_SITE": "ro",
+        "store": "rw",
+        "socket": "rw",
+    }
+    assert mounts(relay) == {"SONOFED_RELAY": "rw", "socket": "ro"}
+    # The socket's group is all that the two accounts share.
+    (account, group), own = enclave["user"].split(":"), relay["user"].split(":")
+    assert account not in own and group not in own and relay["group_add"] == [group]
+    for service in services.values():
+        assert service["cap_drop"] == ["ALL"] and service["read_only"]
+        assert service["security_opt"] == ["no-new-privileges:true"] and "privileged" not in service
+    recipe = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    for number, name in ((account, "sonofed-enclave"), (own[0], "sonofed-user")):
+        assert f"useradd --uid {number} --user-group" in recipe and name in recipe
+    assert f"groupadd --gid {group} sonofed-relay" in recipe
+
+
+def test_the_recipe_installs_what_is_there():
+    recipe = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", recipe, re.M):
+        assert all((ROOT / name).exists() for name in line.split()[:-1]), line
+    extras = (ROOT / "pyproject.toml").read_text()
+    for side in re.findall(r"SIDE=(\w+) ", recipe):
+        assert re.search(rf"^{side} = \[", extras, re.M), side
+    assert re.findall(r"^USER (.+)$", recipe, re.M) == ["sonofed-user"]
