@@ -84,7 +84,7 @@ def test_the_enclave_of_a_composition_has_no_network_and_the_relay_no_images():
         assert service["security_opt"] == ["no-new-privileges:true"] and "privileged" not in service
     recipe = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
     for number, name in ((account, "sonofed-enclave"), (own[0], "sonofed-user")):
-        assert f"useradd --uid {number} --user-group" in recipe and name in recipe
+        assert re.search(rf"useradd --uid {number} .* {name}\b", recipe)
     assert f"groupadd --gid {group} sonofed-relay" in recipe
 
 
