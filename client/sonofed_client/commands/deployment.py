@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from sonofed_client.commands.provisioning import Folder
+from sonofed_client.metrics_file import read_metrics
 from sonofed_client.provisioning import preflight
 from sonofed_client.provisioning.place import Hospital
-from sonofed_client.provisioning.programs import beside, programs
+from sonofed_client.provisioning.programs import beside, programs, socket_of
 from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
 from sonofed_common.supervision.supervisor import read_status, supervise
@@ -34,7 +35,8 @@ def up(
     hospital = Hospital(folder.resolve())
     each, title = programs(hospital, relay), _title(hospital)
     if not detach:
-        supervise(hospital.run, title, hospital.relay_settings.health_port, each)
+        port, socket = hospital.relay_settings.health_port, socket_of(hospital, relay)
+        supervise(hospital.run, title, port, each, lambda: read_metrics(socket))
         return
     command = [str(beside("sonofed-site")), "up", "--folder", str(hospital.root)]
     command += ["--relay"] if relay else []

@@ -53,6 +53,7 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     from sonofed_client.enclave.enclave import InProcessEnclave
     from sonofed_client.enclave.entry import Entry
     from sonofed_client.enclave.jobs import Jobs
+    from sonofed_client.enclave.metrics import keep_written
     from sonofed_client.enclave.parts import HEADER_BYTES
     from sonofed_client.enclave.room import Room
     from sonofed_client.enclave.server import Service, serve, wait_for_the_end
@@ -70,6 +71,7 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     server = serve(Service(enclave, jobs, enclave.ledger, room), settings.socket)
     # Not before: while the socket is made, files are made with its mode.
     jobs.start()
+    keep_written(enclave.ledger, jobs, settings.socket)
     how = "without a network" if is_isolated else "NOT isolated"
     print(f"the enclave of site {settings.name} answers, {how}", flush=True)
     wait_for_the_end(server)

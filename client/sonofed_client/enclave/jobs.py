@@ -182,6 +182,11 @@ class Jobs:
         with self._changed:
             return self._jobs.get(job)
 
+    def states(self) -> list[State]:
+        """State of each job that is kept."""
+        with self._changed:
+            return [job.state for job in self._jobs.values()]
+
     def wait(self, job: Job, changes: int, seconds: float) -> int:
         """Wait until a job has changed more often than ``changes``, or for some seconds."""
         with self._changed:

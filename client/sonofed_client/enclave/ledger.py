@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sonofed_client.enclave.entry import Entry
 from sonofed_client.enclave.refusals import Refusals
-from sonofed_client.enclave.sent_bytes import SentBytes
+from sonofed_client.enclave.sent_bytes import SentBytes, Tally
 from sonofed_client.enclave.verification import START, Row, check, check_entry, check_head
 from sonofed_common.contract.errors import LedgerError
 from sonofed_common.contract.records import Records
@@ -132,6 +132,11 @@ class Ledger:
         """Return the replies of an action that left for a study, each with noise of its own."""
         with self._reading() as connection:
             return self._sent.noised(connection, study, action)
+
+    def tally(self) -> Tally:
+        """Return counts over all entries; refusals that are yet being counted follow."""
+        with self._reading() as connection:
+            return self._sent.tally(connection)
 
     def head(self) -> str:
         """Return number and hash of the last entry, as the head's file says."""

@@ -32,15 +32,26 @@ def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
     ConfigurationError
         No kit is installed, or the settings name no socket.
     """
-    relay = hospital.relay_settings
-    socket = relay.socket
+    socket = socket_of(hospital, relay_only)
+    enclave = () if relay_only else (_enclave(hospital),)
+    return [*enclave, *_relay(hospital, socket)]
+
+
+def socket_of(hospital: Hospital, relay_only: bool = False) -> Path:
+    """Return the enclave's socket.
+
+    Raises
+    ------
+    ConfigurationError
+        No kit is installed, or the settings name no socket.
+    """
+    socket = hospital.relay_settings.socket
     if socket is None and not relay_only:
         socket = read_site(hospital.site).socket
     if socket is None:
         file = hospital.relay if relay_only else hospital.site
         raise ConfigurationError(f"{file} names no socket; add: socket = '/run/...'")
-    enclave = () if relay_only else (_enclave(hospital),)
-    return [*enclave, *_relay(hospital, socket)]
+    return socket
 
 
 def _enclave(hospital: Hospital) -> Program:

@@ -91,6 +91,7 @@ class PhaseCost(Model):
 
     name: str
     seconds: float = Field(ge=0)
+    saves: int = Field(default=0, ge=0, description="one after each round, and one at the end")
     bytes_to_sites: int = Field(default=0, ge=0)
     bytes_from_sites: int = Field(default=0, ge=0)
     peak_memory_bytes: int | None = Field(default=None, ge=0)

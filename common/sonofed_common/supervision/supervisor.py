@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
 from sonofed_common.supervision.family import Identity, end
+from sonofed_common.supervision.metrics import Source, exposition, program_metrics
 from sonofed_common.supervision.program import Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
@@ -37,7 +39,13 @@ class Status(Model):
         return all(p.state == "running" for p in self.programs.values())
 
 
-def supervise(folder: Path, title: str, health_port: int, programs: Sequence[Program]) -> None:
+def supervise(
+    folder: Path,
+    title: str,
+    health_port: int,
+    programs: Sequence[Program],
+    more: Source = tuple,
+) -> None:
     """Run programs until this process is asked to end; then end them in the reverse order.
 
     Parameters
@@ -47,9 +55,12 @@ def supervise(folder: Path, title: str, health_port: int, programs: Sequence[Pro
     title : str
         What they are together.
     health_port : int
-        ``GET /healthz`` on the loopback: 200 when every program works, else 503.
+        ``GET /healthz`` on the loopback: 200 when every program works, else 503. ``GET /metrics``:
+        what Prometheus reads.
     programs : sequence of Program
         In the order of their start.
+    more : callable
+        Metrics beside those of the programs.
 
     Raises
     ------
@@ -70,7 +81,10 @@ def supervise(folder: Path, title: str, health_port: int, programs: Sequence[Pro
             each = {child.program.name: child.status for child in children}
             return Status(title=title, supervisor=own, health_port=health_port, programs=each)
 
-        with _health(health_port, status):
+        def metrics() -> bytes:
+            return exposition(lambda: program_metrics(status().programs), more)
+
+        with _health(health_port, status, metrics):
             try:
                 while not ended.is_set():
                     changes = [child.step() for child in children]
@@ -123,16 +137,23 @@ def _alone(folder: Path, title: str) -> Iterator[None]:
 
 
 @contextmanager
-def _health(port: int, status: Callable[[], Status]) -> Iterator[None]:
+def _health(
+    port: int, status: Callable[[], Status], metrics: Callable[[], bytes]
+) -> Iterator[None]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path != "/healthz":
+            if self.path == "/healthz":
+                now = status()
+                body = json.dumps({"healthy": now.healthy, **now.model_dump(mode="json")})
+                self._answer(200 if now.healthy else 503, "application/json", body.encode())
+            elif self.path == "/metrics":
+                self._answer(200, CONTENT_TYPE_LATEST, metrics())
+            else:
                 self.send_error(404)
-                return
-            now = status()
-            body = json.dumps({"healthy": now.healthy, **now.model_dump(mode="json")}).encode()
-            self.send_response(200 if now.healthy else 503)
-            self.send_header("Content-Type", "application/json")
+
+        def _answer(self, code: int, kind: str, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

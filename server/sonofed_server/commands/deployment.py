@@ -14,6 +14,7 @@ from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning import preflight
 from sonofed_server.provisioning.programs import beside, programs
 from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.study.metrics import study_metrics
 
 TITLE = "the coordinator"
 
@@ -28,7 +29,13 @@ def up(
     coordinator = read_coordinator(project)
     if not detach:
         port = coordinator.project.health_port
-        supervise(coordinator.run, TITLE, port, programs(coordinator, project))
+        supervise(
+            coordinator.run,
+            TITLE,
+            port,
+            programs(coordinator, project),
+            lambda: study_metrics(coordinator),
+        )
         return
     command = [str(beside("sonofed-coordinator")), "up", "--project", str(project)]
     for line in describe(start_detached(coordinator.run, command, TITLE)):

@@ -25,6 +25,11 @@ class PhaseMeter:
         self._traffic = traffic
         self._start = (traffic.to_sites, traffic.from_sites)
         self._started = time.monotonic()
+        self._saves = before.saves
+
+    def saved(self) -> None:
+        """Count that the state is saved."""
+        self._saves += 1
 
     def read(self) -> PhaseCost:
         """Return what the phase has cost so far."""
@@ -33,6 +38,7 @@ class PhaseMeter:
         return PhaseCost(
             name=before.name,
             seconds=round(before.seconds + time.monotonic() - self._started, 3),
+            saves=self._saves,
             bytes_to_sites=before.bytes_to_sites + self._traffic.to_sites - to_sites,
             bytes_from_sites=before.bytes_from_sites + self._traffic.from_sites - from_sites,
             peak_memory_bytes=max(before.peak_memory_bytes or 0, memory),

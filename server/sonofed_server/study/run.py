@@ -85,6 +85,7 @@ class StudyRun:
     def save(self) -> None:
         """Save the state: called after every round."""
         if self.meter is not None:
+            self.meter.saved()
             self._keep_cost(self.meter.read())
         self.state.save(self.workspace.checkpoint, identity_of(self.study, self.bundle.id))
 

@@ -42,6 +42,10 @@ class Standing(Model):
         Starts since the study last finished a round.
     reason : str
         Why it failed.
+    quorum : int
+        Hospitals without which it fails.
+    costs : tuple of PhaseCost
+        Of its phases, until the last finished round.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Standing(Model):
     bytes_from_sites: int = 0
     attempts: int = 0
     reason: str = ""
+    quorum: int = 0
+    costs: tuple[PhaseCost, ...] = ()
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -119,6 +125,8 @@ def standing(entry: Entry) -> Standing:
         bytes_from_sites=sum(cost.bytes_from_sites for cost in costs),
         attempts=entry.wish.attempts,
         reason=failure["message"] if failure is not None else "",
+        quorum=study.cohort.smallest,
+        costs=tuple(costs),
     )
 
 
