@@ -89,6 +89,8 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
         code, body = asked(port)
         assert code == 200 and json.loads(body)["healthy"]
         assert asked(port, "/other")[0] == 404
+        code, body = asked(port, "/metrics")
+        assert code == 200 and b'sonofed_program_up{program="nest"} 1.0' in body
         everyone = family(tmp_path)
         assert len(everyone) == 4
         with pytest.raises(DeploymentError, match="up already"):
