@@ -297,9 +297,20 @@ def test_preflight_finds_a_deployment_that_is_up_well(deployment):
 def test_the_supervisors_tell_their_health(deployment):
     ports = [deployment.coordinator.project.health_port]
     ports += [hospital.relay_settings.health_port for hospital in deployment.hospitals.values()]
+    told = []
     for port in ports:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert json.load(answer)["healthy"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            told.append(answer.read().decode())
+    assert 'sonofed_study_state{state="completed",study="tiny"} 1.0' in told[0]
+    for text in told[1:]:
+        left = re.findall(
+            r'^sonofed_ledger_entries_total{action="train.classifier",outcome="sent"} (.+)$',
+            text,
+            re.M,
+        )
+        assert float(left[0]) >= 1 and 'sonofed_sent_bytes_total{study="tiny"}' in text
     run("sonofed-coordinator", "status", "--project", deployment.project)
     for hospital in deployment.hospitals.values():
         run("sonofed-site", "status", "--folder", hospital.root)
