@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sonofed_common.cli import application
 from sonofed_common.contract.configuration import read_toml
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Results
 from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
@@ -36,7 +37,10 @@ app = application("Simulate federated ultrasound studies on one machine.")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for everything the run writes.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the real data sets.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the study and of the splits.")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Of the study and of the splits; default: the scenario's."),
+]
 EngineOption = Annotated[
     Engine,
     typer.Option("--engine", help="flower: Flower's simulation on Ray; inline: this process."),
@@ -55,7 +59,7 @@ EnclavesOption = Annotated[
 def demo(
     out: Out = Path("runs/demo"),
     engine: EngineOption = "flower",
-    seed: Seed = 0,
+    seed: Seed = None,
     enclaves: EnclavesOption = "library",
 ) -> None:
     """Run the phantom study: one source, three hospitals, every phase."""
@@ -68,7 +72,7 @@ def run(
     out: Out,
     data: Data = None,
     engine: EngineOption = "inline",
-    seed: Seed = 0,
+    seed: Seed = None,
     enclaves: EnclavesOption = "library",
 ) -> None:
     """Run one scenario from data to report."""
@@ -86,6 +90,11 @@ def compare(
 ) -> None:
     """Run the variants of a comparison cell by cell, and summarise every finished cell."""
     path = comparisons().get(comparison, Path(comparison))
+    if not path.exists():
+        raise ConfigurationError(
+            f"there is no comparison {comparison!r}; give a TOML file, or one of "
+            f"{', '.join(comparisons())}"
+        )
     if "rows" in read_toml(path):
         table = _compare_segmentation(path, out, data, seed)
     else:
@@ -136,9 +145,10 @@ def _console() -> Console:
 
 
 def _run(
-    name: str, data: Path | None, out: Path, engine: Engine, seed: int, enclaves: Enclaves
+    name: str, data: Path | None, out: Path, engine: Engine, seed: int | None, enclaves: Enclaves
 ) -> Results:
     scenario = read_scenario(name)
+    seed = scenario.study.seed if seed is None else seed
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         results = simulate(scenario, out, data, engine, seed, events, enclaves)

@@ -39,7 +39,8 @@ class Comparison(Model):
     -----
     A variant is a partial study: what it says replaces what the scenario's study says, section by
     section. ``reference`` names the variants whose mean all others are measured against, and
-    ``counterparts`` for a variant the one that differs from it in one choice.
+    ``counterparts`` for a variant the one that differs from it in one choice. All variants are of
+    one classifier; of several budgets the last counts.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -95,8 +96,16 @@ def read_comparison(path: Path) -> tuple[Comparison, Scenario]:
     scenario = read_scenario(comparison.scenario)
     source = scenario.source.model_copy(update={"threads": comparison.threads})
     scenario = scenario.model_copy(update={"threads": comparison.threads, "source": source})
-    for name in comparison.variants:
-        study_of(comparison, scenario, name, comparison.seeds[0])
+    studies = [
+        study_of(comparison, scenario, name, comparison.seeds[0]) for name in comparison.variants
+    ]
+    if len({(study.classifiers, study.image_size) for study in studies}) > 1 or any(
+        len(study.classifiers) != 1 for study in studies
+    ):
+        raise ConfigurationError(
+            f"{path.name}: its variants must all be of one classifier and image size, for their "
+            "controls are; write one comparison for each"
+        )
     named = {*comparison.reference, *comparison.counterparts, *comparison.counterparts.values()}
     if unknown := sorted(named - comparison.variants.keys()):
         raise ConfigurationError(f"{path.name}: {unknown[0]} is not one of its variants")

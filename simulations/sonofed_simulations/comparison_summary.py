@@ -237,7 +237,7 @@ def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _labels(cell: Cell) -> int:
-    return sum(s.selected for s in cell.results.sites.values()) if cell.results else 0
+    return sum(s.labelled for s in cell.results.sites.values()) if cell.results else 0
 
 
 def _accuracies(cell: Cell) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import tomli_w
 
 from sonofed_client.enclave.opening import open_enclave
 from sonofed_client.settings import SiteData, SiteSettings
-from sonofed_common.contract.errors import DataMissingError
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.contract.study import Study
 from sonofed_common.data.readers import read
 from sonofed_common.runtime import Events, derive_seed, write_atomically
@@ -49,6 +49,10 @@ class Laboratory:
     root: Path
     data: Path | None
     events: Events
+
+    def __post_init__(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigurationError(f"{self.root.name} is a file; name a folder for the output")
 
     @property
     def key(self) -> Path:

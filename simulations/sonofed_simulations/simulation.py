@@ -59,8 +59,9 @@ def simulate(
     SonoFedError
         Bad data, or the study failed.
     """
-    (out / "results.json").unlink(missing_ok=True)
     laboratory = Laboratory(scenario, out, data, events)
+    for name in ("results.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
     # Sites first: bad data of a hospital is then met before the source is trained.
     sites = laboratory.prepare_sites(seed)
     bundle = laboratory.prepare_source()

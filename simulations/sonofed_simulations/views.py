@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sonofed_client.adaptation.reconstruction import quality, reconstruct
 from sonofed_client.adaptation.scoring import uncertainty
-from sonofed_client.enclave.handlers.reconstruction import reconstructions
+from sonofed_client.enclave.handlers.reconstruction import quality_classifier, reconstructions
 from sonofed_client.enclave.handlers.selection import selected
 from sonofed_client.enclave.site import Site
 from sonofed_client.settings import read_site
@@ -56,7 +56,8 @@ def source_quality(
     redrawn = reconstruct(
         site.diffusion(bundle), images.to(site.device), study.reconstruction, seeds
     )
-    features = partial(site.source_features, bundle, study.classifiers[0])
+    # As the sites choose it: their numbers stand beside this one.
+    features = partial(site.source_features, bundle, quality_classifier(site, bundle))
     return ReconstructionQuality.model_validate(
         quality(images, redrawn, features(images), features(redrawn))
     )

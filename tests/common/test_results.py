@@ -37,7 +37,9 @@ def site(source: float, adapted: float | None, **facts: Any) -> SiteResults:
         source=measures(source, ece=1 - source),
         adapted=None if adapted is None else measures(adapted, ece=1 - adapted),
     )
-    return SiteResults(images=100, selected=20, classifiers={"resnet18": found}, **facts)
+    return SiteResults(
+        images=100, selected=22, labelled=20, classifiers={"resnet18": found}, **facts
+    )
 
 
 def results(**sites: SiteResults) -> Results:

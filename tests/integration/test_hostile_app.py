@@ -71,8 +71,11 @@ SERVER = """
         (sent,) = grid.push_messages([Message(content, nodes[0], config["type"])])
         while not (replies := list(grid.pull_messages([sent]))):
             time.sleep(0.2)
-        records = replies[0].content.config_records.values() if replies[0].has_content() else []
-        found = {key: value for record in records for key, value in record.items()}
+        content = replies[0].content if replies[0].has_content() else RecordDict()
+        found = {k: v for record in content.config_records.values() for k, v in record.items()}
+        if content.array_records:
+            from sonofed_common.contract.recorddict import from_recorddict
+            found = {"config": json.dumps(from_recorddict(content).config)}
         path = Path(config["out"])
         path.with_suffix(".part").write_text(json.dumps(found or {"error": str(replies[0].error)}))
         path.with_suffix(".part").rename(path)

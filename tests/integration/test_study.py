@@ -30,7 +30,7 @@ from sonofed_common.contract.errors import (
     SonoFedError,
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
-from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.records import Records, from_bytes
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.runtime import Events
@@ -421,8 +421,8 @@ def forget_labels(site):
 
 
 def test_nobody_waits_for_labels_that_an_oracle_does_not_have(laboratory, tmp_path):
-    change = {**SHORT, "phases": ["enrol", "ship", "select", "annotate"]}
-    change["selection"] = {"strategy": "random", "budgets": [1.0]}
+    change = {**SHORT, "phases": ["enrol", "ship", "select", "annotate", "classifier"]}
+    change["selection"] = {"strategy": "random", "budgets": [0.5, 1.0]}
     workspace, sites = lay_out(laboratory, tmp_path, **change)
     forget_labels(sites[0])
     results = run_inline(workspace, sites, Events())
@@ -430,6 +430,33 @@ def test_nobody_waits_for_labels_that_an_oracle_does_not_have(laboratory, tmp_pa
     unlabelled = [row for row in store.images("pool") if row.label is None]
     assert unlabelled and {row.id for row in unlabelled} <= set(selection(sites[0])[-1])
     assert {p.name: p for p in results.phases}["annotate"].seconds < POLL_SECONDS
+    # What was chosen is not what was learnt from.
+    found, curve = results.sites["riverside"], results.sites["riverside"].classifiers[NETWORK].curve
+    pool = store.images("pool")
+    assert (found.selected, found.labelled) == (len(pool), len(pool) - len(unlabelled))
+    labelled = {row.id for row in pool if row.label is not None}
+    assert [point.labels for point in curve] == [
+        len(labelled & set(chosen)) for chosen in selection(sites[0])
+    ]
+
+
+class Unlabelled(InlineGrid):
+    """A grid whose sites answer a training as sites without a label do."""
+
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            if reply.metadata.message_type == "train.classifier":
+                reply.content = to_recorddict(Records(config={"examples": 0}))
+        return replies
+
+
+def test_without_any_label_nothing_is_passed_off_as_adapted(laboratory, tmp_path, monkeypatch):
+    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
+    monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+    with pytest.raises(QuorumError, match="no site has a label to fine-tune on at 50%"):
+        run_study(workspace, Unlabelled(2), "inline")
+    assert not workspace.results.exists() and not workspace.final_bundle.exists()
 
 
 @pytest.mark.parametrize("patient", [True, False])

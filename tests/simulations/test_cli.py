@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,36 @@ def test_an_unknown_key_in_a_scenario(tmp_path, old, new, key, nearest):
     scenario = tiny(tmp_path, old, new)
     line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)
     assert "scenario.toml" in line and f"{key}'" in line and f"did you mean '{nearest}'?" in line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('name = "tiny"', 'name = "tiny"\nhospitals = 4', "hospitals"),
+        ('name = "tiny"', 'name = "tiny"\nsource = 3', "source"),
+        ("cohort = { deadline_seconds = 500 }", "cohort = 3", "study.cohort"),
+    ],
+)
+def test_a_number_where_a_section_belongs(tmp_path, old, new, key):
+    text = TINY.read_text().replace(old, new)
+    if "cohort" not in key:
+        # TOML takes a name once: what the number replaces goes.
+        text = re.sub(rf"^\[{key}[^\[]*", "", text, flags=re.M)
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(text)
+    line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)
+    assert key in line
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "taken").touch()
+    line = sentence(lab("run", TINY, "--out", tmp_path / "taken", "--engine", "inline"), 20)
+    assert "taken is a file" in line
+
+
+def test_an_unknown_comparison(tmp_path):
+    line = sentence(lab("compare", "breast", "--out", tmp_path / "out"), 20)
+    assert "'breast'" in line and "breast_selection" in line and "breast_segmentation" in line
 
 
 def test_an_unknown_scanner(tmp_path):

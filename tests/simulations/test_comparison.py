@@ -119,6 +119,24 @@ def test_a_variant_that_is_no_study_is_refused(tmp_path: Path) -> None:
         read_comparison(file)
 
 
+@pytest.mark.parametrize(
+    "other", ["classifiers = ['resnet18']", "image_size = 64", "classifiers = ['a', 'b']"]
+)
+def test_variants_that_have_no_controls_in_common_are_refused(tmp_path: Path, other: str) -> None:
+    scenario = tmp_path / "scenario.toml"
+    two = TINY.read_text().replace('["shufflenet_v2"]', '["shufflenet_v2", "resnet18"]', 1)
+    scenario.write_text(two)
+    other = other.replace("'a', 'b'", "'shufflenet_v2', 'resnet18'")
+    file = tmp_path / "bad.toml"
+    file.write_text(
+        f'name = "x"\nscenario = "{scenario}"\nseeds = [0]\nreference = ["a"]\n'
+        f"[variants.a]\n[variants.b]\n{other}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigurationError, match="all be of one classifier and image size"):
+        read_comparison(file)
+
+
 def test_two_processes_prepare_a_folder_one_after_the_other(tmp_path: Path) -> None:
     comparison, scenario = read_comparison(built_in()["breast_selection"])
     waiting = threading.Event()

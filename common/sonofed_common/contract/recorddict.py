@@ -23,6 +23,14 @@ def to_recorddict(records: Records) -> RecordDict:
     return RecordDict({_NAME: ArrayRecord({_NAME: packed})})
 
 
+def packed_bytes(content: RecordDict) -> int:
+    """Size of what `to_recorddict` packed; 0 for a message of another form."""
+    try:
+        return len(content.array_records[_NAME][_NAME].data)
+    except KeyError:
+        return 0
+
+
 def from_recorddict(content: RecordDict) -> Records:
     """Unpack what `to_recorddict` packed.
 

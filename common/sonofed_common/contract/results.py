@@ -100,7 +100,7 @@ class CurvePoint(Model):
     """A classifier at one labelling budget."""
 
     budget: float = Field(gt=0, le=1, description="share of all pools that is labelled")
-    labels: int = Field(ge=0, description="labelled images at this site")
+    labels: int = Field(ge=0, description="images at this site that were learnt from")
     metrics: Metrics
 
 
@@ -126,7 +126,8 @@ class SiteResults(Model):
 
     images: int = Field(default=0, ge=0, description="unlabelled images to choose from")
     test_images: int = Field(default=0, ge=0)
-    selected: int = Field(default=0, ge=0, description="images labelled at the last budget")
+    selected: int = Field(default=0, ge=0, description="images chosen at the last budget")
+    labelled: int = Field(default=0, ge=0, description="of these, images that were learnt from")
     selected_by_budget: tuple[int, ...] = ()
     classifiers: dict[str, ClassifierResults] = Field(default={})
     test_masks: int = Field(default=0, ge=0, description="test images with a mask")

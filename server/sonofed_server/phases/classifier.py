@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
+from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.records import Array
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.aggregation.weights import weight_of
@@ -33,10 +34,18 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
         )
         message = request(parameters, weights=state.group(group))
         mean = FedAvg()
-        for _, reply in run.exchange.ask("train.classifier", message):
+        for site, reply in run.exchange.ask("train.classifier", message):
+            labels = run.site_facts(site).setdefault("labels", {})
+            labels[str(budget)] = int(reply.config["examples"])
             if weight := weight_of(reply, study.aggregation):
                 mean.add(reply.group("weights"), weight)
-        if updated := mean.mean():
+        updated = mean.mean()
+        if not updated and not state.group(group):
+            raise QuorumError(
+                f"no site has a label to fine-tune on at {_percent(run, budget)}; let the experts "
+                "label what was selected, then resume"
+            )
+        if updated:
             state.set_group(group, updated)
         state.position[group] = number + 1
         run.save()

@@ -94,7 +94,7 @@ def _segmentation_table(sites: Mapping[str, SiteResults]) -> list[str]:
 
 
 def _labels(sites: Mapping[str, SiteResults]) -> int:
-    return sum(site.selected for site in sites.values())
+    return sum(site.labelled for site in sites.values())
 
 
 def _interval(metrics: Mapping[str, float | None], name: str, digits: int = 3) -> str:

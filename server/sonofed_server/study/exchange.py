@@ -16,8 +16,8 @@ from sonofed_common.contract.errors import (
     SonoFedError,
     error_from_code,
 )
-from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
-from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.recorddict import from_recorddict, packed_bytes, to_recorddict
+from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Cohort
 from sonofed_common.runtime import Events
 
@@ -129,8 +129,9 @@ class Exchange:
         return self._send(action, records, self.nodes[site])
 
     def _send(self, action: str, records: Records, node: int) -> str:
-        self.traffic.to_sites += len(to_bytes(records))
-        message = Message(to_recorddict(records), node, action, ttl=self.cohort.deadline_seconds)
+        content = to_recorddict(records)
+        self.traffic.to_sites += packed_bytes(content)
+        message = Message(content, node, action, ttl=self.cohort.deadline_seconds)
         (message_id,) = self.grid.push_messages([message])
         return message_id
 
@@ -143,7 +144,7 @@ class Exchange:
                     reply = from_recorddict(message.content)
                 except ParameterError as error:
                     return error
-                self.traffic.from_sites += len(to_bytes(reply))
+                self.traffic.from_sites += packed_bytes(message.content)
                 if "error" in reply.config:
                     return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
                 return reply

@@ -48,14 +48,17 @@ def site_results(run: StudyRun) -> dict[str, SiteResults]:
 
 def _site(run: StudyRun, facts: dict[str, Any]) -> SiteResults:
     selected = facts.get("selected", [])
+    # Of a study that ends with the experts' work, what they did.
+    labels = facts.get("labels", {"": facts.get("labelled", 0)})
     quality = facts.get("reconstruction")
     return SiteResults(
         images=facts.get("images", 0),
         test_images=facts.get("test_images", 0),
         selected=selected[-1] if selected else 0,
+        labelled=list(labels.values())[-1],
         selected_by_budget=tuple(selected),
         classifiers={
-            name: _classifier(run, name, stages, selected)
+            name: _classifier(run, name, stages, labels)
             for name, stages in facts.get("classifiers", {}).items()
         },
         test_masks=facts.get("test_masks", 0),
@@ -68,15 +71,15 @@ def _site(run: StudyRun, facts: dict[str, Any]) -> SiteResults:
 
 
 def _classifier(
-    run: StudyRun, name: str, stages: dict[str, Any], selected: list[int]
+    run: StudyRun, name: str, stages: dict[str, Any], labels: dict[str, int]
 ) -> ClassifierResults:
     budgets = run.study.selection.budgets
     curve = [
         CurvePoint(
-            budget=share, labels=selected[n], metrics=_measures(stages[f"{name}, budget {n}"])
+            budget=share, labels=labels[str(n)], metrics=_measures(stages[f"{name}, budget {n}"])
         )
         for n, share in enumerate(budgets)
-        if f"{name}, budget {n}" in stages and selected
+        if f"{name}, budget {n}" in stages and str(n) in labels
     ]
     return ClassifierResults(
         source=_measures(stages["source"]),

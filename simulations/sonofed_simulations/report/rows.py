@@ -32,7 +32,7 @@ PHASES = {
     "embed": "Learn to place images on a sphere, together",
     "cluster": "Find the groups on the sphere, from sums only",
     "select": "Agree which images are worth an expert's time",
-    "annotate": "Wait for the experts' labels",
+    "annotate": "Wait for the labels",
     "classifier": "Fine-tune the classifiers, and test them on site",
     "pretrain": "Learn from each hospital's unlabelled images, together",
     "supervise": "Train a segmenter on the source's masks, from what was learnt",
@@ -88,7 +88,7 @@ def comparisons(results: Results) -> Iterator[Comparison]:
     for name, site in results.sites.items():
         if site.classifiers:
             estimates = [site_estimate(site, stage) for stage in STAGES]
-            yield Comparison(name, "site", site.test_images, site.selected, *estimates)
+            yield Comparison(name, "site", site.test_images, site.labelled, *estimates)
     if len(compared_sites(results)) > 1:
         means = [mean_over_sites(results, stage) for stage in STAGES]
         yield Comparison("Mean of the hospitals", "mean", None, None, *means)
@@ -102,7 +102,7 @@ def classifier_rows(results: Results) -> Iterator[Comparison]:
     for site_name, site in results.sites.items():
         for name, found in site.classifiers.items():
             stages = [estimate(found.source), estimate(found.bn_adapted), estimate(found.adapted)]
-            yield Comparison(name, site_name, site.test_images, site.selected, *stages)
+            yield Comparison(name, site_name, site.test_images, site.labelled, *stages)
 
 
 def measure_rows(results: Results) -> Iterator[tuple[str, str, list[Estimate | None]]]:

@@ -24,7 +24,7 @@ MODELS: dict[Stage, str] = {
 def labels_and_images(results: Results) -> tuple[int, int]:
     """Labels given and images to choose from, over the sites that were not lost."""
     present = [s for s in results.sites.values() if s.missing_reason is None]
-    return sum(s.selected for s in present), sum(s.images for s in present)
+    return sum(s.labelled for s in present), sum(s.images for s in present)
 
 
 def baseline(results: Results) -> Stage:

@@ -72,7 +72,7 @@ def classifier_table(results: Results) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, site in results.sites.items():
         estimates = [site_estimate(site, stage) for stage in STAGES]
-        labels = f"{site.selected} of {site.images}"
+        labels = f"{site.labelled} of {site.images}"
         if not any(estimates):
             fate = "no result" if site.missing_reason is None else "lost"
             table.add_row(name, labels, fate, style="dim")

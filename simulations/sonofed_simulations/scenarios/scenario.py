@@ -88,6 +88,11 @@ class Scenario(Model):
     def _assemble(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("study"), dict):
             return values
+        sections = {name: values.get(name, {}) for name in ("source", "hospitals")}
+        sections["study.cohort"] = values["study"].get("cohort", {})
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ValueError(f"'{name}' must be a section")
         values = {
             **values,
             "study": dict(values["study"]),

@@ -78,9 +78,14 @@ def reconstructions(site: Site, parameters: Pooled, settings: Reconstruction) ->
 def _quality(
     site: Site, parameters: Reconstruct, images: Tensor, redrawn: Tensor
 ) -> dict[str, int | float]:
-    name = next(iter(site.facts(parameters.bundle)["classifiers"]))
+    name = quality_classifier(site, parameters.bundle)
     features = (site.source_features(parameters.bundle, name, i) for i in (images, redrawn))
     return dict(quality(images, redrawn, *features))
+
+
+def quality_classifier(site: Site, bundle: str) -> str:
+    """Name of the classifier on whose features reconstructions are compared with originals."""
+    return str(next(iter(site.facts(bundle)["classifiers"])))
 
 
 def artifact(site: Site, parameters: Pooled, settings: Reconstruction) -> str:
