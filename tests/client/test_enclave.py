@@ -602,6 +602,18 @@ def test_a_round_of_fedema_killed_before_its_result_was_kept_is_done_again_alike
     assert {name[-4:] for name in store.names("study/")} == {"0001", "0002"}
 
 
+def test_rounds_of_fedema_that_are_asked_for_downwards_leave_few_students(site, bundle):
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    install(enclave, bundle)
+    settings = Embedding(dimension=8, rounds=7, merge="fedema")
+    values = encode(bundle) | {"pairs": "augmentation", "settings": settings}
+    for number in (6, 5, 4, 3, 2, 1):
+        enclave.perform("train.embed", request(actions.Embed(**values, round=number)))
+        kept = {name[-4:] for name in store.names("study/trial/student/")}
+        # The last that was done stays, for the next round merges with it.
+        assert kept == {f"{number:04d}", "0006"}
+
+
 def test_a_job_of_other_labels_is_another_job(site, bundle):
     enclave = InProcessEnclave(site)
     talk(enclave, bundle)
@@ -759,12 +771,6 @@ def test_the_ranks_of_a_selection_come_once(site, bundle):
         send(1)
     enclave.perform("train.score", scoring)
     send(1)
-
-
-def test_a_hospital_breaks_ties_by_no_id(own):
-    site = InProcessEnclave(own.model_copy(update={"oracle": False})).site
-    assert len({site.tie_secret("trial"), site.tie_secret("other"), None}) == 3
-    assert InProcessEnclave(own).site.tie_secret("trial") is None
 
 
 def test_a_bundle_without_diffusion_says_so(site, bundle, coordinator, tmp_path):

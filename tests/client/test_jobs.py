@@ -24,6 +24,10 @@ class Site:
         self.refuses = False
 
     def admit(self, action, request):
+        self.confirm()
+        return self.confirm
+
+    def confirm(self):
         if self.refuses:
             raise StudyWaitingError("the study waits")
 
@@ -102,6 +106,38 @@ def test_a_job_that_waits_holds_what_came_and_no_more(jobs):
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert job.state is State.WAITING and len(job.request) == size and held < size
+
+
+@pytest.mark.parametrize("action", ["train.embed", "query.missing"])
+def test_a_reply_stays_where_the_study_was_denied_after_the_work(jobs, site, action):
+    jobs.start()
+    site.free.release()
+    job = jobs.submit(asked(action))
+    assert ended(jobs, job) is State.DONE
+    site.refuses = True
+    if action == "train.embed":
+        with pytest.raises(StudyWaitingError):
+            jobs.submit(asked(action))
+    with pytest.raises(StudyWaitingError):
+        jobs.take(job.id)
+    site.refuses = False
+    assert jobs.take(job.id) is None
+
+
+def test_progress_is_told_in_steps_of_ten_percent(jobs, site):
+    jobs.start()
+    told = {}
+    for total in (7, 13):
+        job = jobs.submit(asked(total=total))
+        assert site.begun.acquire(timeout=WAIT_SECONDS)
+        told[total] = []
+        for done in range(total + 1):
+            jobs.progress({"event": "progress", "done": done, "total": total})
+            told[total].append(job.percent)
+        site.free.release()
+        ended(jobs, job)
+    assert told[7] == [0, 10, 20, 40, 50, 70, 80, 100]
+    assert all(percent % 10 == 0 for percent in told[13]) and told[13][6] == 40
 
 
 def test_a_reply_is_taken_once(jobs, site):

@@ -53,6 +53,12 @@ def rows(folder):
     return found
 
 
+def test_a_ledger_that_cannot_be_used_names_no_file(ledger, tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"no table" * 600)
+    with pytest.raises(LedgerError, match=r"cannot be used \(SQLITE_NOTADB\)"):
+        ledger.append(entry(7))
+
+
 def test_a_sound_ledger_is_verified_and_goes_on_after_it_is_opened_again(ledger, tmp_path):
     assert ledger.verify() == ENTRIES
     again = Ledger(tmp_path, KEY)
@@ -89,6 +95,13 @@ def test_an_edit_that_leaves_the_hash_is_named(ledger, tmp_path):
             opened.verify()
         with pytest.raises(LedgerError, match="unreadable"):
             opened.entries()
+
+
+@pytest.mark.parametrize("edit", ["upper(signature)", "' ' || signature", "signature || char(10)"])
+def test_an_edit_of_a_signature_is_named_also_where_it_reads_the_same(ledger, tmp_path, edit):
+    spoil(tmp_path, (f"UPDATE entries SET signature = {edit} WHERE number = 2",))
+    with pytest.raises(LedgerError, match=r"entry 2 .*edited"):
+        ledger.verify()
 
 
 @pytest.mark.parametrize("number", [1, 4])

@@ -1,6 +1,7 @@
 """Records that cross a socket in parts, whole or not at all."""
 
 import gc
+import hashlib
 import json
 import time
 import tracemalloc
@@ -160,6 +161,29 @@ def test_a_small_message_costs_little_to_refuse(wrong):
     with pytest.raises(ParameterError):
         parse("query.describe", read(file))
     assert time.process_time() - begun < 3
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[9] * 33, [2**63] * 32, [0, 2**64], [10**4000] * 200, [1] * 300_000],
+    ids=["dimensions", "long", "none of a long", "very long", "many"],
+)
+def test_a_shape_is_refused_before_its_product(shape, monkeypatch):
+    def product(_):
+        raise AssertionError("a product of many or long numbers takes seconds")
+
+    monkeypatch.setattr(parts.math, "prod", product)
+    facts = {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}
+    header = json.dumps({"__metadata__": {"records": "{}"}, "w": facts}).encode()
+    file = memoryview(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ParameterError, match="decoded"):
+        receive(
+            [
+                messages.Part(head=messages.Head(action="query.missing", size=len(file))),
+                messages.Part(data=bytes(file)),
+                messages.Part(sha256=hashlib.sha256(file).digest()),
+            ]
+        )
 
 
 def test_a_study_of_the_most_sites_comes_through():

@@ -401,7 +401,7 @@ def test_the_standard_policy_takes_every_question_of_a_study(phases):
     for question in questions(asked):
         check_scope(asked, question.action, question.parameters)
         STANDARD.admit(question.parameters, question.action, Records())
-    words = "\n".join(asks(study(phases=SEGMENTATION), STANDARD))
+    words = "\n".join(asks(study(phases=SEGMENTATION), STANDARD, 20))
     assert "weights/*" in words and "refuse" not in words
 
 
@@ -439,6 +439,56 @@ def test_the_forecast_counts_noised_replies():
         assert refusals(asked, Policy.model_validate(values)) == said
 
 
+def narrower(changes, **limits):
+    values = json.loads(STANDARD.model_dump_json()) | limits
+    for action, rule in changes.items():
+        values["actions"][action] |= rule
+    return Policy.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("action", "limit", "asked"),
+    [
+        ("train.segmenter", {"branch": {"values": ["source"]}}, {"phases": SEGMENTATION}),
+        ("train.ensemble", {"branches": {"values": ["source"]}}, {"phases": SEGMENTATION}),
+        ("train.pretrain", {"round": {"most": 0}}, {"phases": SEGMENTATION}),
+        ("train.embed", {"round": {"least": 1}}, {}),
+        ("train.embed", {"round": {"most": 0}}, {}),
+    ],
+)
+def test_the_forecast_tries_each_choice_and_the_first_and_last_round(action, limit, asked):
+    asked = study(**asked, infusion={"calibration": "consensus"})
+    found = refusals(asked, narrower({action: {"parameters": limit}}))
+    assert {line.partition(":")[0] for line in found} == {action}
+    assert next(iter(limit)) in found[0]
+
+
+def test_the_forecast_knows_how_large_clusters_are():
+    asked = study(embedding={"dimension": 64}, clustering={"clusters": 5})
+    rule = json.loads(STANDARD.model_dump_json())["actions"]["query.cluster"]
+    for number, key, size in ((0, "sum", 64), (1, "second", 64**2), (2, "sums", 320)):
+        arrays = [dict(own) for own in rule["arrays"]]
+        for numbers, refused in ((size, False), (size - 1, True)):
+            arrays[number]["numbers"] = numbers
+            found = refusals(asked, narrower({"query.cluster": {"arrays": arrays}}))
+            assert [f"query.cluster.arrays.{key})" in line for line in found] == [True] * refused
+
+
+def test_the_forecast_knows_how_large_requests_are():
+    asked = study(finetuning={"rounds": 2})
+    found = refusals(asked, narrower({}, received_bytes=10**6))
+    refused = {line.partition(":")[0] for line in found}
+    assert refused == {"train.embed", "query.cluster", "train.classifier", "evaluate.classifier"}
+    # A single round starts from what the site has.
+    found = refusals(study(embedding={"rounds": 1}), narrower({}, received_bytes=10**6))
+    assert "train.embed" not in {line.partition(":")[0] for line in found}
+
+
+def test_the_forecast_adds_up_what_leaves_in_a_day():
+    (line,) = refusals(study(), narrower({}, day_bytes=10**7))
+    assert "day_bytes = 10000000" in line and "within a day" in line
+
+
 def test_a_policy_is_explained():
     values = json.loads(STANDARD.model_dump_json())
     del values["actions"]["train.embed"]
@@ -455,7 +505,7 @@ def test_a_sample_holds_all_that_the_standard_policy_names():
     asked = study(phases=SEGMENTATION)
     for question in questions(asked):
         rule = STANDARD.actions[question.action]
-        reply = _sample(question, asked)
+        reply = _sample(question.action)
         assert reply.config.keys() == rule.config.keys()
         assert reply.metrics.keys() == {*rule.metrics, *rule.counted}
         assert all(reply.metrics[n] == MANY for n in rule.counted)

@@ -75,7 +75,7 @@ def test_what_is_asked_is_answered_and_what_differs_is_not(study):
 @settings(max_examples=10, deadline=None)
 @given(studies)
 def test_every_action_that_is_answered_is_shown(study):
-    shown = "\n".join(asks(study, STANDARD))
+    shown = "\n".join(asks(study, STANDARD, 20))
     for action in actions.ACTIONS:
         is_asked = any(question.action == action for question in questions(study))
         assert is_asked == (f"- {action}" in shown)
@@ -109,7 +109,7 @@ def test_scores_are_counted_only_where_the_selection_needs_it(selection, columns
     else:
         with pytest.raises(StudyDeniedError, match="stage"):
             check_scope(study, "train.select", ranks)
-    assert ("query.histogram" in "\n".join(asks(study, STANDARD))) == bool(columns)
+    assert ("query.histogram" in "\n".join(asks(study, STANDARD, 20))) == bool(columns)
 
 
 PLAIN = Infusion(rule="mean", calibration="none")

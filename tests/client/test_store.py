@@ -260,7 +260,22 @@ def test_an_edit_of_the_catalogue_is_found(store, edit):
             store.annotate([("c", 1)], "expert")
 
 
-@pytest.mark.parametrize("version", [0, 1, 7])
+@pytest.mark.parametrize("what", ["images", "annotations"])
+def test_rows_that_go_together_with_their_total_are_missed(store, what):
+    store.catalogue([image(0), image(1)])
+    store.annotate([("a", 1)], "expert")
+    with sqlite3.connect(store.folder / "store.sqlite") as connection:
+        connection.execute(f"DELETE FROM {what}")
+        connection.execute("DELETE FROM totals WHERE name = ?", (what,))
+    with pytest.raises(StoreError, match=r"catalogue.*damaged"):
+        kept(Store(store.folder))
+
+
+def test_a_new_store_is_empty_and_sound(store):
+    assert kept(store) == kept(Store(store.folder)) == ([], [], {})
+
+
+@pytest.mark.parametrize("version", [0, 2, 7])
 def test_a_store_of_another_version_is_named(store, version):
     with sqlite3.connect(store.folder / "store.sqlite") as connection:
         connection.execute(f"PRAGMA user_version = {version}")

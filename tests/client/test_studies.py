@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sonofed_client.enclave.store import open_store
-from sonofed_client.enclave.studies import MAX_UNDECIDED, Studies
+from sonofed_client.enclave.studies import MAX_AUTOMATIC, MAX_WAITING, Studies
 from sonofed_client.enclave.wall import Wall, open_studies
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract import actions
@@ -167,15 +167,29 @@ def test_a_digest_that_came_first_under_another_name_does_not_keep_it(studies):
             studies(automatic).approved(early)
 
 
-def test_strangers_studies_push_each_other_out_and_no_decision(studies):
+def test_strangers_studies_push_out_no_study_that_waits_and_no_decision(studies):
     known = studies()
-    wait(known, APPROVED)
+    early, late = a_study(name="early"), a_study(name="late")
+    wait(known, APPROVED, early)
     known.approve(key(APPROVED))
-    flood = [a_study(name=f"s{n}") for n in range(MAX_UNDECIDED + 3)]
-    wait(known, *flood)
+    flood = [a_study(name=f"s{n}") for n in range(MAX_WAITING + 3)]
+    wait(known, *flood, early, late)
     names = [s.name for s in known.known()]
-    assert names == ["trial", *(s.name for s in flood[3:])]
+    assert names == ["trial", "early", *(s.name for s in flood[: MAX_WAITING - 1])]
     assert known.approved(counting(APPROVED)).digest == APPROVED.digest()
+    assert known.approve(key(early)).name == "early"
+    # There is room again, and the next that asks has it.
+    wait(known, late)
+    assert known.known()[-1].name == "late"
+
+
+def test_studies_that_were_approved_by_themselves_push_each_other_out(studies):
+    wait(studies(), APPROVED)
+    known = studies(automatic=True)
+    many = [a_study(name=f"s{n}") for n in range(MAX_AUTOMATIC + 3)]
+    for study in many:
+        assert known.approved(described(study)).state == "approved"
+    assert [s.name for s in known.known()] == ["trial", *(s.name for s in many[3:])]
 
 
 def test_a_request_reads_one_row_whatever_waits(studies, monkeypatch):
@@ -219,6 +233,51 @@ def test_a_list_of_another_version_or_of_no_table_is_named(studies, tmp_path):
         studies().known()
 
 
+def test_an_sqlite_sentence_does_not_name_a_file(studies, tmp_path):
+    wait(studies(), APPROVED)
+    path = tmp_path / "studies.sqlite"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreError, match="list of studies") as refused:
+        studies().approved(counting(APPROVED))
+    assert "sqlite" not in refused.value.message and str(tmp_path) not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "flip",
+    [
+        "content = replace(content, '\"seed\":3', '\"seed\":s')",
+        "content = replace(content, '\"name\"', '\"nale\"')",
+        "content = CAST(replace(CAST(content AS BLOB), X'7B', X'FB') AS TEXT)",
+        "state = 'apprnved'",
+        "digest = 'g' || substr(digest, 2)",
+        "seen = 'x'",
+    ],
+)
+def test_a_damaged_study_is_named_and_the_others_go_on(studies, entries, tmp_path, flip):
+    known, other = studies(), a_study(name="other")
+    wait(known, APPROVED, other)
+    known.approve(key(APPROVED))
+    with sqlite3.connect(tmp_path / "studies.sqlite") as connection:
+        connection.execute(f"UPDATE studies SET {flip} WHERE name = 'trial'")
+    assert [study.name for study in known.known()] == ["other"]
+    damaged = (
+        known.check,
+        lambda: known.find("trial"),
+        lambda: known.deny("trial"),
+        lambda: known.approved(counting(APPROVED)),
+    )
+    for ask in damaged:
+        with pytest.raises(StoreError, match=r"study 'trial' is damaged; forget"):
+            ask()
+    assert known.approve(key(other)).name == "other"
+    assert known.forget("trial") == ["trial (damaged)"]
+    assert (entries[-1].study, entries[-1].message) == ("trial", "forgotten; it was damaged")
+    known.check()
+    wait(known, APPROVED)
+    assert len(known.known()) == 2
+
+
 @pytest.fixture
 def settings(tmp_path):
     data = SiteData(kind="table", path=tmp_path)
@@ -243,6 +302,28 @@ def test_a_reply_is_held_if_the_study_was_denied_during_the_work(settings, then)
         wall.perform("query.describe", message, work)
     outcomes = [e["outcome"] for e in wall.ledger.entries() if not e["repeats"]]
     assert "sent" not in outcomes and outcomes[-1] == "refused"
+
+
+@pytest.mark.parametrize("then", ["deny", "forget"])
+def test_a_reply_that_waits_is_held_if_the_study_was_denied_since(settings, then):
+    store = open_store(settings)
+    wall = Wall(settings, store)
+    known = open_studies(settings, wall.ledger)
+    message = request(described(APPROVED))
+    with pytest.raises(StudyWaitingError):
+        wall.perform("query.describe", message, lambda _: DESCRIPTION)
+    known.approve(key(APPROVED))
+    confirm = wall.admit("query.describe", message)
+    confirm()
+    # Another content that takes the name does not make the first one's reply leave.
+    getattr(known, then)(key(APPROVED))
+    with pytest.raises(StudyWaitingError):
+        wall.perform("query.describe", request(described(HOSTILE)), lambda _: DESCRIPTION)
+    known.approve(key(HOSTILE))
+    with pytest.raises((StudyDeniedError, StudyWaitingError)):
+        confirm()
+    last = [e for e in wall.ledger.entries() if not e["repeats"]][-1]
+    assert (last["outcome"], last["study_digest"]) == ("refused", APPROVED.digest())
 
 
 def test_a_request_can_be_refused_before_it_is_queued(settings):

@@ -1,4 +1,5 @@
 import json
+import sqlite3
 import time
 
 import numpy as np
@@ -351,6 +352,20 @@ def file(settings, tmp_path):
     return path
 
 
+def test_a_damaged_study_does_not_hide_the_others(wall, file, settings):
+    other = a_study().model_copy(update={"name": "other"})
+    for study in (a_study(), other):
+        with pytest.raises(StudyWaitingError):
+            wall.perform("query.describe", describe(study), never)
+    with sqlite3.connect(settings.store / "studies.sqlite") as connection:
+        connection.execute("UPDATE studies SET content = '}' WHERE name = 'trial'")
+    listed = call("studies", "list", "--site", file, code=84)
+    assert "waiting   other" in listed and "'trial' is damaged" in listed
+    call("studies", "deny", "other", "--site", file)
+    assert "is forgotten" in call("studies", "forget", "trial", "--site", file)
+    assert "denied    other" in call("studies", "list", "--site", file)
+
+
 def test_a_hospital_reads_and_decides(wall, file):
     study = a_study(finetuning={"local_epochs": 7})
     assert "no study" in call("studies", "list", "--site", file)
@@ -429,6 +444,9 @@ def test_a_hospital_checks_and_tries_its_policy(file, settings, tmp_path):
     file.write_text(tomli_w.dumps(site))
     refused = call("policy", "test", study, "--site", file, code=80)
     assert "train.pretrain" in refused and "metric" in refused
+    own.write_text(text.replace('name = "standard"', f'name = "x"\ncoordinators = ["{OTHER_KEY}"]'))
+    for asked in (("check",), ("test", study)):
+        assert "coordinators" in call("policy", *asked, "--site", file, code=80)
     own.write_text(text.replace("day_bytes", "day_byte"))
     assert "did you mean 'day_bytes'" in call("policy", "check", "--site", file, code=20)
 

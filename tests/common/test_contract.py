@@ -1,6 +1,7 @@
 import contextlib
 import json
 import struct
+import tracemalloc
 from typing import get_args
 
 import numpy as np
@@ -32,7 +33,7 @@ from sonofed_common.contract.errors import (
     error_from_code,
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
-from sonofed_common.contract.records import Records, from_bytes, grouped, to_bytes
+from sonofed_common.contract.records import HEADER_BYTES, Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.study import (
     ACTIVE_LEARNING,
     PRESETS,
@@ -284,6 +285,19 @@ def test_a_message_of_another_form_is_refused(data):
             from_recorddict(content)
 
 
+def test_a_message_of_much_text_is_refused_before_it_is_read():
+    text = json.dumps({"config": {"lists": [[]] * (HEADER_BYTES // 4)}, "metrics": {}})
+    header = json.dumps({"__metadata__": {"records": text}}).encode()
+    message = packed(len(header).to_bytes(8, "little") + header)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ParameterError, match="text of the records is too long"):
+            from_recorddict(message)
+        assert tracemalloc.get_traced_memory()[1] < HEADER_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_message_is_one_array_however_many_it_carries():
     whole = to_recorddict(Records({f"w{n}": np.ones(3, "f4") for n in range(300)}))
     assert [len(record) for record in whole.array_records.values()] == [1]
@@ -324,6 +338,40 @@ def test_parameters_that_do_not_validate_are_refused(action, config, key):
         parse(action, Records(config=config))
     assert error.value.exit_code == 41
     assert action in error.value.message and f"'{key}'" in error.value.message
+
+
+POOLED = {**COMMON, "bundle": "0" * 64, "image_size": 32}
+ENCODE = {
+    **POOLED,
+    "classifier": "resnet18",
+    "pairs": "augmentation",
+    "settings": {},
+    "reconstruction": {},
+}
+MASKS = {**POOLED, "branches": ["source"]}
+
+
+@pytest.mark.parametrize(
+    ("action", "config", "read", "unread"),
+    [
+        ("train.embed", {**ENCODE, "round": 1}, ["student/w", "predictor/w"], []),
+        ("train.embed", {**ENCODE, "round": 1}, [], ["predictor/w"]),
+        ("query.cluster", ENCODE, ["student/w"], []),
+        ("query.cluster", ENCODE, ["centroids"], ["student/w"]),
+        ("train.score", {**ENCODE, "selection": {}}, ["centroids"], []),
+        ("train.score", {**ENCODE, "selection": {"strategy": "random"}}, [], ["centroids"]),
+        ("train.select", {**COMMON, "stage": "rank"}, ["ranks/u/starts"], ["cuts"]),
+        ("train.select", {**COMMON, "stage": "mark"}, ["cuts"], ["ranks/u/starts"]),
+        ("evaluate.segmenter", {**MASKS, "infusion": {"rule": "gate"}}, ["gate/w"], []),
+        ("evaluate.segmenter", {**MASKS, "infusion": {}}, ["temperatures"], ["gate/w"]),
+    ],
+)
+def test_an_array_that_nobody_reads_makes_no_new_question(action, config, read, unread):
+    arrays = {name: np.zeros(1) for name in read}
+    assert parse(action, Records(arrays, config)).study == "trial"
+    for name in unread:
+        with pytest.raises(ParameterError, match="does not take"):
+            parse(action, Records({**arrays, name: np.zeros(1)}, config))
 
 
 def test_a_request_is_parsed_to_the_parameters_it_was_made_of():

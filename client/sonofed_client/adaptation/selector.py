@@ -49,7 +49,7 @@ class PoolSelector:
     uncertainty, representativeness : ndarray of float32 (n,), optional
         Angles in [0, pi] that belong to the ids; small u is uncertain. Not used by ``random``.
     secret : bytes, optional
-        Of the site, for this study: ties are broken by the ids' HMAC under it, so that no id is
+        Of the site, for these scores: ties are broken by the ids' HMAC under it, so that no id is
         counted; default: by the ids.
 
     Raises

@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from sonofed_client.enclave.isolation import enter, isolated, with_key
+from sonofed_client.enclave.isolation import enter, way_out, with_key
 from sonofed_client.enclave.lock import alone
 from sonofed_client.settings import SiteSettings, read_site
 from sonofed_common.contract.errors import ConfigurationError
 
 WARNING = (
     "the enclave of site {} runs WITHOUT network isolation: this process, which reads the images, "
-    "could reach the network; {}"
+    "{}; {}"
 )
 UNABLE = "start it as root, allow user namespaces, or use the systemd unit's PrivateNetwork=yes"
 
@@ -34,35 +34,35 @@ def enclave(
     settings = read_site(site)
     if settings.socket is None:
         raise ConfigurationError(f"{site.name} names no socket; add: socket = '/run/...'")
-    without_network = isolated()
-    if not without_network and not no_isolation:
+    if not no_isolation:
         enter(settings)
     settings = with_key(settings)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Nothing that this process writes is for anyone else, whoever started it.
     os.umask(0o077)
     with alone(settings.store):
-        _answer(settings, without_network, "--no-isolation was given" if no_isolation else UNABLE)
+        _answer(settings, "--no-isolation was given" if no_isolation else UNABLE)
     # A job that runs now is taken up by the next enclave; its thread is not waited for.
     sys.stdout.flush()
     os._exit(0)
 
 
-def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
+def _answer(settings: SiteSettings, why_not: str) -> None:
     # Only now: torch and the models load once, in the process that stays.
     from sonofed_client.enclave.enclave import InProcessEnclave
     from sonofed_client.enclave.entry import Entry
     from sonofed_client.enclave.jobs import Jobs
     from sonofed_client.enclave.metrics import keep_written
-    from sonofed_client.enclave.parts import HEADER_BYTES
     from sonofed_client.enclave.room import Room
     from sonofed_client.enclave.server import Service, serve, wait_for_the_end
+    from sonofed_common.contract.records import HEADER_BYTES
 
     assert settings.socket is not None
     enclave = InProcessEnclave(settings)
-    if not is_isolated:
-        log.warning(WARNING.format(settings.name, why_not))
-        note = f"the enclave runs without network isolation: {why_not}"
+    open_way = way_out()
+    if open_way:
+        log.warning(WARNING.format(settings.name, open_way, why_not))
+        note = f"the enclave runs without network isolation: it {open_way}; {why_not}"
         enclave.ledger.append(Entry(outcome="note", message=note))
     jobs = Jobs(enclave, enclave.site.store, lambda: enclave.site.snapshot)
     enclave.site.events.listeners.append(jobs.progress)
@@ -72,7 +72,7 @@ def _answer(settings: SiteSettings, is_isolated: bool, why_not: str) -> None:
     # Not before: while the socket is made, files are made with its mode.
     jobs.start()
     keep_written(enclave.ledger, jobs, settings.socket)
-    how = "without a network" if is_isolated else "NOT isolated"
+    how = "NOT isolated" if open_way else "without a network"
     print(f"the enclave of site {settings.name} answers, {how}", flush=True)
     wait_for_the_end(server)
     enclave.ledger.settle()

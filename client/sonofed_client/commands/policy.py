@@ -27,10 +27,7 @@ def check(site: Site) -> None:
     """Say in words what the policy lets in and out."""
     settings = read_site(site)
     read = read_policy(settings.policy)
-    if read.coordinators and settings.coordinator_key not in read.coordinators:
-        raise PolicyError(
-            "the policy's coordinators do not name the coordinator_key of the site's settings"
-        )
+    read.check_coordinator(settings.coordinator_key)
     for line in explain(read):
         print(line)
     running = running_policy(settings.store)
@@ -47,7 +44,9 @@ def test(
     site: Site, study: Annotated[Path, typer.Argument(help="The study's file, TOML.")]
 ) -> None:
     """Say before a study starts what the policy would refuse of it, and why."""
-    read = read_policy(read_site(site).policy)
+    settings = read_site(site)
+    read = read_policy(settings.policy)
+    read.check_coordinator(settings.coordinator_key)
     asked = read_study(study)
     found = refusals(asked, read)
     for line in found:

@@ -34,11 +34,12 @@ def studies() -> None:
 @app.command("list")
 def list_studies(site: Site) -> None:
     """Print the studies that this site was asked to join, oldest first."""
-    settings = read_site(site)
-    known = open_studies(settings).known()
+    table = open_studies(read_site(site))
+    known = table.known()
     for study in known:
         by = ", automatically" if study.decided_by == "automatic" else ""
         print(f"{study.state:<8}  {study.name}  {study.short_key}  seen {_when(study.seen)}{by}")
+    table.check()
     if not known:
         print("no study has asked for this site's work")
 
@@ -53,7 +54,8 @@ def show(site: Site, study: Which) -> None:
     if found.content is None:
         raise ConfigurationError(f"study {found.name} came without its content")
     print()
-    for line in asks(found.content, read_policy(settings.policy)):
+    pool = len(open_store(settings).images("pool"))
+    for line in asks(found.content, read_policy(settings.policy), pool):
         print(line)
     print("\nThe study's settings:\n")
     for line in _settings(found.content.model_dump(mode="json")):
@@ -79,7 +81,7 @@ def deny(site: Site, study: Which) -> None:
 def forget(site: Site, study: Which) -> None:
     """Drop a content, or all contents of a name, and what was decided; they wait anew."""
     for gone in _deciding(site).forget(study):
-        print(f"study {gone.name} ({gone.short_key}) is forgotten; if it asks again, it waits")
+        print(f"study {gone} is forgotten; if it asks again, it waits")
 
 
 def _deciding(site: Path) -> Studies:

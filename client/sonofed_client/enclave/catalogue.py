@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sqlalchemy.types import UserDefinedType
 from sonofed_client.enclave.durable import full_disk
 from sonofed_common.contract.errors import StoreError
 
-VERSION = 2
+VERSION = 3
 
 
 class Base(DeclarativeBase):
@@ -80,6 +80,8 @@ class Catalogue:
     ----------
     path : Path
         Made if absent.
+    begin : callable
+        Writes the first rows; called once in the life of the file, when its tables are made.
 
     Raises
     ------
@@ -87,13 +89,14 @@ class Catalogue:
         It is damaged or of another version, or the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begin: Callable[[Session], None]) -> None:
         self._path = path
         path.touch(mode=0o600)
         self._engine = _open(path)
         self._writing = self._engine.execution_options(writes=True)
         with self.write() as session:
-            _prepare_tables(session.connection())
+            if _prepare_tables(session.connection()):
+                begin(session)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -113,10 +116,11 @@ class Catalogue:
             os.fsync(log.fileno())
 
 
-def _prepare_tables(connection: Connection) -> None:
+def _prepare_tables(connection: Connection) -> bool:
+    """Make the tables where there are none; say whether they were made."""
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
     if version == VERSION:
-        return
+        return False
     if version or connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one():
         raise StoreError(
             "the site's store is of another version of SonoFed; move it away and take the images "
@@ -124,6 +128,7 @@ def _prepare_tables(connection: Connection) -> None:
         )
     Base.metadata.create_all(connection)
     connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
+    return True
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class InProcessEnclave:
     def __init__(self, settings: SiteSettings) -> None:
         set_threads(settings.threads)
         self._site = Site(settings)
-        self._wall = Wall(settings, self._site.store)
+        self._wall = Wall(settings, self._site.store, policy=self._site.policy)
 
     @property
     def site(self) -> Site:
@@ -120,15 +120,17 @@ class InProcessEnclave:
             lambda parameters, received: start_of(self._site, parameters, received),
         )
 
-    def admit(self, action: str, request: Records) -> None:
+    def admit(self, action: str, request: Records) -> Callable[[], None]:
         """Refuse, before it is queued, a request that `perform` would refuse before any work.
+
+        What it returns refuses the request once the hospital does not approve it any more.
 
         Raises
         ------
         UnknownActionError, ParameterError, StudyWaitingError, StudyDeniedError, PolicyError
             As `perform`; the refusal is in the ledger.
         """
-        self._wall.admit(action, request)
+        return self._wall.admit(action, request)
 
     def _work(self, action: str, parameters: Parameters, request: Records) -> Records:
         set_threads(self._site.settings.threads)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sonofed_client.enclave.labelling import most_marked
 from sonofed_client.enclave.ledger import payload
 from sonofed_client.enclave.policy import Policy, read_policy
 from sonofed_client.enclave.questions import ANY_BUNDLE, Question, questions
@@ -16,12 +18,13 @@ from sonofed_client.enclave.rules import ActionRule, ArrayRule, Kind
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.errors import PolicyError
-from sonofed_common.contract.records import Array, Json, Records, grouped
+from sonofed_common.contract.records import Array, Json, Records, grouped, is_named
 from sonofed_common.contract.study import Study
 
 if TYPE_CHECKING:
     from torch import nn
 
+Rounded = actions.Embed | actions.TrainClassifier | actions.Pretrain | actions.TrainSegmenter
 MANY = 10**6
 _SAMPLES: Mapping[Kind, Json] = {
     "count": MANY,
@@ -37,38 +40,54 @@ def refusals(study: Study, policy: Policy) -> list[str]:
     """Return, in words, what a policy would refuse of a study; empty where nothing is known.
 
     Replies are made up as the standard policy describes them, which names all that actions answer;
-    a study's classifiers have their true size. Counts of a small site and segmenters, whose size is
-    known once their bundle is here, may still be refused.
+    a study's classifiers, embeddings and clusters have their true size, in requests too. Counts of
+    a small site and segmenters, whose size is known once their bundle is here, may still be
+    refused.
     """
     found: dict[str, None] = {}
     total, asked = 0, Counter[str]()
     for question in questions(study):
         try:
-            policy.admit(question.parameters, question.action, Records())
-            reply = _sample(question, study)
-            released = release(policy, question.action, reply, reply.arrays.copy)
-            size, _ = payload(released.records)
-            policy.check_bytes(question.action, size, 0, 0)
+            brought = Records(_brought(question.parameters, study))
+            for parameters in _asked(question):
+                policy.admit(parameters, question.action, brought)
+            size = sum(
+                times * _size(policy, question.action, reply)
+                for times, reply in _replies(question, study)
+            )
         except PolicyError as error:
             found[f"{question.action}: {error.message} (rule {error.rule})"] = None
             continue
-        total += size * (question.times or 1)
+        total += size
         asked[question.action] += question.times or 1
+    largest, marking = study.selection.budgets[-1], policy.actions.get("train.select")
+    if "select" in study.phases and marking and largest > marking.marked_share:
+        found[
+            f"train.select: labels of {largest:.0%} of the pool are asked for, above "
+            f"marked_share = {marking.marked_share:g}"
+        ] = None
     for action, times in asked.items():
         most = policy.actions[action].releases
         if most is not None and times > most:
             found[f"{action}: asked {times} times, above releases = {most}"] = None
-    if total > policy.study_bytes:
-        found[f"{total} bytes or more would leave, above study_bytes = {policy.study_bytes}"] = None
+    for name, most in (("study_bytes", policy.study_bytes), ("day_bytes", policy.day_bytes)):
+        if total > most:
+            within = " if all of it were within a day" * (name == "day_bytes")
+            found[f"{total} bytes or more would leave, above {name} = {most}{within}"] = None
     return list(found)
 
 
-def asks(study: Study, policy: Policy) -> list[str]:
-    """Return, in words, what a study asks of a site and what of it leaves under a policy."""
+def asks(study: Study, policy: Policy, pool: int) -> list[str]:
+    """Return, in words, what a study asks of a site of so many images and what of it leaves."""
     budgets = ", ".join(f"{share:.0%}" for share in study.selection.budgets)
     lines = [f"phases: {', '.join(study.phases)}"]
     if "annotate" in study.phases:
         lines.append(f"labels asked of the experts: {budgets} of the pool")
+    if "select" in study.phases and (marking := policy.actions.get("train.select")):
+        most = most_marked(study.selection, marking.marked_share, pool)
+        lines.append(
+            f"images to label at most, whatever the coordinator asks: {most} of this site's {pool}"
+        )
     lines.append("what leaves, and how often at most where that is known:")
     asked: dict[str, list[int | None]] = {}
     for question in questions(study):
@@ -105,6 +124,8 @@ def explain(policy: Policy) -> list[str]:
 
 def _leaves(rule: ActionRule) -> str:
     parts = [_array(array, rule.min_count) for array in rule.arrays]
+    if rule.marked_share < 1:
+        parts.append(f"marks at most {rule.marked_share:.0%} of the pool for a study")
     facts = [f"{name} ({kind})" for name, kind in rule.config.items()]
     facts += [f"{name} (count)" for name in rule.counted]
     parts += [f"facts {', '.join(facts)}"] if facts else []
@@ -129,32 +150,87 @@ def _array(rule: ArrayRule, least: int) -> str:
     return text + ")"
 
 
-def _sample(question: Question, study: Study) -> Records:
-    """Make up a reply of all that an action may answer."""
-    rule = read_policy(None).actions[question.action]
+def _asked(question: Question) -> Iterator[Parameters]:
+    """Yield a question's parameters, with each value that a coordinator may choose of a few."""
+    parameters = question.parameters
+    yield parameters
+    if isinstance(parameters, Rounded):
+        yield parameters.model_copy(update={"round": parameters.settings.rounds - 1})
+    for name, choice in question.choices.items():
+        listed = isinstance(getattr(parameters, name), tuple)
+        for value in choice or ():
+            yield parameters.model_copy(update={name: (value,) if listed else value})
+
+
+def _size(policy: Policy, action: str, reply: Records) -> int:
+    """Bytes of what a policy lets out of a reply."""
+    released = release(policy, action, reply, reply.arrays.copy)
+    size, _ = payload(released.records)
+    policy.check_bytes(action, size, 0, 0)
+    return size
+
+
+def _replies(question: Question, study: Study) -> Iterator[tuple[int, Records]]:
+    """Make up all that an action may answer, and how often it does."""
+    times, parameters = question.times or 1, question.parameters
+    reply = _sample(question.action)
+    if isinstance(parameters, actions.Cluster):
+        clusters, dimension = study.clustering.clusters, parameters.settings.dimension
+        moments = {"sum": np.zeros(dimension), "second": np.zeros((dimension, dimension))}
+        sums = {"sums": np.zeros((clusters, dimension)), "counts": np.full(clusters, MANY)}
+        yield 1, Records(moments, reply.config, reply.metrics)
+        yield times - 1, Records(sums)
+    elif isinstance(parameters, actions.TrainClassifier | actions.Embed):
+        yield times, Records(_network(parameters), reply.config, reply.metrics)
+    else:
+        yield times, reply
+
+
+def _sample(action: str) -> Records:
+    """Make up a reply of all that the standard policy names."""
+    rule = read_policy(None).actions[action]
     # The exact selection asks until a bin holds one image.
-    count = 1 if question.action == "query.histogram" else MANY
+    count = 1 if action == "query.histogram" else MANY
     arrays: dict[str, Array] = {}
     for own in rule.arrays:
         name = own.key.replace("*", "any")
         arrays[name] = np.full(1, count if own.counts else 0, dtype=own.dtypes[0])
-    arrays = _weights(question.parameters) or arrays
     config = {name: _SAMPLES[kind] for name, kind in rule.config.items()}
     metrics = dict.fromkeys(rule.metrics, 0.5) | dict.fromkeys(rule.counted, MANY)
     return Records(arrays, config, metrics)
 
 
-def _weights(parameters: Parameters) -> dict[str, Array]:
-    """Weights of the size that a reply has, where the study says which network it is."""
-    if not isinstance(parameters, actions.TrainClassifier | actions.Embed):
-        return {}
+def _brought(parameters: Parameters, study: Study) -> dict[str, Array]:
+    """Make up the arrays of the largest request, where the study says how large they are."""
+    if isinstance(parameters, actions.Score) and study.selection.strategy == "dual_score":
+        return {"centroids": np.zeros((study.clustering.clusters, parameters.settings.dimension))}
+    if isinstance(parameters, actions.Cluster):
+        return {n: a for n, a in _network(parameters).items() if is_named(n, "student/*")}
+    if isinstance(parameters, actions.EvaluateClassifier):
+        return _network(parameters)
+    if isinstance(parameters, actions.TrainClassifier | actions.Embed):
+        # First rounds start from what every site has.
+        return _network(parameters) if parameters.settings.rounds > 1 else {}
+    return {}
+
+
+def _network(
+    parameters: actions.TrainClassifier | actions.EvaluateClassifier | actions.Encode,
+) -> dict[str, Array]:
+    """Weights as they travel: of a classifier, or of the student and predictor made from one."""
+    if isinstance(parameters, actions.Encode):
+        return _weights(parameters.classifier, parameters.settings.dimension)
+    return _weights(parameters.classifier, None)
+
+
+@lru_cache(maxsize=2)
+def _weights(classifier: str, dimension: int | None) -> dict[str, Array]:
     from sonofed_common.models.classifiers import build_classifier
     from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 
-    backbone = build_classifier(parameters.classifier, pretrained=False)
+    backbone = build_classifier(classifier, pretrained=False)
     networks: dict[str, nn.Module] = {"weights": backbone}
-    if isinstance(parameters, actions.Embed):
-        dimension = parameters.settings.dimension
+    if dimension is not None:
         networks = {
             "student": HypersphereEncoder(backbone, dimension, 0),
             "predictor": Predictor(dimension, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from sonofed_common.contract.records import Records
@@ -18,6 +19,9 @@ class Enclave(Protocol):
 class Worker(Enclave, Protocol):
     """An enclave in this process, which says beforehand what it would refuse."""
 
-    def admit(self, action: str, request: Records) -> None:
-        """Refuse what `perform` would refuse before any work."""
+    def admit(self, action: str, request: Records) -> Callable[[], None]:
+        """Refuse what `perform` would refuse before any work.
+
+        What it returns refuses, later on, what was denied since.
+        """
         ...

@@ -21,6 +21,9 @@ WRAPPERS = (
 """As root, and for other users where the kernel lets them have namespaces of their own. Without
 capabilities, for root has the one that would lead back into a network."""
 
+DROPS = (_POWERLESS, ("setpriv", "--no-new-privs"))
+"""Where there is no network to begin with: as root, and for users who have no capabilities."""
+
 ENTERED = "SONOFED_ISOLATED"
 KEY_DESCRIPTOR = "SONOFED_MASTER_KEY_DESCRIPTOR"
 PROBE_SECONDS = 20.0
@@ -40,8 +43,24 @@ def isolated() -> bool:
     return True
 
 
+def powerless() -> bool:
+    """Whether this process has no capability and can gain none, for one leads into a network."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return int(status["CapPrm"], 16) == 0 and status["NoNewPrivs"] == "1"
+
+
+def way_out() -> str:
+    """Return in words how this process could reach a network, or nothing where it cannot."""
+    if not isolated():
+        return "could reach the network"
+    return "" if powerless() else "could go back into a network, for it keeps its capabilities"
+
+
 def enter(settings: SiteSettings) -> None:
-    """Begin this process again without a network; return where the machine does not let us.
+    """Begin this process again without a network, and without the capabilities to get one.
+
+    Return where there is nothing to take away, or the machine does not let us.
 
     Parameters
     ----------
@@ -49,9 +68,9 @@ def enter(settings: SiteSettings) -> None:
         A command that asks the hospital's key management for the master key needs the network: it
         runs now, and the new process finds the key in a file in memory, which no other can open.
     """
-    if ENTERED in os.environ:
+    if ENTERED in os.environ or not way_out():
         return
-    for wrapper in WRAPPERS:
+    for wrapper in DROPS if isolated() else WRAPPERS:
         if _works(wrapper):
             environment = {**os.environ, ENTERED: "1"}
             if settings.master_key is not None and settings.master_key.command:

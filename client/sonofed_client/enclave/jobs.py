@@ -74,9 +74,11 @@ class Job:
     state : State
         Where it is.
     percent : int
-        Share of the present task that is done.
+        Share of the present task that is done, rounded down to tens.
     reply : Records or None
         What may leave; gone once it was taken, for the ledger counts each time that it leaves.
+    confirm : callable or None
+        Refuses the reply where the hospital has changed its mind since.
     error : SonoFedError or None
         Why it failed.
     """
@@ -88,6 +90,7 @@ class Job:
     state: State = State.WAITING
     percent: int = 0
     reply: Records | None = None
+    confirm: Callable[[], None] | None = None
     error: SonoFedError | None = None
     cancelled: bool = False
     changes: int = field(default=0, repr=False)
@@ -148,10 +151,6 @@ class Jobs:
         action = received.action
         facts = [VERSION, action, received.sha256, self._snapshot()]
         key = sha256(json.dumps(facts).encode())
-        with self._changed:
-            known = self._jobs.get(key)
-            if known is not None and self._serves(known):
-                return known
         if action in LONG:
             self._enclave.admit(action, received.records)
         with self._changed:
@@ -194,13 +193,22 @@ class Jobs:
             return job.changes
 
     def take(self, job: str) -> Records | None:
-        """Return a job's reply, once: who asks again gets it from the site's store, or anew."""
+        """Return a job's reply, once: who asks again gets it from the site's store, or anew.
+
+        Raises
+        ------
+        SonoFedError
+            The hospital does not approve it any more; the reply is gone.
+        """
         with self._changed:
             known = self._jobs.get(job)
             if known is None:
                 return None
             reply, known.reply = known.reply, None
-            return reply
+            confirm, known.confirm = known.confirm, None
+        if reply is not None and confirm is not None:
+            confirm()
+        return reply
 
     def cancel(self, job: Job) -> None:
         """Drop a job that waits; stop one that runs when it next reports its progress."""
@@ -217,7 +225,8 @@ class Jobs:
             return
         if job.cancelled:
             raise _CancelledError
-        percent = int(100 * event["done"] / event["total"]) if event["total"] else 0
+        # In steps of ten: single percents would tell how many batches a pool of some size has.
+        percent = 10 * int(10 * event["done"] / event["total"]) if event["total"] else 0
         with self._changed:
             if percent != job.percent:
                 job.percent = percent
@@ -238,7 +247,7 @@ class Jobs:
                 self._change(job)
             self._running = job
             try:
-                self._end(job, reply=self._enclave.perform(job.action, self._request(job)))
+                self._end(job, reply=self._perform(job))
             except SonoFedError as error:
                 self._end(job, error=error)
             except _CancelledError:
@@ -251,6 +260,11 @@ class Jobs:
                 self._end(job, error=SonoFedError(sentence))
             finally:
                 self._running = None
+
+    def _perform(self, job: Job) -> Records:
+        request = self._request(job)
+        job.confirm = self._enclave.admit(job.action, request)
+        return self._enclave.perform(job.action, request)
 
     def _request(self, job: Job) -> Records:
         """Return a job's request; for a long job, after its beginning was put on record."""
@@ -285,6 +299,8 @@ class Jobs:
         self, job: Job, reply: Records | None = None, error: SonoFedError | None = None
     ) -> None:
         job.request, job.reply, job.error = None, reply, error
+        if reply is None:
+            job.confirm = None
         job.state = State.DONE if error is None else State.FAILED
         self._unfinished.discard(job)
         job.percent = 100 if error is None else job.percent
@@ -302,7 +318,7 @@ class Jobs:
         for job in over[:-1]:
             if held > KEPT_BYTES and job.reply is not None:
                 held -= job.reply.nbytes
-                job.reply = None
+                job.reply = job.confirm = None
         for job in over[: max(0, len(self._jobs) - KEPT_JOBS)]:
             del self._jobs[job.id]
 

@@ -94,15 +94,24 @@ class Ledger:
             self._write_head(number + 1, digest)
         return number + 1
 
-    def refuse(self, entry: Entry) -> None:
+    def refuse(self, entry: Entry, code: str, is_decided: bool = False) -> None:
         """Add an entry of a refusal or a failure, or count it where it repeats one.
+
+        Parameters
+        ----------
+        entry : Entry
+            About it.
+        code : str
+            Of the error.
+        is_decided : bool
+            Whether the entry's study is one that a person at this site decided on.
 
         Raises
         ------
         LedgerError
             It cannot be written.
         """
-        self._refusals.add(entry)
+        self._refusals.add(entry, code, is_decided)
 
     def settle(self) -> None:
         """Write how many refusals were counted so far; for a process that ends."""
@@ -251,5 +260,6 @@ def payload(records: Records) -> tuple[int, str]:
 
 
 def _unusable(error: Exception) -> LedgerError:
-    reason = getattr(error, "strerror", None) or str(error)
+    # The sentences of SQLite may name a file.
+    reason = getattr(error, "strerror", None) or getattr(error, "sqlite_errorname", "unknown error")
     return LedgerError(f"the ledger cannot be used ({reason}); nothing leaves without it")

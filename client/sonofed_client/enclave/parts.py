@@ -19,17 +19,19 @@ import numpy as np
 from sonofed_client.enclave.room import memory
 from sonofed_common.contract.enclave_pb2 import Failure, Head, Part
 from sonofed_common.contract.errors import ParameterError, SonoFedError, error_from_code
-from sonofed_common.contract.records import Array, Records, checked
+from sonofed_common.contract.records import HEADER_BYTES, Array, Records, checked
 
 PART_BYTES = 1024**2
 """A part is at most twice as large: below gRPC's own limit of 4 MiB."""
-HEADER_BYTES = 1024**2
-"""Most of a record that is text: some eight thousand arrays. Read, JSON takes 24 times its size."""
+DESCRIPTION_BYTES = 1024**2
+"""Longest description, which crosses in one message; it is facts, and no array."""
 
 TEXT_BYTES = 128 * 1024
 """Longest config and metrics; a study of the most sites has a quarter of it."""
 
 ACTION_LENGTH = 64
+DIMENSIONS = 32
+_END_OF_SIZES = 2**63
 TYPES = {
     "BOOL": "?",
     "I8": "i1",
@@ -205,7 +207,10 @@ def _views(header: dict[str, Any], body: memoryview) -> dict[str, Array]:
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = np.dtype(TYPES[facts["dtype"]]), facts["shape"]
         begin, stop = facts["data_offsets"]
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
+        # Before their product: that of many or long numbers takes seconds.
+        if len(shape) > DIMENSIONS:
+            raise ValueError("dimensions")
+        if any(type(n) is not int or not 0 <= n < _END_OF_SIZES for n in (*shape, begin, stop)):
             raise ValueError("a size that is no count")
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(body):
             raise ValueError("offsets")

@@ -48,6 +48,8 @@ class Policy(Model):
         for action, rule in self.actions.items():
             if action not in ACTIONS:
                 raise ValueError(f"{action!r} is no action; known: {', '.join(ACTIONS)}")
+            if rule.marked_share < 1 and action != "train.select":
+                raise ValueError(f"marked_share is of train.select; {action} marks nothing")
             for path in rule.parameters:
                 if not _is_parameter(ACTIONS[action], path):
                     raise ValueError(f"{path!r} is no parameter of {action}")
@@ -56,6 +58,20 @@ class Policy(Model):
     def digest(self) -> str:
         """SHA-256 of the validated policy."""
         return sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode())
+
+    def check_coordinator(self, key: str) -> None:
+        """Check the coordinator's public key that a site's settings name.
+
+        Raises
+        ------
+        PolicyError
+            The policy names others only.
+        """
+        if self.coordinators and key not in self.coordinators:
+            raise PolicyError(
+                "the policy's coordinators do not name the coordinator_key of the site's settings",
+                "coordinators",
+            )
 
     def admit(self, parameters: Parameters, action: str, request: Records) -> None:
         """Let a request in.

@@ -95,6 +95,9 @@ class ActionRule(Model):
     releases: int | None = Field(
         default=None, ge=1, description="noised replies that may leave for one study"
     )
+    marked_share: float = Field(
+        default=1.0, gt=0, le=1, description="of the pool, that a study may have labelled"
+    )
     arrays: tuple[ArrayRule, ...] = ()
     config: dict[str, Kind] = Field(default_factory=dict)
     metrics: tuple[str, ...] = ()

@@ -20,16 +20,16 @@ from sonofed_client.enclave.entry import MESSAGE_LENGTH, Entry
 from sonofed_client.enclave.interface import Enclave
 from sonofed_client.enclave.jobs import Job, Jobs, State
 from sonofed_client.enclave.ledger import Ledger
-from sonofed_client.enclave.parts import failure, read, receive, send
+from sonofed_client.enclave.parts import DESCRIPTION_BYTES, failure, read, receive, send
 from sonofed_client.enclave.room import Room
 from sonofed_common.contract import enclave_pb2 as messages
 from sonofed_common.contract.enclave_pb2_grpc import (
     EnclaveServicer,
     add_EnclaveServicer_to_server,
 )
-from sonofed_common.contract.errors import ConfigurationError, SonoFedError
+from sonofed_common.contract.errors import ConfigurationError, ParameterError, SonoFedError
 from sonofed_common.contract.names import DESCRIBE
-from sonofed_common.contract.records import to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 
 T = TypeVar("T")
 THREADS = 16
@@ -43,7 +43,10 @@ SUBMIT_SECONDS = 600.0
 
 STOP_SECONDS = 5.0
 PATH_BYTES = 107
-OPTIONS = [("grpc.so_reuseport", 0)]
+MESSAGE_BYTES = 16 * 1024**2
+"""What is larger, gRPC itself ends: the ledger hears of it where it is part of a request."""
+
+OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES)]
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class Service(EnclaveServicer):  # type: ignore[misc]
     def Describe(self, request: messages.Request, _: grpc.ServicerContext) -> messages.Reply:  # noqa: N802
         """Answer ``query.describe``."""
         try:
-            asked = self._noting(lambda: read(memoryview(request.records)))
+            asked = self._noting(lambda: _description(request.records))
             return messages.Reply(records=to_bytes(self._enclave.perform(DESCRIBE, asked)))
         except Exception as error:
             return messages.Reply(failure=failure(_named(error)))
@@ -86,6 +89,8 @@ class Service(EnclaveServicer):  # type: ignore[misc]
                 received = self._noting(lambda: receive(request_iterator, self._room.memory))
             return _status(self._jobs.submit(received))
         except grpc.RpcError:
+            # Its sender is gone or took too long, or a part was too large for gRPC.
+            self._note(ParameterError("the request ended before it was whole"))
             raise
         except Exception as error:
             return messages.Status(state=State.FAILED, failure=failure(_named(error)))
@@ -115,7 +120,11 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         self, request: messages.Job, context: grpc.ServicerContext
     ) -> Iterator[messages.Part]:
         """Send the reply of a job that is done."""
-        reply = self._jobs.take(request.id)
+        try:
+            reply = self._jobs.take(request.id)
+        except Exception as error:
+            yield messages.Part(failure=failure(_named(error)))
+            return
         if reply is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "no reply; submit the request again")
             return
@@ -133,9 +142,13 @@ class Service(EnclaveServicer):  # type: ignore[misc]
         try:
             return take_in()
         except SonoFedError as error:
-            # A stream may end with a failure, whose sentence is the relay's own and of any length.
-            self._ledger.refuse(Entry(outcome="refused", message=str(error)[:MESSAGE_LENGTH]))
+            self._note(error)
             raise
+
+    def _note(self, error: SonoFedError) -> None:
+        # A stream may end with a failure, whose sentence is the relay's own and of any length.
+        entry = Entry(outcome="refused", message=str(error)[:MESSAGE_LENGTH])
+        self._ledger.refuse(entry, error.code)
 
 
 class _Lenient(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -219,6 +232,12 @@ def _status(job: Job) -> messages.Status:
         percent=job.percent,
         failure=failure(error) if error is not None else None,
     )
+
+
+def _description(file: bytes) -> Records:
+    if len(file) > DESCRIPTION_BYTES:
+        raise ParameterError("the description is too long; send no arrays and fewer facts")
+    return read(memoryview(file))
 
 
 def _or_empty(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message]:

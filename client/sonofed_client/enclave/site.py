@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from sonofed_client.enclave.intake import masks, pixels, take_in
+from sonofed_client.enclave.policy import read_policy
 from sonofed_client.enclave.store import CataloguedImage, open_store
 from sonofed_client.settings import SiteSettings
 from sonofed_common.contract.actions import Parameters
@@ -49,6 +50,8 @@ class Site:
 
     Attributes
     ----------
+    policy : Policy
+        Which its settings name, as it was read when the site was opened.
     events : Events
         Progress of the work at hand; a listener that raises ends that work.
     """
@@ -57,6 +60,7 @@ class Site:
         self.settings = settings
         self.store = open_store(settings)
         take_in(settings, self.store)
+        self.policy = read_policy(settings.policy)
         self.device = device()
         self.events = Events()
         self._warm: OrderedDict[tuple[str, ...], Any] = OrderedDict()
@@ -244,14 +248,16 @@ class Site:
         """Name of an artifact that belongs to one study."""
         return f"study/{study}/{name}"
 
-    def tie_secret(self, study: str) -> bytes | None:
-        """Return the secret by which one study's ties are broken.
+    def tie_secret(self, study: str, scores: Records) -> bytes | None:
+        """Return the secret by which ties of one study's scores are broken.
 
-        An oracle has none: in a simulation the ids themselves break ties, and results repeat.
+        Other scores have another, so that their counts cannot be joined image by image. An oracle
+        has none: in a simulation the ids themselves break ties, and results repeat.
         """
         if self.settings.oracle:
             return None
-        return hmac.digest(self.store.image_key(), f"ties {study}".encode(), "sha256")
+        use = f"ties {study} {scores.digest()}"
+        return hmac.digest(self.store.image_key(), use.encode(), "sha256")
 
     def need(self, name: str, what: str) -> Records:
         """Return an artifact.

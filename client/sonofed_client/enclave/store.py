@@ -71,7 +71,12 @@ class Store:
         self._used: dict[str, float] = {}
         with full_disk_named():
             self._blobs = Blobs(folder / "blobs", self.keys)
-            self._catalogue = Catalogue(folder / "store.sqlite")
+            self._catalogue = Catalogue(folder / "store.sqlite", self._begin)
+
+    def _begin(self, session: Session) -> None:
+        # From now on a total that is not there was taken away.
+        for name in ("images", "annotations"):
+            self._set_totals(session, name, {})
 
     def image_key(self) -> bytes:
         """Return the site's secret for image ids."""
@@ -154,7 +159,7 @@ class Store:
     def _totals(self, session: Session, name: str) -> dict[str, int]:
         sealed = session.scalar(select(Total.sealed).where(Total.name == name))
         if sealed is None:
-            return {}
+            raise damaged_catalogue()
         totals: dict[str, int] = json.loads(self.keys.unseal(sealed, _bound("total", name)))
         return totals
 

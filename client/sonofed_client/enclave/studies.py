@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from sonofed_client.enclave.entry import Entry
-from sonofed_client.enclave.study_table import KnownStudy, StudyTable
+from sonofed_client.enclave.study_table import KnownStudy, StudyTable, damaged_study
 from sonofed_common.contract.actions import Describe, Parameters
 from sonofed_common.contract.errors import (
     ConfigurationError,
@@ -20,9 +20,12 @@ from sonofed_common.contract.errors import (
     StudyWaitingError,
 )
 
-MAX_UNDECIDED = 64
-"""Most studies that no person decided on: a new one takes the place of the oldest, which asks again
-if it is meant. So a stranger neither fills the disk nor keeps others from being read."""
+MAX_WAITING = 64
+"""Most studies that wait: a further one is told to ask again and is not kept. So a stranger neither
+fills the disk nor takes a study away before a person has read it."""
+
+MAX_AUTOMATIC = 64
+"""Most studies that were approved by themselves: a new one takes the place of the oldest."""
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{12,64})")
 
@@ -60,8 +63,19 @@ class Studies:
         self._coordinator, self._automatic, self._record = coordinator, automatic, record
 
     def known(self) -> list[KnownStudy]:
-        """Return the studies, oldest first."""
+        """Return the studies that can be read, oldest first."""
         return [self._now(study) for study in self._table.all()]
+
+    def check(self) -> None:
+        """Make sure that all studies can be read.
+
+        Raises
+        ------
+        StoreError
+            One is damaged; the sentence names it.
+        """
+        for name in self._table.damaged():
+            raise damaged_study(name)
 
     def approved(self, parameters: Parameters) -> KnownStudy | None:
         """Return the study that a request belongs to; None where none was described.
@@ -92,6 +106,10 @@ class Studies:
         """
         self._decided(self._table.of_digest(study.digest, study.coordinator))
 
+    def is_decided(self, name: str) -> bool:
+        """Whether a person decided on a content of this name, either way."""
+        return self._table.is_decided(name, self._coordinator)
+
     def find(self, key: str) -> list[KnownStudy]:
         """Return all contents of a name, or the content of a digest for each coordinator's key.
 
@@ -99,7 +117,17 @@ class Studies:
         ------
         ConfigurationError
             The site knows no such study, or the digits begin several digests.
+        StoreError
+            What it knows of it is damaged.
         """
+        found = self._matching(key)
+        if not found and key in self._table.damaged():
+            raise damaged_study(key)
+        if not found:
+            raise ConfigurationError(f"{key!r} is no study that this site knows; list the studies")
+        return found
+
+    def _matching(self, key: str) -> list[KnownStudy]:
         digits = _DIGEST.fullmatch(key)
         found = [
             study
@@ -108,8 +136,6 @@ class Studies:
         ]
         if digits and len({study.digest for study in found}) > 1:
             raise ConfigurationError(f"{key} begins several digests; give more of the digits")
-        if not found:
-            raise ConfigurationError(f"{key!r} is no study that this site knows; list the studies")
         return found
 
     def one(self, key: str) -> KnownStudy:
@@ -172,8 +198,13 @@ class Studies:
         with self._alone():
             return [self._decide(study, "denied", "person") for study in self.find(key)]
 
-    def forget(self, key: str) -> list[KnownStudy]:
+    def forget(self, key: str) -> list[str]:
         """Drop a content, or all contents of a name, and what was decided: they wait anew.
+
+        Returns
+        -------
+        list of str
+            Name of each, and its first digits or that it was damaged.
 
         Raises
         ------
@@ -183,11 +214,15 @@ class Studies:
             The ledger cannot take the entry; what was forgotten until then stays so.
         """
         with self._alone():
-            found = self.find(key)
+            damaged = key in self._table.damaged()
+            found = self._matching(key) if damaged else self.find(key)
+            if damaged:
+                self._append(Entry(outcome="note", study=key, message="forgotten; it was damaged"))
+                self._table.remove_damaged(key)
             for study in found:
                 self._note(study, "note", f"forgotten; it was {study.state}")
                 self._table.remove(study)
-            return found
+            return [*[f"{key} (damaged)"] * damaged, *(f"{s.name} ({s.short_key})" for s in found)]
 
     def _described(self, parameters: Describe) -> KnownStudy:
         with self._alone():
@@ -208,11 +243,16 @@ class Studies:
                 raise StudyDeniedError("the digest is of a study of another name")
             if self._automatic and study.state == "waiting":
                 study = self._decide(study, "approved", "automatic")
+            is_new_and_waits = before is None and study.state == "waiting"
+            if is_new_and_waits and self._table.waiting() >= MAX_WAITING:
+                raise StudyWaitingError(
+                    "too many studies wait for this hospital's approval; ask again later"
+                )
             if study.state == "approved" and not study.current:
                 study = study.model_copy(update={"current": True})
             if study != before:
                 self._table.put(study)
-                self._table.keep_undecided(MAX_UNDECIDED)
+                self._table.keep_automatic(MAX_AUTOMATIC)
         return self._decided(study)
 
     def _decide(
@@ -233,9 +273,7 @@ class Studies:
     def _note(
         self, study: KnownStudy, outcome: Literal["approved", "denied", "note"], message: str
     ) -> None:
-        if self._record is None:
-            raise LedgerError("a decision on a study needs the site's ledger")
-        self._record(
+        self._append(
             Entry(
                 outcome=outcome,
                 study=study.name,
@@ -244,6 +282,11 @@ class Studies:
                 message=message,
             )
         )
+
+    def _append(self, entry: Entry) -> None:
+        if self._record is None:
+            raise LedgerError("a decision on a study needs the site's ledger")
+        self._record(entry)
 
     def _now(self, study: KnownStudy) -> KnownStudy:
         if study.decided_by != "automatic" or self._automatic:

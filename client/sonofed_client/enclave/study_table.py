@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import StoreError
@@ -80,18 +80,23 @@ class StudyTable:
         self._path = path
 
     def all(self) -> list[KnownStudy]:
-        """Return the studies, oldest first."""
-        return self._read("ORDER BY rowid")
+        """Return the studies that can be read, oldest first."""
+        return [study for row in self._rows("ORDER BY rowid") if (study := _study(row))]
+
+    def damaged(self) -> list[str]:
+        """Return the names of the studies whose rows cannot be read."""
+        rows = self._rows("ORDER BY rowid")
+        return [str(row["name"]) for row in rows if _study(row) is None]
 
     def of_name(self, name: str, coordinator: str) -> KnownStudy | None:
         """Return the study that a name means now, else the last that was described under it."""
         chosen = "WHERE name = ? AND coordinator = ? ORDER BY current DESC, rowid DESC LIMIT 1"
-        return next(iter(self._read(chosen, name, coordinator)), None)
+        return self._read(chosen, name, coordinator)
 
     def of_digest(self, digest: str, coordinator: str) -> KnownStudy | None:
         """Return the study of a content and a coordinator."""
         chosen = "WHERE digest = ? AND coordinator = ?"
-        return next(iter(self._read(chosen, digest, coordinator)), None)
+        return self._read(chosen, digest, coordinator)
 
     def put(self, study: KnownStudy) -> None:
         """Write a study; it takes the name from the one that had it where it is ``current``."""
@@ -112,6 +117,13 @@ class StudyTable:
                 row,
             )
 
+    def remove_damaged(self, name: str) -> None:
+        """Remove the rows of a name that cannot be read."""
+        rows = self._rows("WHERE name = ?", name)
+        gone = [(row["rowid"],) for row in rows if _study(row) is None]
+        with self._connection() as connection:
+            connection.executemany("DELETE FROM studies WHERE rowid = ?", gone)
+
     def remove(self, study: KnownStudy) -> None:
         """Remove a study."""
         with self._connection() as connection:
@@ -120,21 +132,50 @@ class StudyTable:
                 (study.digest, study.coordinator),
             )
 
-    def keep_undecided(self, most: int) -> None:
-        """Remove the oldest of those that no person decided on, until so many are left."""
+    def is_decided(self, name: str, coordinator: str) -> bool:
+        """Whether a person decided on a study of this name and coordinator."""
+        chosen = "WHERE name = ? AND coordinator = ? AND decided_by = 'person'"
+        return self._count(chosen, name, coordinator) > 0
+
+    def waiting(self) -> int:
+        """Return how many studies wait."""
+        return self._count("WHERE state = 'waiting'")
+
+    def keep_automatic(self, most: int) -> None:
+        """Remove the oldest of those that were approved by themselves, until so many are left."""
         with self._connection() as connection:
             connection.execute(
                 "DELETE FROM studies WHERE rowid IN (SELECT rowid FROM studies "
-                "WHERE decided_by != 'person' ORDER BY rowid DESC LIMIT -1 OFFSET ?)",
+                "WHERE decided_by = 'automatic' ORDER BY rowid DESC LIMIT -1 OFFSET ?)",
                 (most,),
             )
 
-    def _read(self, chosen: str, *values: str) -> list[KnownStudy]:
+    def _count(self, chosen: str, *values: str) -> int:
+        if not self._path.exists():
+            return 0
+        with self._connection() as connection:
+            (count,) = connection.execute(
+                f"SELECT COUNT(*) FROM studies {chosen}", values
+            ).fetchone()
+            return int(count)
+
+    def _read(self, chosen: str, *values: str) -> KnownStudy | None:
+        for row in self._rows(chosen, *values):
+            study = _study(row)
+            if study is None:
+                raise damaged_study(str(row["name"]))
+            return study
+        return None
+
+    def _rows(self, chosen: str, *values: str) -> list[sqlite3.Row]:
         if not self._path.exists():
             return []
         with self._connection() as connection:
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM studies {chosen}", values).fetchall()
-        return [_study(row) for row in rows]
+            connection.row_factory = sqlite3.Row
+            # A flipped bit of a text is for who validates it to find.
+            connection.text_factory = lambda text: text.decode(errors="replace")
+            query = f"SELECT rowid, {_COLUMNS} FROM studies {chosen}"
+            return connection.execute(query, values).fetchall()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -149,20 +190,36 @@ class StudyTable:
                     )
                 elif version != VERSION:
                     raise StoreError(
-                        f"{self._path.name} of the site's store is of another version of SonoFed; "
-                        "move it away: the studies that ask again wait for a decision"
+                        "the site's list of studies is of another version of SonoFed; move it "
+                        "away: the studies that ask again wait for a decision"
                     )
                 yield connection
         except sqlite3.Error as error:
             raise StoreError(
-                f"{self._path.name} of the site's store cannot be used ({error}); check its disk, "
+                f"the site's list of studies cannot be used ({_name_of(error)}); check its disk, "
                 "or move it away: the studies that ask again wait for a decision"
-            ) from None
+            ) from error
 
 
-def _study(row: tuple[object, ...]) -> KnownStudy:
-    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    content = values.pop("content")
-    return KnownStudy.model_validate(
-        {**values, "content": None if content is None else Study.model_validate_json(str(content))}
+def damaged_study(name: str) -> StoreError:
+    """Return the error of a study whose row is not as it was written."""
+    return StoreError(
+        f"what the site knows of study {name[:64]!r} is damaged; forget the study: it waits for a "
+        "decision when it asks again"
     )
+
+
+def _name_of(error: sqlite3.Error) -> str:
+    # SQLite's own sentence may name a file.
+    return getattr(error, "sqlite_errorname", "unknown error")
+
+
+def _study(row: sqlite3.Row) -> KnownStudy | None:
+    """Return the study of a row; None where the row is damaged."""
+    values = {column: row[column] for column in _COLUMNS.split(", ")}
+    content = values.pop("content")
+    try:
+        read = None if content is None else Study.model_validate_json(str(content))
+        return KnownStudy.model_validate({**values, "content": read})
+    except ValidationError:
+        return None

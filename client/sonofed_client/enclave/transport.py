@@ -7,13 +7,14 @@ from pathlib import Path
 
 import grpc
 
-from sonofed_client.enclave.parts import receive, send
+from sonofed_client.enclave.parts import DESCRIPTION_BYTES, receive, send
 from sonofed_common.contract import enclave_pb2 as messages
 from sonofed_common.contract.enclave_pb2_grpc import EnclaveStub
-from sonofed_common.contract.errors import EngineError, error_from_code
+from sonofed_common.contract.errors import EngineError, ParameterError, error_from_code
 from sonofed_common.contract.names import DESCRIBE
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 
+TOO_LARGE = "the request is larger than this site takes; send less"
 PATIENCE_SECONDS = 120.0
 """How long an enclave may be away, for example while it starts anew."""
 
@@ -30,6 +31,7 @@ AWAY = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_OVER_A_LIMIT = "larger than max"
 _WAITING = (messages.WAITING, messages.RUNNING)
 
 
@@ -69,6 +71,9 @@ class SocketEnclave:
             try:
                 reply = self._describe(request) if action == DESCRIBE else self._do(action, request)
             except grpc.RpcError as error:
+                # An enclave that is busy has this code as well, but another sentence.
+                if _OVER_A_LIMIT in (error.details() or ""):
+                    raise ParameterError(TOO_LARGE) from None
                 if error.code() not in AWAY:
                     raise EngineError("the site's enclave failed; its own log says why") from None
                 reply = None
@@ -79,9 +84,10 @@ class SocketEnclave:
             time.sleep(min(0.5, self._patience / 10))
 
     def _describe(self, request: Records) -> Records:
-        reply = self._stub.Describe(
-            messages.Request(records=to_bytes(request)), timeout=ANSWER_SECONDS
-        )
+        encoded = to_bytes(request)
+        if len(encoded) > DESCRIPTION_BYTES:
+            raise ParameterError(TOO_LARGE)
+        reply = self._stub.Describe(messages.Request(records=encoded), timeout=ANSWER_SECONDS)
         if reply.WhichOneof("reply") == "failure":
             raise error_from_code(reply.failure.code, reply.failure.sentence)
         return from_bytes(reply.records)

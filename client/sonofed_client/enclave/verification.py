@@ -99,4 +99,8 @@ def check_head(head: dict[str, Any], public_key: str) -> None:
 
 def _verify(public_key: str, signature: str, text: str) -> None:
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
-    key.verify(bytes.fromhex(signature), text.encode())
+    written = bytes.fromhex(signature)
+    # Capitals and blanks are read as well, and are an edit all the same.
+    if written.hex() != signature:
+        raise ValueError("not as it was written")
+    key.verify(written, text.encode())

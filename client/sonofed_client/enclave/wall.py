@@ -21,6 +21,7 @@ from sonofed_common.contract.errors import (
     LedgerError,
     PolicyError,
     SonoFedError,
+    StoreError,
     StudyDeniedError,
     StudyWaitingError,
 )
@@ -84,12 +85,7 @@ class Wall:
         self._ledger = ledger or open_ledger(store)
         self._policy = policy or read_policy(settings.policy)
         self._studies = open_studies(settings, self._ledger)
-        allowed = self._policy.coordinators
-        if allowed and settings.coordinator_key not in allowed:
-            raise PolicyError(
-                "the policy's coordinators do not name the coordinator_key of the site's settings",
-                "coordinators",
-            )
+        self._policy.check_coordinator(settings.coordinator_key)
         write_atomically(store.folder / RUNNING_POLICY, self._policy.digest().encode(), 0o600)
 
     @property
@@ -143,7 +139,7 @@ class Wall:
         except LedgerError:
             raise
         except Exception as error:
-            self._ledger.refuse(_failure(entry, error, _held(error)))
+            self._refuse(entry, error, _held(error), study)
             raise
         self._ledger.append(
             entry.model_copy(
@@ -162,18 +158,34 @@ class Wall:
             self._store.trim("released/")
         return released.records
 
-    def admit(self, action: str, request: Records) -> None:
+    def admit(self, action: str, request: Records) -> Callable[[], None]:
         """Refuse a request, before it is queued, that `perform` would refuse before any work.
+
+        Returns
+        -------
+        callable
+            To be called before a reply that was computed earlier leaves: it raises, with an entry,
+            where the approval does not hold any more.
 
         Raises
         ------
         SonoFedError
             As `perform`; the refusal is on record.
         """
-        self._let_in(action, request)
+        parameters, study, entry = self._let_in(action, request)
+
+        def confirm() -> None:
+            try:
+                self._confirm(parameters, study)
+            except Exception as error:
+                self._refuse(entry, error, "refused", study)
+                raise
+
+        return confirm
 
     def _let_in(self, action: str, request: Records) -> tuple[Parameters, KnownStudy | None, Entry]:
         entry = Entry(outcome="sent", action=action[:64], study=_study_name(request))
+        study = None
         try:
             parameters = parse(action, request)
             study = self._studies.approved(parameters)
@@ -184,9 +196,21 @@ class Wall:
         except LedgerError:
             raise
         except Exception as error:
-            self._ledger.refuse(_failure(entry, error, "refused"))
+            self._refuse(entry, error, "refused", study)
             raise
         return parameters, study, entry
+
+    def _refuse(
+        self, entry: Entry, error: Exception, outcome: Outcome, study: KnownStudy | None
+    ) -> None:
+        code = error.code if isinstance(error, SonoFedError) else SonoFedError.code
+        try:
+            # A study that was let in may be forgotten by now.
+            was_decided = study is not None and study.decided_by == "person"
+            is_decided = was_decided or self._studies.is_decided(entry.study)
+        except StoreError:
+            is_decided = False
+        self._ledger.refuse(_failure(entry, error, outcome), code, is_decided)
 
     def _confirm(self, parameters: Parameters, study: KnownStudy | None) -> None:
         if study is None:

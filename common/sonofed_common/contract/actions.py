@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -30,13 +30,17 @@ class Parameters(Model):
     Attributes
     ----------
     arrays : tuple of str
-        Arrays that a request of the action may bring: exact names, or ``group/*``.
+        Arrays that requests of the action may bring: exact names, or ``group/*``.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ()
 
     study: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     seed: int = Field(ge=0, description="study seed")
+
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return which of `arrays` a request with these parameters and array names has read."""
+        return self.arrays
 
 
 class Describe(Parameters):
@@ -105,6 +109,10 @@ class Embed(Encode):
 
     round: int = Field(ge=0)
 
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return both, or nothing where no student came."""
+        return self.arrays if any(is_named(name, "student/*") for name in names) else ()
+
     @model_validator(mode="after")
     def _round_of_the_study(self) -> Self:
         _check_round(self.round, self.settings.rounds)
@@ -116,6 +124,10 @@ class Cluster(Encode):
 
     arrays = ("student/*", "centroids")
 
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the centroids where they came, else the student."""
+        return ("centroids",) if "centroids" in names else ("student/*",)
+
 
 class Score(Encode):
     """Score the pool against the final centroids. Arrays: ``centroids``; none for ``random``."""
@@ -123,6 +135,10 @@ class Score(Encode):
     arrays = ("centroids",)
 
     selection: Selection
+
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the centroids where there is something to score."""
+        return self.arrays if self.selection.strategy == "dual_score" else ()
 
 
 class Histogram(Parameters):
@@ -147,6 +163,10 @@ class Select(Parameters):
     arrays = ("ranks/*", "cuts")
 
     stage: Literal["rank", "mark"]
+
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the arrays of the stage."""
+        return ("ranks/*",) if self.stage == "rank" else ("cuts",)
 
 
 class Annotations(Parameters):
@@ -236,6 +256,10 @@ class EvaluateSegmenter(Pooled):
     batch_norm: SiteNorm | Literal["global"] = "site"
     replicates: int = Field(default=2000, ge=0, le=20000)
 
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the gate only where the rule has one."""
+        return self.arrays if self.infusion.rule == "gate" else ("temperatures",)
+
 
 def _check_round(number: int, rounds: int) -> None:
     if number >= rounds:
@@ -271,7 +295,7 @@ def parse(action: str, request: Records) -> Parameters:
     UnknownActionError
         The action is not in `ACTIONS`.
     ParameterError
-        The parameters do not validate, or an array came that the action does not take.
+        The parameters do not validate, or an array came that the action does not take with them.
     """
     model = ACTIONS.get(action)
     if model is None:
@@ -279,15 +303,21 @@ def parse(action: str, request: Records) -> Parameters:
             f"{action[:64]!r} is not an action of this site; known: {', '.join(ACTIONS)}"
         )
     # Else one that nobody reads would make a new question of an old one.
-    if not all(any(is_named(name, key) for key in model.arrays) for name in request.arrays):
-        raise ParameterError(
-            f"the request of {action} holds an array that it does not take; it takes "
-            f"{', '.join(model.arrays) or 'none'}"
-        )
+    _check_arrays(action, request, model.arrays)
     try:
-        return validate(model, request.config, action)
+        parameters = validate(model, request.config, action)
     except ConfigurationError as error:
         raise ParameterError(error.message) from None
+    _check_arrays(action, request, parameters.reads(request.arrays))
+    return parameters
+
+
+def _check_arrays(action: str, request: Records, taken: tuple[str, ...]) -> None:
+    if not all(any(is_named(name, key) for key in taken) for name in request.arrays):
+        raise ParameterError(
+            f"the request of {action} holds an array that it does not take; it takes "
+            f"{', '.join(taken) or 'none'}"
+        )
 
 
 def request(parameters: Parameters, **arrays: Array | Mapping[str, Array]) -> Records:

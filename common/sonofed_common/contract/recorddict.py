@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.records import Records, check_header, from_bytes, to_bytes
 
 _NAME, _FORM = "records", "safetensors"
 
@@ -37,7 +37,7 @@ def from_recorddict(content: RecordDict) -> Records:
     Raises
     ------
     ParameterError
-        The message was not made by SonoFed.
+        The message was not made by SonoFed, or holds more text than a site takes.
     """
     try:
         data = content.array_records[_NAME][_NAME].data
@@ -45,4 +45,5 @@ def from_recorddict(content: RecordDict) -> Records:
         raise ParameterError(
             "the message holds no SonoFed records; both sides need the same version"
         ) from None
+    check_header(data)
     return from_bytes(data)

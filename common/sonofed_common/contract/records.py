@@ -15,6 +15,9 @@ from safetensors.numpy import load, save
 
 from sonofed_common.contract.errors import ParameterError
 
+HEADER_BYTES = 1024**2
+"""Most of a record that is text: some eight thousand arrays. Read, JSON takes 24 times its size."""
+
 Json = Any
 Array = NDArray[Any]
 
@@ -65,6 +68,18 @@ def grouped(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
 def is_named(name: str, key: str) -> bool:
     """Whether a key, an exact name or ``group/*``, is about an array of this name."""
     return name.startswith(key[:-1]) if key.endswith("/*") else name == key
+
+
+def check_header(data: bytes) -> None:
+    """Refuse records of a stranger whose text alone would take the reader's memory.
+
+    Raises
+    ------
+    ParameterError
+        The text is longer than `HEADER_BYTES`.
+    """
+    if int.from_bytes(data[:8], "little") > HEADER_BYTES:
+        raise ParameterError("the text of the records is too long; send fewer arrays and facts")
 
 
 def to_bytes(records: Records) -> bytes:

@@ -70,10 +70,12 @@ def _merge(site: Site, parameters: Embed, student: HypersphereEncoder) -> float 
     if parameters.round == 0:
         # Those of an earlier study of this name.
         site.store.remove(_student(site, parameters))
-    names = site.store.names(_student(site, parameters))
-    earlier = sorted(n for n in names if n < _student(site, parameters, parameters.round))
-    # A round that is done again merges with what it merged with before: that one stays.
-    for passed in earlier[:-1]:
+    names, own = sorted(site.store.names(_student(site, parameters))), parameters.round
+    earlier = [name for name in names if name < _student(site, parameters, own)]
+    later = [name for name in names if name > _student(site, parameters, own)]
+    # A round that is done again merges with what it merged with before, and the next new one with
+    # the last that was done: these stay, in whatever order rounds are asked for.
+    for passed in (*earlier[:-1], *later[:-1]):
         site.store.remove(passed)
     previous = site.store.get(earlier[-1]) if earlier else None
     if previous is None:

@@ -11,6 +11,7 @@ import torch
 from sonofed_client.adaptation.scoring import uncertainty
 from sonofed_client.adaptation.selector import PoolSelector
 from sonofed_client.enclave.handlers.embedding import received_centroids
+from sonofed_client.enclave.labelling import admit_marks, admit_scores
 from sonofed_client.enclave.site import Site
 from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
 from sonofed_common.contract.errors import ParameterError
@@ -32,9 +33,11 @@ def score(site: Site, parameters: Score, request: Records) -> Records:
             "representativeness": np.array(kept["representativeness"]),
         }
     facts = {"settings": settings.model_dump(mode="json"), "seed": parameters.seed}
+    made = Records(scores, facts)
+    admit_scores(site, parameters.study, made)
     for earlier in ("ranks", "selected"):
         site.store.remove(site.study_artifact(parameters.study, earlier))
-    site.store.put(site.study_artifact(parameters.study, "scores"), Records(scores, facts))
+    site.store.put(site.study_artifact(parameters.study, "scores"), made)
     return Records(config={"examples": len(site.store.images("pool"))})
 
 
@@ -65,10 +68,14 @@ def select(site: Site, parameters: Select, request: Records) -> Records:
         return Records()
     if "cuts" not in request.arrays:
         raise ParameterError("marking a selection needs the cuts; send them")
-    chosen = _selector(site, parameters).select(np.array(request.arrays["cuts"]))
-    site.store.put(
-        site.study_artifact(parameters.study, "selected"), Records(config={"ids": chosen})
-    )
+    cuts, selector = np.array(request.arrays["cuts"]), _selector(site, parameters)
+    chosen = selector.select(cuts)
+    name, marked = site.study_artifact(parameters.study, "selected"), Records({"cuts": cuts})
+    before = site.store.get(name)
+    if before is not None and before.digest() != marked.digest():
+        raise ParameterError("these scores have their selection; score again for another")
+    counted = admit_marks(site, parameters.study, selector.settings, chosen)
+    site.store.put_many({**counted, name: Records({"cuts": cuts}, {"ids": chosen})})
     if site.settings.oracle:
         labels = {row.id: row.label for row in site.store.images("pool")}
         known = [(i, labels[i]) for i in chosen[-1]]
@@ -116,7 +123,7 @@ def _selector(site: Site, parameters: Parameters, ranks: Records | None = None) 
         settings,
         int(kept.config["seed"]),
         **{name: np.array(scores) for name, scores in kept.arrays.items()},
-        secret=site.tie_secret(parameters.study),
+        secret=site.tie_secret(parameters.study, kept),
     )
     ranks = ranks or site.store.get(site.study_artifact(parameters.study, "ranks"))
     if ranks is not None:
