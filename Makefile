@@ -10,10 +10,11 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
 
-# Two workers of one thread each; a file stays whole, so its fixtures are made once.
+# Three workers of one thread each, for a third of the time is waiting for processes; a file stays
+# whole, so its fixtures are made once.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
 
 faults: export OMP_NUM_THREADS := 1
 faults: $(READY)

@@ -42,6 +42,19 @@ pytestmark = [
 
 BIN = Path(sys.executable).parent
 PATIENCE = 1500
+CHANGES = {
+    "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
+    "selection": {"strategy": "random", "budgets": [0.5]},
+    "finetuning": {"rounds": 4},
+}
+"""The tiny study with few questions, each of which starts a process at each hospital."""
+
+
+def tiny(laboratory, name="tiny"):
+    values = laboratory.scenario.study.model_dump(mode="json", exclude_none=True)
+    for key, value in CHANGES.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return Study.model_validate({**values, "name": name})
 
 
 def run(program, *words, code=0):
@@ -127,9 +140,9 @@ class Deployment:
         return run("sonofed-coordinator", "study", *words, "--project", self.project, code=code)
 
     def write(self, name):
-        values = self.laboratory.scenario.study.model_dump(mode="json", exclude_none=True)
+        values = tiny(self.laboratory, name).model_dump(mode="json", exclude_none=True)
         file = self.project.with_name(f"{name}.toml")
-        file.write_text(tomli_w.dumps({**values, "name": name}))
+        file.write_text(tomli_w.dumps(values))
         return file
 
     @property
@@ -172,7 +185,7 @@ def undisturbed(laboratory, tmp_path_factory):
     """The same study in one process."""
     root = tmp_path_factory.mktemp("undisturbed")
     sites = laboratory.prepare_sites(0, root / "sites")
-    study = Study.model_validate(laboratory.scenario.study.model_dump(mode="json"))
+    study = tiny(laboratory)
     workspace = laboratory.workspace(study, laboratory.root / "source", root / "study")
     run_inline(workspace, sites, Events())
     return outcome(workspace, sites, study.name)

@@ -791,7 +791,7 @@ def test_a_bundle_without_a_segmenter_is_refused(lab, tmp_path, phase):
 def reduced(name, hospitals, **source):
     """Some hospitals of a built-in scenario of real data, small and for one epoch."""
     values = tomllib.loads(built_in()[name].read_text())
-    kept = {n: values["hospitals"][n] for n in hospitals}
+    kept = {n: {**values["hospitals"][n], "test_fraction": 0.4} for n in hospitals}
     values |= {"hospitals": kept, "threads": 1}
     values["source"] |= {"image_size": 64, "threads": 1}
     for section in ("segmentation", "training"):

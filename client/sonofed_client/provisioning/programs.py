@@ -63,7 +63,7 @@ def _enclave(hospital: Hospital) -> Program:
 def _relay(hospital: Hospital, socket: Path) -> list[Program]:
     port, environment = hospital.relay_settings.runtime_port, _environment(hospital)
     supernode = (
-        str(beside("flower-supernode")),
+        *(sys.executable, "-m", "sonofed_client.supernode"),
         *("--superlink", installed_kit(hospital).address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
@@ -111,6 +111,6 @@ def _environment(hospital: Hospital) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }

@@ -25,6 +25,10 @@ from sonofed_common.contract.study import Cohort
 from sonofed_common.runtime import Events
 
 POLL_SECONDS = 0.05
+LONGEST_POLL_SECONDS = 0.5
+WAITED_SHARE = 0.1
+"""Pause between two questions for a reply, as a share of how long it was waited for."""
+
 PATIENCE_SECONDS = 120.0
 """How long the SuperLink may answer that it cannot: on a slow disk its database is locked at times,
 which it does not wait out."""
@@ -186,6 +190,7 @@ class Exchange:
         return message_id
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
+        began = time.monotonic()
         while True:
             for message in _patiently(lambda: list(self.grid.pull_messages([sent.message]))):
                 if message.has_error() and message.error.code in AWAY:
@@ -212,7 +217,8 @@ class Exchange:
                     sent.again(came)
             if time.monotonic() > until:
                 return QuorumError(f"site {site} did not answer within the deadline")
-            time.sleep(POLL_SECONDS)
+            waited = time.monotonic() - began
+            time.sleep(min(max(POLL_SECONDS, WAITED_SHARE * waited), LONGEST_POLL_SECONDS))
 
     def _gone(self, site: str) -> bool:
         since = self._away.setdefault(site, time.monotonic())

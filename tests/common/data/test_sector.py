@@ -48,7 +48,7 @@ def test_a_linear_sector_in_its_padding_is_found(top, left, bottom, right, seed)
     inside = rectangle(top, left, bottom, right)
     (sector,) = found(speckled(inside, seed))
     assert sector[inside].mean() > 0.99
-    assert overlap(sector, inside) > 0.85
+    assert overlap(sector, inside) > 0.8
 
 
 def test_a_convex_sector_is_found():
