@@ -24,6 +24,11 @@ HEADER = (
     "of the way to supervised",
 )
 
+COVERED = (
+    "Means over sites and seeds. Intervals cover the choice of patients, not of seeds: how far "
+    "trainings differ by chance is not in them."
+)
+
 
 def mask_table(summary: MaskSummary) -> Table:
     """Return the summary for a terminal."""
@@ -40,6 +45,8 @@ def write_mask_summary(summary: MaskSummary, out: Path) -> None:
     sites = list(summary.rows[0].sites) if summary.rows else []
     lines = [
         *_markdown(HEADER, [_cells(row) for row in summary.rows]),
+        "",
+        COVERED,
         "",
         "Other measures (95%):",
         "",

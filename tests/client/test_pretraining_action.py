@@ -227,3 +227,14 @@ def test_no_name_or_group_leaves(site):
     sent = to_bytes(ask(site, bundle))
     secrets = {text for row in site.store.images() for text in (row.id, row.name, row.group)}
     assert not [text for text in secrets if text.encode() in sent]
+
+
+def test_a_single_image_trains_nothing(site, monkeypatch):
+    own, bundle = site
+    rows, images = own.images("pool", SIZE)
+    monkeypatch.setattr(own, "images", lambda part, size: (rows[:1], images[:1]))
+    parameters = Pretrain(
+        study="trial", seed=0, bundle=bundle, image_size=SIZE, round=0, settings=SETTINGS
+    )
+    reply = pretrain(own, parameters, request(parameters))
+    assert reply.config == {"examples": 0} and not reply.arrays

@@ -703,6 +703,18 @@ def test_a_collapse_that_breaks_the_quorum_ends_the_study_by_name(lab, tmp_path)
         (["enrol", "ship", "evaluate", "publish"], "'publish' needs adapted models"),
         (["enrol", "ship", "pretrain", "publish"], "'publish' needs adapted models"),
         (["enrol", "ship", "pretrain", "pretrain"], "name each phase once"),
+        (
+            ["enrol", "ship", "pretrain", "pseudo_label", "supervise"],
+            "'supervise' must come before 'pseudo_label'",
+        ),
+        (
+            ["enrol", "ship", "ensemble", "pseudo_label", "evaluate", "publish"],
+            "'pseudo_label' must come before 'ensemble'",
+        ),
+        (
+            ["enrol", "ship", "evaluate", "ensemble", "publish"],
+            "'ensemble' must come before 'evaluate'",
+        ),
     ],
 )
 def test_phases_out_of_order_are_refused(phases, sentence):

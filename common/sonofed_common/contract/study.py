@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -71,6 +72,10 @@ NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
     "publish": (frozenset({"adapted models"}), frozenset()),
 }
 """What each phase needs from the phases before it, and what it gives."""
+
+SEGMENTERS: tuple[Phase, ...] = ("supervise", "pseudo_label", "ensemble", "evaluate")
+"""What a study does of these comes in this order: each works on what the one before it left, and
+what is published is what was evaluated."""
 
 
 ClassifierName = Literal[
@@ -444,6 +449,10 @@ class Study(Model):
                     f"phase '{phase}' needs {', '.join(missing)} from a phase before it"
                 )
             given |= gives
+        placed = [phase for phase in self.phases if phase in SEGMENTERS]
+        for phase, after in pairwise(placed):
+            if SEGMENTERS.index(after) < SEGMENTERS.index(phase):
+                raise ValueError(f"phase '{after}' must come before '{phase}'")
         if len(set(self.phases)) != len(self.phases):
             raise ValueError("name each phase once")
         return self

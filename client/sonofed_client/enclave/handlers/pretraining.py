@@ -18,9 +18,12 @@ from sonofed_common.runtime import derive_seed
 def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
     """One federated round of target-informed pretraining on the pool.
 
-    A round that was killed goes on from its last epoch when the same request returns.
+    A round that was killed goes on from its last epoch when the same request returns. A single
+    image trains nothing, and nothing is answered.
     """
     rows, images = site.images("pool", parameters.image_size)
+    if len(rows) == 1:
+        return Records(config={"examples": 0})
     # Every site draws the same decoder and projector, so round 0 needs no broadcast.
     model = PretrainingModel(
         starting_encoder(site, parameters),
