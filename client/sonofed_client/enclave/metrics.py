@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +27,9 @@ log = logging.getLogger(__name__)
 
 def keep_written(ledger: Ledger, jobs: Jobs, socket: Path) -> None:
     """Write the metrics now and every `SECONDS`, in a thread that ends with the process."""
-    ended = threading.Event()
 
     def write() -> None:
-        while not ended.wait(SECONDS if metrics_file(socket).exists() else 0.0):
+        while True:
             try:
                 text = exposition(lambda: enclave_metrics(ledger, jobs))
                 write_atomically(metrics_file(socket), text)
@@ -37,7 +37,7 @@ def keep_written(ledger: Ledger, jobs: Jobs, socket: Path) -> None:
                 metrics_file(socket).chmod(MODE)
             except (OSError, LedgerError) as error:
                 log.warning("the metrics cannot be written (%s)", type(error).__name__)
-                ended.wait(SECONDS)
+            time.sleep(SECONDS)
 
     metrics_file(socket).unlink(missing_ok=True)
     threading.Thread(target=write, name="metrics", daemon=True).start()
