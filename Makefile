@@ -5,20 +5,25 @@ READY := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test faults test-demo check clean
+.PHONY: demo test faults fuzz test-demo check clean
 
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
 
-# Three workers of one thread each, for a third of the time is waiting for processes; a file stays
+# Four workers of one thread each, for half of the time is waiting for processes; a file stays
 # whole, so its fixtures are made once.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
 
 faults: export OMP_NUM_THREADS := 1
 faults: $(READY)
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: export SONOFED_FUZZED_REQUESTS := 200000
+fuzz: $(READY)
+	$(BIN)/python -m pytest -k mutated_requests --timeout 5400 -s tests/integration/test_enclave_process.py $(PYTEST_ARGS)
 
 test-demo: $(READY)
 	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)

@@ -10,25 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sonofed_common.cli import application
-from sonofed_common.contract.configuration import read_toml
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.results import Results
 from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
-from sonofed_server.study.report import this_machine
-from sonofed_simulations.comparison import built_in as comparisons
-from sonofed_simulations.comparison import finished_cells, read_comparison, run_comparison
-from sonofed_simulations.comparison_summary import summarise, summary_table, write_summary
-from sonofed_simulations.report.table import tabulate
+from sonofed_simulations.engines import Enclaves, Engine
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
-from sonofed_simulations.segmentation_comparison import (
-    finished_scores,
-    read_mask_comparison,
-    run_mask_comparison,
-)
-from sonofed_simulations.segmentation_summary import summarise_masks
-from sonofed_simulations.segmentation_tables import mask_table, write_mask_summary
-from sonofed_simulations.simulation import Enclaves, Engine, simulate
 
 PLAIN_WIDTH = 110
 """Columns of a table that goes to a file or a log."""
@@ -89,6 +75,9 @@ def compare(
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Only these seeds.")] = None,
 ) -> None:
     """Run the variants of a comparison cell by cell, and summarise every finished cell."""
+    from sonofed_common.contract.configuration import read_toml
+    from sonofed_simulations.comparison import built_in as comparisons
+
     path = comparisons().get(comparison, Path(comparison))
     if not path.exists():
         raise ConfigurationError(
@@ -114,6 +103,9 @@ def scenarios() -> None:
 
 
 def _compare_selection(path: Path, out: Path, data: Path | None, seeds: list[int] | None) -> Table:
+    from sonofed_simulations.comparison import finished_cells, read_comparison, run_comparison
+    from sonofed_simulations.comparison_summary import summarise, summary_table, write_summary
+
     chosen, scenario = read_comparison(path)
     with progress_listener() as listener:
         events = Events(listeners=[listener])
@@ -129,6 +121,15 @@ def _compare_selection(path: Path, out: Path, data: Path | None, seeds: list[int
 def _compare_segmentation(
     path: Path, out: Path, data: Path | None, seeds: list[int] | None
 ) -> Table:
+    from sonofed_server.study.report import this_machine
+    from sonofed_simulations.segmentation_comparison import (
+        finished_scores,
+        read_mask_comparison,
+        run_mask_comparison,
+    )
+    from sonofed_simulations.segmentation_summary import summarise_masks
+    from sonofed_simulations.segmentation_tables import mask_table, write_mask_summary
+
     chosen, scenario = read_mask_comparison(path)
     with progress_listener() as listener:
         events = Events(listeners=[listener])
@@ -146,7 +147,10 @@ def _console() -> Console:
 
 def _run(
     name: str, data: Path | None, out: Path, engine: Engine, seed: int | None, enclaves: Enclaves
-) -> Results:
+) -> None:
+    from sonofed_simulations.report.table import tabulate
+    from sonofed_simulations.simulation import simulate
+
     scenario = read_scenario(name)
     seed = scenario.study.seed if seed is None else seed
     with progress_listener() as listener:
@@ -154,4 +158,3 @@ def _run(
         results = simulate(scenario, out, data, engine, seed, events, enclaves)
     _console().print(tabulate(results))
     _console().print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
-    return results

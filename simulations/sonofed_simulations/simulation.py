@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 from sonofed_client.settings import read_site
 from sonofed_common.contract.bundle import Bundle
@@ -12,6 +11,7 @@ from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_simulations.enclaves import enclave_processes
+from sonofed_simulations.engines import Enclaves, Engine
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
@@ -20,9 +20,6 @@ from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.segmentation_views import segmentation_views
 from sonofed_simulations.views import site_views, source_quality, source_view
-
-Engine = Literal["inline", "flower"]
-Enclaves = Literal["library", "process"]
 
 
 def simulate(

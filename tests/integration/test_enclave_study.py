@@ -19,7 +19,6 @@ from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_simulations.enclaves import enclave_processes
-from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import run_inline
 
 pytestmark = pytest.mark.slow
@@ -71,19 +70,6 @@ def enclave_of(site):
             if str(site) in words and not any("guard" in word for word in words):
                 return process
     raise AssertionError(site)
-
-
-def test_flower_over_processes_gives_the_same_bits(laboratory, in_process, tmp_path):
-    workspace, sites = lay_out(laboratory, tmp_path)
-    with enclave_processes(sites) as served:
-        pids = [enclave_of(site).pid for site in served]
-        results = run_flower(workspace, served, Events(), 1)
-        assert all(psutil.pid_exists(pid) for pid in pids)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert results.missing_sites == ()
-    assert_same_bits(outcome(workspace, sites), in_process[0])
-    for site in sites:
-        open_ledger(open_store(read_site(site))).verify()
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.handlers.ensemble import predict_site
 from sonofed_client.enclave.scope import check_scope
 from sonofed_client.enclave.site import Site
-from sonofed_client.enclave.store import Store
+from sonofed_client.enclave.store import Store, open_store
+from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainSegmenter
@@ -59,6 +60,7 @@ from sonofed_server.study.engine import run_study
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.run import StudyRun
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
+from sonofed_simulations.enclaves import enclave_processes
 from sonofed_simulations.engines.flower import run_flower
 from sonofed_simulations.engines.inline import InlineGrid, run_inline
 from sonofed_simulations.laboratory import Laboratory
@@ -529,10 +531,13 @@ def test_adaptation_is_asked_for_with_weights_alone(widest, lab):
 
 
 @pytest.mark.slow
-def test_flower_and_inline_do_the_same(simulated, lab, workspace, tmp_path):
+def test_flower_over_enclave_processes_and_inline_do_the_same(simulated, lab, workspace, tmp_path):
     other, sites = lay_out(lab, tmp_path)
-    federated = run_flower(other, sites, Events(), 1)
+    with enclave_processes(sites) as served:
+        federated = run_flower(other, served, Events(), 1)
     assert federated.engine == "flower" and federated.missing_sites == ()
+    for site in sites:
+        open_ledger(open_store(read_site(site))).verify()
     for name, site in simulated.sites.items():
         stages = federated.sites[name].segmentation
         assert stages.keys() == site.segmentation.keys()
