@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from sonofed_common.contract.errors import DivergenceError, ParameterError
 from sonofed_common.contract.records import Array
 
+BLOCK = 2**18
+"""Values that are folded in at a time: what is needed for it besides the sums stays small."""
+
 
 class FedAvg:
     """Weighted mean of named arrays, folded in one reply at a time.
@@ -52,20 +55,36 @@ class FedAvg:
             raise ParameterError(
                 "updates of different models cannot be averaged; check the versions"
             )
+        first = not self._sums
         for name, array in arrays.items():
-            values = np.asarray(array, dtype=np.float64)
-            if not np.isfinite(values).all():
-                raise DivergenceError("an update is not finite; lower the learning rate")
-            if name in self._sums:
-                self._sums[name] += values * weight
-            else:
-                self._sums[name] = values * weight
+            if first:
+                self._sums[name] = np.empty(array.shape)
                 self._dtypes[name] = array.dtype
+            total, update = self._sums[name].reshape(-1), array.reshape(-1)
+            for start in range(0, len(total), BLOCK):
+                part = slice(start, start + BLOCK)
+                values = update[part].astype(np.float64)
+                if not np.isfinite(values).all():
+                    raise DivergenceError("an update is not finite; lower the learning rate")
+                values *= weight
+                if first:
+                    total[part] = values
+                else:
+                    total[part] += values
         self._weight += weight
 
     def mean(self) -> dict[str, Array]:
-        """Return the weighted mean, each array in the dtype it came in; empty without replies."""
-        return {name: self._cast(name, total / self._weight) for name, total in self._sums.items()}
+        """Return the weighted mean, each array in the dtype it came in; empty without replies.
+
+        The sums are given up for it, one by one: another mean begins anew.
+        """
+        weight, self._weight = self._weight, 0.0
+        means = {}
+        for name in list(self._sums):
+            total = self._sums.pop(name)
+            total /= weight
+            means[name] = self._cast(name, total)
+        return means
 
     def _cast(self, name: str, mean: NDArray[np.float64]) -> Array:
         dtype = self._dtypes[name]
