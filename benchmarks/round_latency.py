@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -37,7 +38,9 @@ from sonofed_client.enclave.room import Room
 from sonofed_client.enclave.server import Service, serve, wait_for_the_end
 from sonofed_client.enclave.store import Store
 from sonofed_client.provisioning.place import Hospital
+from sonofed_client.provisioning.programs import installed_kit
 from sonofed_client.provisioning.programs import programs as site_programs
+from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, grouped
 from sonofed_common.supervision.program import Program, answers
 from sonofed_server.provisioning.keys import make_keys
@@ -49,6 +52,7 @@ from sonofed_server.study.registration import register
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 3000.0
+SITES = (2, 4, 8)
 
 
 class Echo:
@@ -76,6 +80,26 @@ def enclave(folder: Path, path: Path, site: int) -> None:
     server = serve(Service(echo, jobs, Ledger(store.folder, store.keys.ledger), Room(2**40)), path)
     jobs.start()
     wait_for_the_end(server)
+
+
+def light_site(hospital: Hospital, site: int) -> None:
+    """Answer as a hospital's node does, without an enclave."""
+    from flwr.app import Message
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    from sonofed_client import supernode
+
+    echo = Echo(site)
+
+    class Light(supernode.Node):
+        def _work(self, message: Message) -> Message:
+            reply = echo.perform(message.metadata.message_type, from_recorddict(message.content))
+            return Message(to_recorddict(reply), reply_to=message)
+
+    key = supernode.load_ssh_private_key(hospital.node_key.read_bytes(), None)
+    address, certificates = installed_kit(hospital).address, hospital.authority.read_bytes()
+    with http_request_response(address, False, certificates, (key, key.public_key())) as connection:
+        Light(connection, {}).serve()
 
 
 def free_ports(number: int) -> list[int]:
@@ -130,15 +154,18 @@ class Federation:
             yield
 
     @contextmanager
-    def nodes(self, side: str) -> Iterator[None]:
-        """The sites' processes: ``"sonofed"`` or ``"flower"``."""
+    def nodes(self, side: str, sites: int) -> Iterator[None]:
+        """The sites' processes: ``"sonofed"``, ``"light"`` (no enclave) or ``"flower"``."""
         with ExitStack() as stack:
-            for number, hospital in enumerate(self.sites):
+            for number, hospital in enumerate(self.sites[:sites]):
                 for program in self._programs(side, number, hospital):
                     stack.enter_context(self.running(program))
             yield
 
     def _programs(self, side: str, number: int, hospital: Hospital) -> list[Program]:
+        if side == "light":
+            command = (sys.executable, __file__, "--site", str(number), str(hospital.root))
+            return [Program("site", command, lambda: True)]
         if side == "sonofed":
             socket = hospital.socket
             socket.unlink(missing_ok=True)
@@ -157,7 +184,7 @@ class Federation:
         )
         return [Program("supernode", command, lambda: answers(port), {"FLWR_HOME": str(home)})]
 
-    def run(self, side: str, megabytes: int, rounds: int) -> dict[str, object]:
+    def run(self, side: str, megabytes: int, rounds: int, sites: int) -> dict[str, Any]:
         """Run an app to its end and return its report."""
         self.runs += 1
         report, app = self.root / f"report{self.runs}.json", self.root / f"app{self.runs}"
@@ -166,7 +193,7 @@ class Federation:
             "report": str(report),
             "megabytes": megabytes,
             "rounds": rounds,
-            "sites": len(self.sites),
+            "sites": sites,
         }
         components = {"serverapp": f"round_apps:{side}_server", "clientapp": client}
         flwr = {"app": {"publisher": "sonofed", "components": components, "config": config}}
@@ -214,8 +241,8 @@ def latency(root: Path, sizes: list[int], rounds: int, pairs: int) -> dict[str, 
             for _ in range(pairs):
                 reports = {}
                 for side, rounds_taken in taken.items():
-                    with federation.nodes(side):
-                        report = reports[side] = federation.run(side, size, rounds)
+                    with federation.nodes(side, 2):
+                        report = reports[side] = federation.run(side, size, rounds, 2)
                     rounds_taken += report["rounds"]
                     print(json.dumps({"megabytes": size, "side": side, **report}), flush=True)
                 assert reports["flower"]["weights"] == reports["sonofed"]["weights"]
@@ -238,6 +265,26 @@ def latency(root: Path, sizes: list[int], rounds: int, pairs: int) -> dict[str, 
     }
 
 
+def peak_memory(root: Path, megabytes: int, rounds: int) -> dict[str, object]:
+    models, raw = {}, {}
+    federation = Federation(root, max(SITES))
+    with federation.up():
+        for sites in SITES:
+            with federation.nodes("light", sites):
+                report = federation.run("sonofed", megabytes, rounds, sites)
+            models[sites] = round((report["peak"] - report["idle"]) / (megabytes * 1024**2), 2)
+            raw[sites] = {name: round(report[name] / 1024**2) for name in ("idle", "peak")}
+            print(json.dumps({"sites": sites, "models": models[sites], **report}), flush=True)
+    return {
+        "benchmark": "round_latency --memory",
+        "megabytes": megabytes,
+        "models_above_idle": models,
+        "flat_within": round(max(models.values()) / min(models.values()) - 1, 3),
+        "megabytes_of_the_serverapp": raw,
+        "rounds": rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 20, 200])
@@ -245,8 +292,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep the folder of keys and logs")
-    parser.add_argument("--enclave", nargs=2, metavar=("NUMBER", "FOLDER"))
+    for process in ("--enclave", "--site"):
+        parser.add_argument(process, nargs=2, metavar=("NUMBER", "FOLDER"))
     given = parser.parse_args()
+    if given.site is not None:
+        light_site(Hospital(Path(given.site[1])), int(given.site[0]))
+        return
     if given.enclave is not None:
         hospital = Hospital(Path(given.enclave[1]))
         enclave(hospital.root / "echo", hospital.socket, int(given.enclave[0]))
@@ -256,7 +307,11 @@ def main() -> None:
     # Flower's processes find `round_apps` there.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     try:
-        print(json.dumps(latency(root, given.megabytes, given.rounds, given.pairs)))
+        if given.memory:
+            result = peak_memory(root, max(given.megabytes), given.rounds)
+        else:
+            result = latency(root, given.megabytes, given.rounds, given.pairs)
+        print(json.dumps(result))
     finally:
         if given.keep:
             print(f"kept {root}", file=sys.stderr)
