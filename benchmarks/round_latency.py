@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -303,6 +304,8 @@ def main() -> None:
         enclave(hospital.root / "echo", hospital.socket, int(given.enclave[0]))
         return
     root = Path(tempfile.mkdtemp(prefix="sonofed-", dir="/tmp"))
+    # Whoever ends this ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     # Flower's processes find `round_apps` there.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])

@@ -131,8 +131,8 @@ def from_bytes(data: bytes | bytearray) -> Records:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         parts = json.loads(header.pop("__metadata__")["records"])
-        whole = isinstance(data, bytes)
-        arrays = load(data) if whole else views(header, memoryview(data)[8 + size :])
+        body = memoryview(data)[8 + size :]
+        arrays = load(data) if isinstance(data, bytes) else views(header, body)
         return checked(arrays, parts["config"], parts["metrics"])
     except (
         *(SafetensorError, ValueError, KeyError, TypeError),
