@@ -170,4 +170,6 @@ def sonofed_round(
     for _, reply in exchange.ask(ACTION, request):
         mean.add(reply.group("weights"), float(reply.config["examples"]))
         values.append(float(reply.metrics["value"]))
+        # Or it would stay until the next one is there.
+        del reply
     return mean.mean(), sum(values) / len(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ which it does not wait out."""
 AWAY_SECONDS = 240.0
 """How long a site may be away before an exchange goes on without it. Flower takes about a minute to
 see that a node died, and does not let it back in before."""
+
+LARGE = 2**23
+"""Bytes of a message that is not left to Python to find, which may take several of them."""
 
 LOOK_SECONDS = 2.0
 """Pause between two looks at when the nodes came."""
@@ -153,6 +157,7 @@ class Exchange:
                     raise _broken(action, failures, len(self.sites()), self.cohort)
                 continue
             yield site, reply
+            del reply
 
     def ask_nodes(
         self, action: str, request: Records, nodes: list[int], until: float
@@ -194,7 +199,12 @@ class Exchange:
         ttl = self.cohort.deadline_seconds
         messages = [Message(content, node, action, ttl=ttl) for node in nodes]
         # What arrived twice is done once: the sites know a request that they have met.
-        return _patiently(lambda: list(self.grid.push_messages(messages)))
+        sent = _patiently(lambda: list(self.grid.push_messages(messages)))
+        size = packed_bytes(content)
+        messages.clear()
+        del content
+        _tidy(size)
+        return sent
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
         began = time.monotonic()
@@ -213,7 +223,10 @@ class Exchange:
                     reply = from_recorddict(message.content)
                 except ParameterError as error:
                     return error
-                self.traffic.from_sites += packed_bytes(message.content)
+                size = packed_bytes(message.content)
+                self.traffic.from_sites += size
+                del message
+                _tidy(size)
                 if "error" in reply.config:
                     return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
                 return reply
@@ -242,6 +255,12 @@ class _Sent:
     def again(self, came: str) -> None:
         """Send it anew; a reply to what was sent before is never asked for."""
         self.message, self.came = self.send(), came
+
+
+def _tidy(size: int) -> None:
+    """Let go of a message: Flower's records refer to themselves, and would stay for a while."""
+    if size > LARGE:
+        gc.collect()
 
 
 def _patiently(call: Callable[[], list[T]]) -> list[T]:
