@@ -1,33 +1,143 @@
-"""Flower's SuperNode, asking for messages more often.
+"""The hospital's Flower node: takes messages from the SuperLink and has the relay answer them.
 
-It rests for three seconds whenever no message waits, and for half a second at a time until a reply
-is there: together most of what a short question costs. Nothing else is changed.
+Flower's own SuperNode starts a process for every message, hands the message on to it over HTTP, and
+takes the app from the coordinator that this process loads. Here one process does all of it, with
+Flower's connection and its keys: nothing that the coordinator sends is ever run, and a message is
+on its way to the enclave as soon as it is there.
 
-Use: ``python -m sonofed_client.supernode [OPTIONS OF flower-supernode]``
+Use: ``python -m sonofed_client.supernode --help``
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import time
-from types import SimpleNamespace
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from flwr.supernode import start_client_internal
-from flwr.supernode.cli import flower_supernode
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.config import parse_config_args
+from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.exit import register_signal_handlers
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.telemetry import EventType
+from flwr.supernode.fleet_http_connection import http_request_response
 
+from sonofed_client.app import app
+
+SHORTEST_REST = 0.05
 LONGEST_REST = 0.5
-SHORT_REST = 0.1
+WAITED_SHARE = 0.1
+"""Pause between two questions for a message, as a share of how long none came."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
+"""Seconds between two questions for a part of a message that is not there yet."""
+
+log = logging.getLogger(__name__)
 
 
-def rest(seconds: float) -> None:
-    """Sleep as long as asked, but no longer than between two questions that we want."""
-    time.sleep(min(seconds, LONGEST_REST if seconds > LONGEST_REST else SHORT_REST))
+class Node:
+    """A hospital's node, connected.
+
+    Parameters
+    ----------
+    connection : tuple
+        Flower's calls of the Fleet API.
+    settings : mapping
+        The hospital's own words, for the relay.
+    """
+
+    def __init__(self, connection: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+        self._id, self._receive, self._send, *_, self._pull, self._push, self._confirm = connection
+        self._settings = dict(settings)
+        TaskIdentity.node_id, TaskIdentity.task_id = self._id, 0
+
+    def serve(self) -> None:
+        """Answer messages, one after the other, until the process is asked to end."""
+        since = time.monotonic()
+        while True:
+            found = self._receive()
+            if found is None:
+                waited = WAITED_SHARE * (time.monotonic() - since)
+                time.sleep(min(max(SHORTEST_REST, waited), LONGEST_REST))
+                continue
+            try:
+                self._answer(*found)
+            except RunNotRunningException:
+                log.info("a message's run is over")
+            except Exception:
+                # The study sends a message again whose reply it misses.
+                log.exception("a message was lost on its way")
+            since = time.monotonic()
+
+    def _answer(self, head: Message, tree: ObjectTree) -> None:
+        run = TaskIdentity.run_id = head.metadata.run_id
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            partial(self._pull, run),
+            partial(self._confirm, run),
+            return_type=Message,
+            initial_backoff=FIRST_PAUSE,
+            backoff_cap=LONGEST_PAUSE,
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        began = time.monotonic()
+        reply = self._work(message)
+        del message
+        taken = time.monotonic() - began
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            objects = get_all_nested_objects(reply)
+            missing, session = self._send(
+                remove_content_from_message(reply), get_object_tree(reply), taken
+            )
+            push_objects(objects, partial(self._push, run, session), object_ids_to_push=missing)
+
+    def _work(self, message: Message) -> Message:
+        run = message.metadata.run_id
+        context = Context(run, self._id, self._settings, RecordDict(), {})
+        try:
+            return app(message, context)
+        except Exception:
+            log.exception("a message was not understood")
+            reason = "the site does not know what is asked; both sides need the same version"
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            return Message(error, reply_to=message)
 
 
 def main() -> None:
-    """Run the SuperNode with the arguments of the command line."""
-    own = SimpleNamespace(**{**vars(time), "sleep": rest})
-    vars(start_client_internal)["time"] = own
-    flower_supernode()
+    """Connect as the command line says, and serve until the process is asked to end."""
+    parser = argparse.ArgumentParser(description="Relay the SuperLink's messages to the enclave.")
+    parser.add_argument("--superlink", required=True, help="host:port")
+    parser.add_argument("--root-certificates", required=True, type=Path, help="PEM")
+    parser.add_argument("--auth-supernode-private-key", required=True, type=Path, help="OpenSSH")
+    parser.add_argument("--node-config", default="", help='enclave="SOCKET"')
+    given = parser.parse_args()
+    key = load_ssh_private_key(given.auth_supernode_private_key.read_bytes(), None)
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
+    register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
+    certificates = given.root_certificates.read_bytes()
+    keys = (key, key.public_key())
+    with http_request_response(given.superlink, False, certificates, keys) as connection:
+        Node(connection, parse_config_args([given.node_config])).serve()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from sonofed_server.study.engine import run_study
+from sonofed_server.study.grid import hasten
 from sonofed_server.study.workspace import Workspace
 
 app = ServerApp()
@@ -16,6 +17,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study in the workspace that the run configuration names."""
+    hasten()
     workspace = Workspace(Path(str(context.run_config["workspace"])))
     with workspace.alone():
         run_study(workspace, grid, str(context.run_config["engine"]))

@@ -89,7 +89,7 @@ class Deployment:
     def __init__(self, laboratory, root):
         self.laboratory = laboratory
         self.project = root / "project.toml"
-        front, superlink, health, *ports = free_ports(3 + 2 * len(self.names))
+        front, superlink, health, *ports = free_ports(3 + len(self.names))
         values = {
             "name": "trial",
             "address": f"localhost:{front}",
@@ -109,14 +109,14 @@ class Deployment:
         run("sonofed-coordinator", "provision", self.project, "--all", "--data", images)
         self.hospitals = {name: Hospital(root / "sites" / name) for name in self.names}
         for hospital in self.hospitals.values():
-            self._settle(hospital, ports.pop(), ports.pop())
+            self._settle(hospital, ports.pop())
         self.coordinator = read_coordinator(self.project)
 
     @property
     def names(self):
         return list(self.laboratory.scenario.hospitals)
 
-    def _settle(self, hospital, runtime, health):
+    def _settle(self, hospital, health):
         """The hospital's own settings: its images, and ids as in the laboratory."""
         kept = read_site(hospital.site)
         settings, _ = self.laboratory.site(kept.name, 0)
@@ -124,7 +124,7 @@ class Deployment:
         settings = settings.model_copy(update={name: getattr(kept, name) for name in own})
         values = settings.model_dump(mode="json", exclude_none=True)
         hospital.site.write_text(tomli_w.dumps(values))
-        hospital.relay.write_text(f"runtime_port = {runtime}\nhealth_port = {health}\n")
+        hospital.relay.write_text(f"health_port = {health}\n")
 
     def up(self):
         run("sonofed-coordinator", "up", "--detach", "--project", self.project)

@@ -246,16 +246,16 @@ def test_a_relay_needs_nothing_of_the_enclave_but_its_socket(project):
     run(coordinator, "init project.toml")
     run(site, enrol())
     hospital = Hospital(Path("north").resolve())
-    assert [p.name for p in programs(hospital)] == ["enclave", "supernode", "executor"]
+    assert [p.name for p in programs(hospital)] == ["enclave", "supernode"]
     for file in ("site.toml", "policy.toml", "master.key"):
         (hospital.root / file).unlink()
     with pytest.raises(ConfigurationError, match="names no socket"):
         programs(hospital, relay_only=True)
     with hospital.relay.open("a") as file:
         file.write('socket = "/run/sonofed/enclave.sock"\n')
-    supernode, executor = programs(hospital, relay_only=True)
+    (supernode,) = programs(hospital, relay_only=True)
     assert 'enclave="/run/sonofed/enclave.sock"' in supernode.command
-    assert (supernode.name, executor.name) == ("supernode", "executor")
+    assert supernode.name == "supernode"
 
 
 @given(st.binary(), st.binary())

@@ -49,7 +49,6 @@ def install(
     words: Annotated[
         str | None, typer.Option(help="What the coordinator read out; else it is asked for.")
     ] = None,
-    runtime_port: Annotated[int, typer.Option(help="Loopback port of the SuperNode.")] = 9094,
     health_port: Annotated[int, typer.Option(help="Loopback port of the supervisor.")] = 9095,
     simulated: Annotated[
         bool,
@@ -79,7 +78,7 @@ def install(
             socket=hospital.socket,
             auto_approve=(read.public_key,) if simulated else (),
         )
-    values = {"runtime_port": runtime_port, "health_port": health_port}
+    values = {"health_port": health_port}
     relay = validate(RelaySettings, values, "the relay's settings")
     install_kit(hospital, read, files, settings, relay)
     print(f"site {read.site} is installed in {hospital.root}; next: sonofed-site up")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from sonofed_client.enclave.room import memory
 from sonofed_common.contract.enclave_pb2 import Failure, Head, Part
 from sonofed_common.contract.errors import ParameterError, SonoFedError, error_from_code
-from sonofed_common.contract.records import HEADER_BYTES, Array, Records, checked
+from sonofed_common.contract.records import HEADER_BYTES, TYPES, Array, Records, checked, views
 
 PART_BYTES = 1024**2
 """A part is at most twice as large: below gRPC's own limit of 4 MiB."""
@@ -30,22 +29,6 @@ TEXT_BYTES = 128 * 1024
 """Longest config and metrics; a study of the most sites has a quarter of it."""
 
 ACTION_LENGTH = 64
-DIMENSIONS = 32
-_END_OF_SIZES = 2**63
-TYPES = {
-    "BOOL": "?",
-    "I8": "i1",
-    "U8": "u1",
-    "I16": "<i2",
-    "U16": "<u2",
-    "F16": "<f2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "F32": "<f4",
-    "I64": "<i8",
-    "U64": "<u8",
-    "F64": "<f8",
-}
 _NAMES = {np.dtype(code): name for name, code in TYPES.items()}
 
 
@@ -147,7 +130,7 @@ def read(file: memoryview) -> Records:
         if len(text) > TEXT_BYTES:
             raise ParameterError("the facts that come with the record are too long; send fewer")
         texts = json.loads(text)
-        arrays = _views(header, file[8 + size :])
+        arrays = views(header, file[8 + size :])
         return checked(arrays, texts["config"], texts["metrics"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise ParameterError(
@@ -200,24 +183,6 @@ def _cut(pieces: Iterable[memoryview]) -> Iterator[bytes]:
                 held.clear()
     if held:
         yield bytes(held)
-
-
-def _views(header: dict[str, Any], body: memoryview) -> dict[str, Array]:
-    arrays, end = {}, 0
-    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = np.dtype(TYPES[facts["dtype"]]), facts["shape"]
-        begin, stop = facts["data_offsets"]
-        # Before their product: that of many or long numbers takes seconds.
-        if len(shape) > DIMENSIONS:
-            raise ValueError("dimensions")
-        if any(type(n) is not int or not 0 <= n < _END_OF_SIZES for n in (*shape, begin, stop)):
-            raise ValueError("a size that is no count")
-        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(body):
-            raise ValueError("offsets")
-        arrays[name], end = np.frombuffer(body[begin:stop], dtype).reshape(shape), stop
-    if end != len(body):
-        raise ValueError("bytes of no array")
-    return arrays
 
 
 def _refuse(part: Part | None) -> NoReturn:

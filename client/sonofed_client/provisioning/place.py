@@ -14,7 +14,6 @@ from sonofed_common.contract.errors import ConfigurationError
 class RelaySettings(Model):
     """How this machine runs the hospital's processes; ``relay.toml``."""
 
-    runtime_port: int = Field(default=9094, ge=1, le=65535, description="SuperNode's, loopback")
     socket: Path | None = Field(
         default=None, description="of the enclave; default: what site.toml says"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sonofed_client.relay import SOCKET_KEY
 from sonofed_client.settings import read_site
 from sonofed_common.contract.enrolment import Kit
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.supervision.program import Program, answers, answers_on
+from sonofed_common.supervision.program import Program, answers_on
 
 
 def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
@@ -34,7 +33,7 @@ def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
     """
     socket = socket_of(hospital, relay_only)
     enclave = () if relay_only else (_enclave(hospital),)
-    return [*enclave, *_relay(hospital, socket)]
+    return [*enclave, _supernode(hospital, socket)]
 
 
 def socket_of(hospital: Hospital, relay_only: bool = False) -> Path:
@@ -60,26 +59,15 @@ def _enclave(hospital: Hospital) -> Program:
     return Program("enclave", command, lambda: socket is not None and answers_on(socket))
 
 
-def _relay(hospital: Hospital, socket: Path) -> list[Program]:
-    port, environment = hospital.relay_settings.runtime_port, _environment(hospital)
-    supernode = (
+def _supernode(hospital: Hospital, socket: Path) -> Program:
+    command = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
         *("--superlink", installed_kit(hospital).address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        # What it would start itself, it does not start again.
-        *("--isolation", "process"),
     )
-    executor = (
-        str(beside("flower-superexec")),
-        *("--runtime-api-address", f"127.0.0.1:{port}", "--insecure"),
-    )
-    return [
-        Program("supernode", supernode, lambda: answers(port), environment),
-        Program("executor", executor, lambda: True, environment),
-    ]
+    return Program("supernode", command, lambda: True, _environment(hospital))
 
 
 def installed_kit(hospital: Hospital) -> Kit:
@@ -110,7 +98,4 @@ def _environment(hospital: Hospital) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }

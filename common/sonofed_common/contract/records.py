@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,23 @@ from sonofed_common.contract.errors import ParameterError
 
 HEADER_BYTES = 1024**2
 """Most of a record that is text: some eight thousand arrays. Read, JSON takes 24 times its size."""
+
+TYPES = {
+    "BOOL": "?",
+    "I8": "i1",
+    "U8": "u1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<f2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "I64": "<i8",
+    "U64": "<u8",
+    "F64": "<f8",
+}
+DIMENSIONS = 32
+_END_OF_SIZES = 2**63
 
 Json = Any
 Array = NDArray[Any]
@@ -70,7 +88,7 @@ def is_named(name: str, key: str) -> bool:
     return name.startswith(key[:-1]) if key.endswith("/*") else name == key
 
 
-def check_header(data: bytes) -> None:
+def check_header(data: bytes | bytearray) -> None:
     """Refuse records of a stranger whose text alone would take the reader's memory.
 
     Raises
@@ -96,13 +114,13 @@ def to_bytes(records: Records) -> bytes:
     return save(arrays, {"records": parts})
 
 
-def from_bytes(data: bytes) -> Records:
+def from_bytes(data: bytes | bytearray) -> Records:
     """Decode what `to_bytes` wrote.
 
     Parameters
     ----------
-    data : bytes
-        A safetensors file.
+    data : bytes or bytearray
+        A safetensors file. Of a bytearray the arrays are views.
 
     Raises
     ------
@@ -110,11 +128,16 @@ def from_bytes(data: bytes) -> Records:
         The bytes are not such a file.
     """
     try:
-        arrays = load(data)
         size = int.from_bytes(data[:8], "little")
-        parts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["records"])
+        header = json.loads(data[8 : 8 + size])
+        parts = json.loads(header.pop("__metadata__")["records"])
+        body = memoryview(data)[8 + size :]
+        arrays = load(data) if isinstance(data, bytes) else views(header, body)
         return checked(arrays, parts["config"], parts["metrics"])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (
+        *(SafetensorError, ValueError, KeyError, TypeError),
+        *(AttributeError, OverflowError, RecursionError),
+    ) as error:
         raise ParameterError(
             "the records cannot be decoded; send safetensors as encoded by SonoFed"
         ) from error
@@ -133,3 +156,35 @@ def checked(arrays: dict[str, Array], config: Json, metrics: Json) -> Records:
     if any(array.dtype.kind not in "biuf" for array in arrays.values()):
         raise TypeError("an array holds no numbers")
     return Records(arrays, config, metrics)
+
+
+def views(header: dict[str, Any], body: memoryview) -> dict[str, Array]:
+    """Return the arrays of a safetensors file as views of it.
+
+    Parameters
+    ----------
+    header : dict
+        Of the file, without its metadata.
+    body : memoryview
+        What follows the header.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        The header does not describe the body.
+    """
+    arrays, end = {}, 0
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = np.dtype(TYPES[facts["dtype"]]), facts["shape"]
+        begin, stop = facts["data_offsets"]
+        # Before their product: that of many or long numbers takes seconds.
+        if len(shape) > DIMENSIONS:
+            raise ValueError("dimensions")
+        if any(type(n) is not int or not 0 <= n < _END_OF_SIZES for n in (*shape, begin, stop)):
+            raise ValueError("a size that is no count")
+        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(body):
+            raise ValueError("offsets")
+        arrays[name], end = np.frombuffer(body[begin:stop], dtype).reshape(shape), stop
+    if end != len(body):
+        raise ValueError("bytes of no array")
+    return arrays

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
+from tempfile import TemporaryFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sonofed_common.contract.errors import DivergenceError, ParameterError
 from sonofed_common.contract.records import Array
+
+BLOCK = 2**18
+"""Values that are folded in at a time: what is needed for it besides the sums stays small."""
 
 
 class FedAvg:
@@ -17,12 +23,14 @@ class FedAvg:
     Notes
     -----
     Sums are float64 and depend on the order of `add`: fold replies in the cohort's fixed order.
-    Memory is one sum plus the reply in hand, whatever the number of sites.
+    They are kept in a temporary file, twice as large as a model of float32: memory is the reply in
+    hand, whatever the number of sites.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, NDArray[np.float64]] = {}
-        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+        # Without a name: it goes with this object, or with the process.
+        self._sums = TemporaryFile(buffering=0)  # noqa: SIM115
+        self._forms: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {}
         self._weight = 0.0
 
     def add(self, arrays: Mapping[str, Array], weight: float) -> None:
@@ -46,28 +54,43 @@ class FedAvg:
             raise ParameterError(
                 "an update needs a positive weight; leave sites without examples out"
             )
-        if self._sums and {k: v.shape for k, v in arrays.items()} != {
-            k: v.shape for k, v in self._sums.items()
-        }:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if self._forms and shapes != {name: shape for name, (shape, _) in self._forms.items()}:
             raise ParameterError(
                 "updates of different models cannot be averaged; check the versions"
             )
-        for name, array in arrays.items():
-            values = np.asarray(array, dtype=np.float64)
-            if not np.isfinite(values).all():
-                raise DivergenceError("an update is not finite; lower the learning rate")
-            if name in self._sums:
-                self._sums[name] += values * weight
-            else:
-                self._sums[name] = values * weight
-                self._dtypes[name] = array.dtype
+        place = 0
+        for name in self._forms or arrays:
+            update = arrays[name].reshape(-1)
+            for start in range(0, len(update), BLOCK):
+                values = update[start : start + BLOCK].astype(np.float64)
+                if not np.isfinite(values).all():
+                    raise DivergenceError("an update is not finite; lower the learning rate")
+                values *= weight
+                if self._forms:
+                    values += self._read(len(values), place)
+                place += self._write(values, place)
+        self._forms = self._forms or {n: (a.shape, a.dtype) for n, a in arrays.items()}
         self._weight += weight
 
     def mean(self) -> dict[str, Array]:
         """Return the weighted mean, each array in the dtype it came in; empty without replies."""
-        return {name: self._cast(name, total / self._weight) for name, total in self._sums.items()}
+        means, place = {}, 0
+        for name, (shape, dtype) in self._forms.items():
+            means[name] = np.empty(shape, dtype)
+            mean = means[name].reshape(-1)
+            for start in range(0, len(mean), BLOCK):
+                part = mean[start : start + BLOCK]
+                values = self._read(len(part), place) / self._weight
+                part[:] = np.rint(values) if np.issubdtype(dtype, np.integer) else values
+                place += values.nbytes
+        return means
 
-    def _cast(self, name: str, mean: NDArray[np.float64]) -> Array:
-        dtype = self._dtypes[name]
-        # NumPy turns what has no dimension into a scalar; counters of networks are such arrays.
-        return np.asarray(np.rint(mean) if np.issubdtype(dtype, np.integer) else mean, dtype=dtype)
+    def _read(self, number: int, place: int) -> NDArray[np.float64]:
+        return np.frombuffer(os.pread(self._sums.fileno(), 8 * number, place))
+
+    def _write(self, values: NDArray[np.float64], place: int) -> int:
+        written = os.pwrite(self._sums.fileno(), values.data, place)
+        if written != values.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written

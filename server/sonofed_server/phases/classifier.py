@@ -39,6 +39,8 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
             labels[str(budget)] = int(reply.config["examples"])
             if weight := weight_of(reply, study.aggregation):
                 mean.add(reply.group("weights"), weight)
+            # Or it would stay until the next one is there.
+            del reply
         updated = mean.mean()
         if not updated and not state.group(group):
             raise QuorumError(

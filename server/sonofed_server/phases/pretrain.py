@@ -65,6 +65,8 @@ def _round(run: StudyRun, parameters: Pretrain) -> dict[str, dict[str, int | flo
             mean.add(reply.group("weights"), weight)
         run.site_facts(site)["images"] = int(reply.config["examples"])
         reports[site] = reply.metrics
+        # Or it would stay until the next one is there.
+        del reply
         run.events.progress(task, done, len(sites), site=site)
     if averaged := mean.mean():
         state.set_group("pretrain", averaged)

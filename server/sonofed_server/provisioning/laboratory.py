@@ -13,7 +13,7 @@ from sonofed_server.provisioning.enrolment import enrol
 from sonofed_server.provisioning.keys import words_of_coordinator
 from sonofed_server.provisioning.project import Coordinator
 
-FIRST_RUNTIME_PORT, FIRST_HEALTH_PORT = 9100, 9200
+FIRST_HEALTH_PORT = 9200
 
 
 def provision_sites(coordinator: Coordinator, data: Path, simulated: bool) -> list[Path]:
@@ -46,7 +46,6 @@ def provision_sites(coordinator: Coordinator, data: Path, simulated: bool) -> li
         kit = enrol(coordinator, EnrolmentRequest.read((folder / "request.json").read_bytes()))
         _site(
             *("install", kit, "--folder", folder, "--data", data / site, "--words", words),
-            *("--runtime-port", FIRST_RUNTIME_PORT + number),
             *("--health-port", FIRST_HEALTH_PORT + number),
             *(("--simulated",) if simulated else ()),
         )

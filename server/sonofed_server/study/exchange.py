@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -36,6 +37,9 @@ which it does not wait out."""
 AWAY_SECONDS = 240.0
 """How long a site may be away before an exchange goes on without it. Flower takes about a minute to
 see that a node died, and does not let it back in before."""
+
+LARGE = 2**23
+"""Bytes of a message that is not left to Python to find, which may take several of them."""
 
 LOOK_SECONDS = 2.0
 """Pause between two looks at when the nodes came."""
@@ -140,7 +144,8 @@ class Exchange:
         asked = self.sites() if sites is None else sites
         barred = self.unselected if action in NEED_SELECTION else frozenset()
         self._look()
-        pushed = {site: self._push(action, request, site) for site in asked if site not in barred}
+        nodes = {site: self.nodes[site] for site in asked if site not in barred}
+        pushed = self._push(action, request, nodes)
         until = time.monotonic() + self.cohort.deadline_seconds
         failures: dict[str, SonoFedError] = {}
         for site in asked:
@@ -152,27 +157,35 @@ class Exchange:
                     raise _broken(action, failures, len(self.sites()), self.cohort)
                 continue
             yield site, reply
+            del reply
 
     def ask_nodes(
         self, action: str, request: Records, nodes: list[int], until: float
     ) -> Iterator[tuple[int, Records | SonoFedError]]:
         """Ask nodes by Flower's ids: only enrolment does, before sites have names."""
         self._look()
-        pushed = {node: self._push_to(node, action, lambda: request) for node in nodes}
-        for node, sent in pushed.items():
-            yield node, self._pull(f"node {node}", sent, until)
+        pushed = self._push(action, request, {f"node {node}": node for node in nodes})
+        for name, sent in pushed.items():
+            yield sent.node, self._pull(name, sent, until)
 
-    def _push(self, action: str, request: Request, site: str) -> _Sent:
-        def made() -> Records:
-            return request if isinstance(request, Records) else request(site)
+    def _push(self, action: str, request: Request, nodes: dict[str, int]) -> dict[str, _Sent]:
+        def sender(site: str, node: int) -> Callable[[], str]:
+            def send() -> str:
+                records = request if isinstance(request, Records) else request(site)
+                return self._send(action, to_recorddict(records), [node])[0]
 
-        return self._push_to(self.nodes[site], action, made)
+            return send
 
-    def _push_to(self, node: int, action: str, made: Callable[[], Records]) -> _Sent:
-        def send() -> str:
-            return self._send(action, made(), node)
-
-        return _Sent(node, send, send(), self._came.get(node, ""))
+        senders = {site: sender(site, node) for site, node in nodes.items()}
+        if isinstance(request, Records):
+            # Encoded, hashed and sent to the SuperLink once for all of them.
+            sent = self._send(action, to_recorddict(request), list(nodes.values()))
+        else:
+            sent = [send() for send in senders.values()]
+        return {
+            site: _Sent(node, senders[site], message, self._came.get(node, ""))
+            for (site, node), message in zip(nodes.items(), sent, strict=True)
+        }
 
     def _look(self) -> None:
         """See when each node came: one that came anew has lost what was sent to it before."""
@@ -181,13 +194,17 @@ class Exchange:
         self._came |= {node.node_id: node.last_activated_at for node in nodes}
         self._looked = time.monotonic()
 
-    def _send(self, action: str, records: Records, node: int) -> str:
-        content = to_recorddict(records)
-        self.traffic.to_sites += packed_bytes(content)
-        message = Message(content, node, action, ttl=self.cohort.deadline_seconds)
+    def _send(self, action: str, content: RecordDict, nodes: list[int]) -> list[str]:
+        self.traffic.to_sites += len(nodes) * packed_bytes(content)
+        ttl = self.cohort.deadline_seconds
+        messages = [Message(content, node, action, ttl=ttl) for node in nodes]
         # What arrived twice is done once: the sites know a request that they have met.
-        (message_id,) = _patiently(lambda: list(self.grid.push_messages([message])))
-        return message_id
+        sent = _patiently(lambda: list(self.grid.push_messages(messages)))
+        size = packed_bytes(content)
+        messages.clear()
+        del content
+        _tidy(size)
+        return sent
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
         began = time.monotonic()
@@ -206,7 +223,10 @@ class Exchange:
                     reply = from_recorddict(message.content)
                 except ParameterError as error:
                     return error
-                self.traffic.from_sites += packed_bytes(message.content)
+                size = packed_bytes(message.content)
+                self.traffic.from_sites += size
+                del message
+                _tidy(size)
                 if "error" in reply.config:
                     return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
                 return reply
@@ -235,6 +255,12 @@ class _Sent:
     def again(self, came: str) -> None:
         """Send it anew; a reply to what was sent before is never asked for."""
         self.message, self.came = self.send(), came
+
+
+def _tidy(size: int) -> None:
+    """Let go of a message: Flower's records refer to themselves, and would stay for a while."""
+    if size > LARGE:
+        gc.collect()
 
 
 def _patiently(call: Callable[[], list[T]]) -> list[T]:
