@@ -246,6 +246,7 @@ def segmenters(coordinator, bundle, tmp_path_factory):
         "heads": ["unet", "aspp"],
         "class_ratio": [0.9, 0.1],
         "foreground_range": [0.0, 1.0],
+        "flips": True,
     }
     return writer.sign(coordinator)
 

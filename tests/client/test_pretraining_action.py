@@ -61,6 +61,7 @@ def site(tmp_path, hospital, segmenter):
         "heads": ["unet", "aspp"],
         "class_ratio": [0.9, 0.1],
         "foreground_range": [0.01, 0.3],
+        "flips": True,
     }
     bundle = writer.sign(key)
     site = Site(

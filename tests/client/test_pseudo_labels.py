@@ -47,6 +47,7 @@ FACTS = SegmentationFacts(
     heads=("unet", "aspp"),
     class_ratio=(0.7, 0.3),
     foreground_range=(0.0, 1.0),
+    flips=True,
 )
 COMMON = {"study": "trial", "seed": 3}
 
@@ -145,9 +146,10 @@ def test_an_interrupted_round_goes_on_to_the_same_bits(tmp_path, strategy):
 
 def test_a_round_without_flips_sees_no_mirror(monkeypatch):
     plain, mirrored, free = (network() for _ in range(3))
-    adapt_round(plain, images(), chosen(flips=False), FACTS, 0, 5)
+    sided = FACTS.model_copy(update={"flips": False})
+    adapt_round(plain, images(), chosen(), sided, 0, 5)
     monkeypatch.setattr(views, "FLIP_PROBABILITY", 1.0)
-    adapt_round(mirrored, images(), chosen(flips=False), FACTS, 0, 5)
+    adapt_round(mirrored, images(), chosen(), sided, 0, 5)
     adapt_round(free, images(), chosen(), FACTS, 0, 5)
     assert same(plain, mirrored) and not same(plain, free)
 
@@ -297,7 +299,7 @@ def test_no_label_can_be_given():
     names = set(inspect.signature(adapt_round).parameters)
     assert names == {
         "model", "images", "settings", "facts", "round", "seed", "checkpoint", "events",
-        "batch_norm",
+        "batch_norm", "first",
     }  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from sonofed_client.enclave.scope import check_scope
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import Store
 from sonofed_client.settings import read_site
-from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainSegmenter
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.configuration import validate
@@ -179,8 +178,7 @@ def test_the_published_ensemble_is_what_was_evaluated(simulated, lab, workspace,
         _, pool = site.images("pool", SIZE)
         _, tested = site.images("test", SIZE)
         index, masks = site.masks("test", SIZE)
-        for model in ensemble.branches.values():
-            adapt_batch_norm(model, pool)
+        ensemble.adapt(pool)
         said = ensemble.predict(tested[index])
         count = len(index)
         assert said.probabilities.shape == (count, 2, SIZE, SIZE)
@@ -731,12 +729,13 @@ def test_a_chain_takes_the_preset_and_is_part_of_what_a_hospital_approves():
     study = validate(Study, values, "study.toml")
     (apl,) = study.further_pseudo_labels
     assert apl == alone.pseudo_labels.model_copy(update={"rounds": 3})
-    assert study.adaptations == (study.pseudo_labels, apl)
+    assert study.adaptations == [(0, study.pseudo_labels), (2, apl)]
     assert study.digest() != alone.digest()
     asked = {"study": "trial", "seed": 0, "bundle": "0" * 64, "image_size": 128, "branch": "source"}
     study = study.model_copy(update={"phases": ("enrol", "ship", "pseudo_label")})
-    for settings in study.adaptations:
-        check_scope(study, "train.segmenter", TrainSegmenter(**asked, round=0, settings=settings))
+    for earlier, settings in study.adaptations:
+        fits = TrainSegmenter(**asked, round=0, earlier_rounds=earlier, settings=settings)
+        check_scope(study, "train.segmenter", fits)
     other = TrainSegmenter(**asked, round=0, settings=apl.model_copy(update={"rounds": 4}))
     with pytest.raises(StudyDeniedError, match=r"settings of train\.segmenter"):
         check_scope(study, "train.segmenter", other)
