@@ -145,6 +145,16 @@ def test_the_start_is_the_shipped_segmenters_or_drawn_alike_everywhere(
     assert not equal(drawn, source)
 
 
+@pytest.mark.parametrize("flips", [True, False])
+def test_crops_are_mirrored_where_the_bundle_allows_it(site, monkeypatch, flips):
+    site, bundle = site
+    facts = site.segmentation(bundle).model_copy(update={"flips": flips})
+    monkeypatch.setattr(site, "segmentation", lambda _: facts)
+    plain = to_bytes(ask(site, bundle))
+    monkeypatch.setattr("sonofed_client.adaptation.contrastive.FLIP_PROBABILITY", 1.0)
+    assert (to_bytes(ask(site, bundle)) == plain) != flips
+
+
 def test_a_killed_round_goes_on_from_its_last_epoch(site, monkeypatch):
     site, bundle = site
     whole = ask(site, bundle)
