@@ -8,12 +8,11 @@ from typing import Literal
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array
-from sonofed_common.contract.study import Infusion, SiteNorm, Study
+from sonofed_common.contract.study import PLAIN_MEAN, Infusion, SiteNorm, Study
 from sonofed_server.study.workspace import StudyState
 
 CONTROL = "control"
 CONTROLS = ("source-only", "bn-adapted", "supervised")
-PLAIN = Infusion(rule="mean", calibration="none")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class MaskRow:
     bundle: str
     branches: tuple[str, ...]
     arrays: dict[str, Array]
-    infusion: Infusion = PLAIN
+    infusion: Infusion = PLAIN_MEAN
     batch_norm: SiteNorm | Literal["global"] = "site"
 
 

@@ -12,13 +12,11 @@ from sonofed_client.enclave.site import Site
 from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import EvaluateSegmenter
 from sonofed_common.contract.records import Array, Records
-from sonofed_common.contract.study import Infusion, Study
+from sonofed_common.contract.study import PLAIN_MEAN, Infusion, Study
 from sonofed_common.models.infusion import confidence
 from sonofed_common.segmentation_metrics import image_dice
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.report.view import SegmentationView
-
-PLAIN = Infusion(rule="mean", calibration="none")
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,11 @@ def _result(state: StudyState, study: Study, bundle: str) -> _Model:
     names = tuple(known["names"])
     if "ensemble" in state.done:
         return _Model(known["bundle"], names, study.infusion, state.group(f"ensemble/{origin}"))
-    return _Model(known["bundle"], names if origin == "branches" else ("source",), PLAIN, {})
+    return _Model(known["bundle"], names if origin == "branches" else ("source",), PLAIN_MEAN, {})
 
 
 def _view(site: Site, study: Study, bundle: str, result: _Model) -> SegmentationView:
-    before = _predict(site, study, _Model(bundle, ("source",), PLAIN, {}), "global")
+    before = _predict(site, study, _Model(bundle, ("source",), PLAIN_MEAN, {}), "global")
     after = _predict(site, study, result, study.segmenter_batch_norm)
     return SegmentationView(
         name=site.settings.name,

@@ -58,6 +58,8 @@ def test_crops_keep_black_black_the_range_and_the_vertical_order():
     columns = torch.arange(SIZE).float().view(1, 1, 1, SIZE).expand(200, 1, SIZE, SIZE) / SIZE
     rising = random_crops(columns, generator())[:, 0, 0].diff(dim=1).mean(dim=1) > 0
     assert 0.3 < rising.float().mean() < 0.7
+    kept = random_crops(columns, generator(), flips=False)[:, 0, 0].diff(dim=1).mean(dim=1) > 0
+    assert kept.all()
 
 
 def test_crops_hold_half_to_all_of_the_area():

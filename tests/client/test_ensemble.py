@@ -49,6 +49,7 @@ FACTS = SegmentationFacts(
     heads=("unet", "aspp"),
     class_ratio=(0.8, 0.1, 0.1),
     foreground_range=(0.1, 0.3),
+    flips=True,
 )
 
 

@@ -61,6 +61,7 @@ def site(tmp_path, hospital, segmenter):
         "heads": ["unet", "aspp"],
         "class_ratio": [0.9, 0.1],
         "foreground_range": [0.01, 0.3],
+        "flips": True,
     }
     bundle = writer.sign(key)
     site = Site(
@@ -142,6 +143,16 @@ def test_the_start_is_the_shipped_segmenters_or_drawn_alike_everywhere(
     site.settings = site.settings.model_copy(update={"name": "south"})
     assert equal(drawn, ask(site, bundle).group("weights"))
     assert not equal(drawn, source)
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_crops_are_mirrored_where_the_bundle_allows_it(site, monkeypatch, flips):
+    site, bundle = site
+    facts = site.segmentation(bundle).model_copy(update={"flips": flips})
+    monkeypatch.setattr(site, "segmentation", lambda _: facts)
+    plain = to_bytes(ask(site, bundle))
+    monkeypatch.setattr("sonofed_client.adaptation.contrastive.FLIP_PROBABILITY", 1.0)
+    assert (to_bytes(ask(site, bundle)) == plain) != flips
 
 
 def test_a_killed_round_goes_on_from_its_last_epoch(site, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import shutil
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -30,7 +31,8 @@ from sonofed_common.batch_norm import adapt_batch_norm, statistics_of
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
-from sonofed_common.contract.errors import CollapseError, SiteEmptyError
+from sonofed_common.contract.configuration import validate
+from sonofed_common.contract.errors import CollapseError, ConfigurationError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.contract.study import PseudoLabels, Strategy
 from sonofed_common.models.segmenter import build_segmenter
@@ -47,6 +49,7 @@ FACTS = SegmentationFacts(
     heads=("unet", "aspp"),
     class_ratio=(0.7, 0.3),
     foreground_range=(0.0, 1.0),
+    flips=True,
 )
 COMMON = {"study": "trial", "seed": 3}
 
@@ -145,9 +148,10 @@ def test_an_interrupted_round_goes_on_to_the_same_bits(tmp_path, strategy):
 
 def test_a_round_without_flips_sees_no_mirror(monkeypatch):
     plain, mirrored, free = (network() for _ in range(3))
-    adapt_round(plain, images(), chosen(flips=False), FACTS, 0, 5)
+    sided = FACTS.model_copy(update={"flips": False})
+    adapt_round(plain, images(), chosen(), sided, 0, 5)
     monkeypatch.setattr(views, "FLIP_PROBABILITY", 1.0)
-    adapt_round(mirrored, images(), chosen(flips=False), FACTS, 0, 5)
+    adapt_round(mirrored, images(), chosen(), sided, 0, 5)
     adapt_round(free, images(), chosen(), FACTS, 0, 5)
     assert same(plain, mirrored) and not same(plain, free)
 
@@ -285,6 +289,62 @@ def test_a_round_that_collapses_fails_unless_it_started_outside():
     assert report["foreground"] < 0.1
 
 
+def thinned(bias):
+    """The network with less foreground."""
+    model = network()
+    with torch.no_grad():
+        for head in model.heads:
+            layer = head.last if hasattr(head, "last") else head.pyramid[0]
+            layer.bias[0] += bias
+    return model
+
+
+def test_a_slide_over_rounds_is_a_collapse_though_no_round_is():
+    settings, facts = chosen(learning_rate=1e-6), facts_of((0.001, 0.002))
+    steps = [class_shares(thinned(bias), images()) for bias in (0.0, 0.3, 0.5)]
+    for before, after in pairwise(steps):
+        check_collapse(before, after, facts)
+    for first in (None, steps[1]):
+        adapt_round(thinned(0.5), images(), settings, facts, 1, 5, first=first)
+    with pytest.raises(CollapseError, match=f"went from {steps[0][1]:.2%}"):
+        adapt_round(thinned(0.5), images(), settings, facts, 1, 5, first=steps[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"teacher_momentum": 0.5}, "teacher_momentum = 0.5 would do nothing: .* raise local"),
+        ({"disagreement": 1.0}, "disagreement = 1 would do nothing: .* set consistency = true"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(values, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        validate(PseudoLabels, values, "study.toml")
+    heeded = PseudoLabels(**values, local_epochs=2, consistency=True)
+    # A site reads back all that a study says.
+    assert PseudoLabels.model_validate(heeded.model_dump(mode="json")) == heeded
+    assert PseudoLabels.model_validate(PseudoLabels().model_dump(mode="json")) == PseudoLabels()
+
+
+def test_the_momentum_is_of_rounds_with_several_local_epochs():
+    reports = {
+        (epochs, momentum): adapt_round(
+            network(),
+            images(),
+            chosen(learning_rate=1e-3).model_copy(
+                update={"local_epochs": epochs, "teacher_momentum": momentum}
+            ),
+            FACTS,
+            0,
+            5,
+        )
+        for epochs in (1, 2)
+        for momentum in (0.0, 0.99)
+    }
+    assert reports[1, 0.0] == reports[1, 0.99]
+    assert reports[2, 0.0] != reports[2, 0.99]
+
+
 def test_images_for_the_statistics_are_evenly_spaced():
     whole = torch.arange(300.0)
     assert torch.equal(evenly_spaced(whole, 500), whole)
@@ -297,7 +357,7 @@ def test_no_label_can_be_given():
     names = set(inspect.signature(adapt_round).parameters)
     assert names == {
         "model", "images", "settings", "facts", "round", "seed", "checkpoint", "events",
-        "batch_norm",
+        "batch_norm", "first",
     }  # fmt: skip
 
 
@@ -382,6 +442,26 @@ def test_a_site_without_a_label_adapts_a_branch_in_rounds(unlabelled, bundle):
     assert not list((unlabelled.store / "checkpoints").iterdir())
 
 
+def test_a_site_holds_every_round_to_the_first_ones_start(unlabelled, bundle):
+    enclave = InProcessEnclave(unlabelled)
+    install(enclave, bundle)
+    slid = {n: t.numpy() for n, t in all_background(network()).state_dict().items()}
+    with pytest.raises(CollapseError, match=r"to 0.00% of the pixels"):
+        enclave.perform("train.segmenter", request(ask(bundle, 1), weights=slid))
+
+
+def test_strategies_of_a_chain_draw_differently(unlabelled, bundle):
+    site = Site(unlabelled)
+    enclave = InProcessEnclave(unlabelled)
+    install(enclave, bundle)
+
+    def trained(**values):
+        parameters = ask(bundle).model_copy(update=values)
+        return segmentation.train_segmenter(site, parameters, request(parameters)).digest()
+
+    assert trained() == trained(earlier_rounds=0) != trained(earlier_rounds=2)
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_means_over_few_images_stay(unlabelled, bundle, count):
     enclave = InProcessEnclave(unlabelled)
@@ -405,8 +485,8 @@ def test_a_repeated_or_interrupted_request_gives_the_first_reply(unlabelled, bun
             if event["event"] == "progress" and event["epoch"] == 2:
                 raise KeyboardInterrupt
 
-        *rest, _, batch_norm = arguments
-        return adapt_round(*rest, Events(listeners=[interrupt]), batch_norm)
+        *rest, _, batch_norm, first = arguments
+        return adapt_round(*rest, Events(listeners=[interrupt]), batch_norm, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(segmentation, "adapt_round", stopped)

@@ -10,7 +10,7 @@ from sonofed_client.enclave.questions import questions
 from sonofed_client.enclave.scope import check_scope
 from sonofed_common.contract import actions
 from sonofed_common.contract.errors import StudyDeniedError
-from sonofed_common.contract.study import ACTIVE_LEARNING, SEGMENTATION, Infusion, Study
+from sonofed_common.contract.study import ACTIVE_LEARNING, PLAIN_MEAN, SEGMENTATION, Infusion, Study
 
 COMMON = {"study": "trial", "seed": 3}
 POOLED = {**COMMON, "bundle": "1" * 64, "image_size": 128}
@@ -112,10 +112,7 @@ def test_scores_are_counted_only_where_the_selection_needs_it(selection, columns
     assert ("query.histogram" in "\n".join(asks(study, STANDARD, 20))) == bool(columns)
 
 
-PLAIN = Infusion(rule="mean", calibration="none")
-
-
-def evaluating(branches, infusion=PLAIN, **values):
+def evaluating(branches, infusion=PLAIN_MEAN, **values):
     return actions.EvaluateSegmenter(**POOLED, branches=branches, infusion=infusion, **values)
 
 

@@ -38,6 +38,7 @@ FACTS = SegmentationFacts(
     heads=("unet", "aspp"),
     class_ratio=(0.8, 0.15, 0.05),
     foreground_range=(0.0, 1.0),
+    flips=True,
 )
 
 
@@ -160,7 +161,8 @@ def test_without_flips_labels_are_of_the_image_alone(model, batch):
     model.eval()
     with torch.no_grad():
         p = model.probabilities(images)
-        _, confidence = APL(PseudoLabels(flips=False), FACTS).judge(model, images)
+        sided = FACTS.model_copy(update={"flips": False})
+        _, confidence = APL(PseudoLabels(), sided).judge(model, images)
         assert torch.equal(confidence, certainty(p))
         assert not torch.equal(confidence, APL(PseudoLabels(), FACTS).judge(model, images)[1])
 
@@ -171,7 +173,9 @@ def gradients(module):
 
 @pytest.mark.parametrize("consistency", [True, False])
 def test_each_loss_reaches_its_part_only(model, batch, consistency):
-    chosen = PseudoLabels(consistency=consistency, self_training=not consistency, disagreement=1.0)
+    chosen = PseudoLabels(
+        consistency=consistency, self_training=not consistency, disagreement=float(consistency)
+    )
     model.zero_grad()
     images, labels = batch
     APL(chosen, FACTS).loss(model, images, labels, torch.ones_like(images[:, 0])).backward()
@@ -342,6 +346,32 @@ def test_dpl_drops_what_moves_under_dropout(model):
     assert features.shape == (2, 16, SIZE, SIZE)
     assert not any(m.training for m in teacher.modules())
     assert not DPL(PseudoLabels(threshold=0.999999), FACTS).judge(teacher, x)[1].any()
+
+
+def test_the_least_probability_is_each_papers():
+    usual = {
+        s: PseudoLabels(strategy=s).least_probability for s in ("threshold", "dpl", "upl_sfda")
+    }
+    assert usual == {"threshold": 0.9, "dpl": 0.75, "upl_sfda": 0.9}
+    assert PseudoLabels(strategy="dpl", threshold=0.9).least_probability == 0.9
+
+
+def test_dpl_judges_by_its_own_threshold(model):
+    steady = copy.deepcopy(model).eval()
+    for module in steady.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    x = draw(2, 1, SIZE, SIZE)
+    with torch.no_grad():
+        for head in steady.heads:
+            layer = head.last if hasattr(head, "last") else head.pyramid[0]
+            # Three classes, of which the first has about .82 everywhere.
+            layer.bias += torch.tensor([2.2, 0.0, 0.0])
+        p = steady.probabilities(x)[:, 0]
+        assert p.min() > 0.75 and p.max() < 0.9
+        usual, own = PseudoLabels(strategy="dpl"), PseudoLabels(strategy="dpl", threshold=0.9)
+        assert DPL(usual, FACTS).judge(steady, x)[1].all()
+        assert not DPL(own, FACTS).judge(steady, x)[1].any()
 
 
 def test_upl_votes_of_perturbed_heads(model):

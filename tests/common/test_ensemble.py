@@ -1,17 +1,21 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save
 
+from sonofed_common.batch_norm import adapt_batch_norm, set_statistics, statistics_of
 from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provenance
-from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.errors import BundleError, OrderError, SiteEmptyError
 from sonofed_common.contract.records import Records, to_bytes
-from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.segmentation import Normalisation, SegmentationFacts
 from sonofed_common.contract.study import Infusion
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.models.ensemble import (
     INFUSION,
+    OWN,
     SegmentationEnsemble,
     infusion_records,
     load_ensemble,
@@ -27,6 +31,7 @@ FACTS = SegmentationFacts(
     heads=("unet", "aspp"),
     class_ratio=(0.8, 0.1, 0.1),
     foreground_range=(0.1, 0.3),
+    flips=True,
 )
 
 
@@ -54,14 +59,15 @@ def images():
     return torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def ensemble_of(networks, rule="gate"):
-    branches, classifiers = networks
+def ensemble_of(networks, rule="gate", normalisation=OWN):
+    # `adapt` changes them in place.
+    branches, classifiers = copy.deepcopy(networks)
     head = InfusionHead(len(branches), Infusion(rule=rule), CLASSES)
     generator = torch.Generator().manual_seed(1)
     for weight in head.parameters():
         weight.data = torch.randn(weight.shape, generator=generator)
     head.temperatures.copy_(torch.tensor([0.5, 3.0]))
-    return SegmentationEnsemble(branches, head, classifiers)
+    return SegmentationEnsemble(branches, head, classifiers, normalisation)
 
 
 def written(folder, ensemble, facts=FACTS, **changes):
@@ -75,7 +81,11 @@ def written(folder, ensemble, facts=FACTS, **changes):
     for path, data in (files | changes).items():
         if data is not None:
             writer.add(path, data)
-    writer.facts = {"image_size": SIZE, "segmentation": facts.model_dump(mode="json")}
+    writer.facts = {
+        "image_size": SIZE,
+        "segmentation": facts.model_dump(mode="json"),
+        "normalisation": ensemble.normalisation.model_dump(),
+    }
     return writer.sign(Ed25519PrivateKey.generate())
 
 
@@ -84,6 +94,8 @@ def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rul
     ensemble = ensemble_of(networks, rule)
     again = load_ensemble(written(tmp_path, ensemble))
     assert list(again.branches) == ["target-north", "source"]
+    ensemble.adapt(images)
+    again.adapt(images)
     first, second = ensemble.predict(images), again.predict(images)
     for field in ("probabilities", "mask", "confidence", "weights"):
         assert torch.equal(getattr(first, field), getattr(second, field)), field
@@ -92,6 +104,7 @@ def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rul
 
 def test_a_prediction_is_the_infusion_of_its_branches(networks, images):
     ensemble = ensemble_of(networks, "mean")
+    ensemble.adapt(images)
     said = ensemble.predict(images)
     assert said.mask.shape == (3, SIZE, SIZE) and said.mask.dtype == torch.uint8
     assert said.weights.shape == (2, 3, SIZE, SIZE)
@@ -112,13 +125,63 @@ def test_classifiers_are_optional(networks, images, tmp_path):
     branches, _ = networks
     alone = {"source": branches["source"]}
     ensemble = SegmentationEnsemble(alone, InfusionHead(1, Infusion(), CLASSES))
-    said = load_ensemble(written(tmp_path, ensemble)).predict(images)
+    again = load_ensemble(written(tmp_path, ensemble))
+    again.adapt(images)
+    ensemble.adapt(images)
+    said = again.predict(images)
     assert said.classes == {}
     assert bool((said.weights == 1).all())
     with torch.inference_mode():
         torch.testing.assert_close(
             said.probabilities, branches["source"].probabilities(images), atol=1e-5, rtol=1e-4
         )
+
+
+def changed(model, carried):
+    pairs = zip(statistics_of(model).values(), carried.values(), strict=True)
+    return any(not torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("segmenters", ["site", "mixed"])
+@pytest.mark.parametrize("classifiers", ["site", "global"])
+def test_statistics_follow_the_rule_of_the_study(
+    networks, images, tmp_path, segmenters, classifiers
+):
+    rule = Normalisation(segmenters=segmenters, classifiers=classifiers)
+    ensemble = load_ensemble(written(tmp_path, ensemble_of(networks, normalisation=rule)))
+    assert ensemble.normalisation == rule
+    everyone = {**ensemble.branches, **ensemble.classifiers}
+    carried = {name: statistics_of(model) for name, model in everyone.items()}
+    ensemble.adapt(1 - images)
+    ensemble.adapt(images)  # replaces the first call: the mix is with what the weights carry
+    for name, model in ensemble.branches.items():
+        expected = copy.deepcopy(model)
+        set_statistics(expected, carried[name])
+        prior = carried[name] if segmenters == "mixed" else None
+        adapt_batch_norm(expected, images, prior=prior)
+        assert not changed(model, statistics_of(expected)) and changed(model, carried[name])
+    classifier = ensemble.classifiers[NETWORK]
+    assert changed(classifier, carried[NETWORK]) == (classifiers == "site")
+
+
+def test_nothing_is_predicted_with_statistics_of_nobody(networks, images, tmp_path):
+    ensemble = load_ensemble(written(tmp_path, ensemble_of(networks)))
+    with pytest.raises(OrderError, match=r"call adapt\(images\)"):
+        ensemble.predict(images)
+    with pytest.raises(SiteEmptyError, match="two images or more"):
+        ensemble.adapt(images[:1])
+    with pytest.raises(OrderError):
+        ensemble.predict(images)
+    ensemble.adapt(images)
+    assert ensemble.predict(images[:1]).mask.shape == (1, SIZE, SIZE)
+
+
+def test_a_bundle_must_say_whose_statistics_its_weights_take(networks, tmp_path):
+    bundle = written(tmp_path, ensemble_of(networks))
+    facts = {k: v for k, v in bundle.manifest.facts.items() if k != "normalisation"}
+    bundle.manifest = bundle.manifest.model_copy(update={"facts": facts})
+    with pytest.raises(BundleError, match="take the final bundle"):
+        load_ensemble(bundle)
 
 
 @pytest.mark.parametrize(

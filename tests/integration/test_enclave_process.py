@@ -92,6 +92,7 @@ def bundle(home):
         "heads": ["unet", "aspp"],
         "class_ratio": [0.9, 0.1],
         "foreground_range": [0.01, 0.3],
+        "flips": True,
     }
     return writer.sign(key), public_hex(key)
 

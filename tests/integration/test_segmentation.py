@@ -22,6 +22,7 @@ import torch
 from flwr.app import Message
 from PIL import Image
 from safetensors.numpy import load as load_weights
+from safetensors.torch import save
 
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.handlers.ensemble import predict_site
@@ -30,7 +31,6 @@ from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import Store, open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
-from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateSegmenter, TrainSegmenter
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.configuration import validate
@@ -181,8 +181,7 @@ def test_the_published_ensemble_is_what_was_evaluated(simulated, lab, workspace,
         _, pool = site.images("pool", SIZE)
         _, tested = site.images("test", SIZE)
         index, masks = site.masks("test", SIZE)
-        for model in ensemble.branches.values():
-            adapt_batch_norm(model, pool)
+        ensemble.adapt(pool)
         said = ensemble.predict(tested[index])
         count = len(index)
         assert said.probabilities.shape == (count, 2, SIZE, SIZE)
@@ -238,6 +237,48 @@ def needles(images):
     return kept
 
 
+def textured(images):
+    """Row (N, S) of most grey values of each image (N, 1, S, S): nothing has it by chance."""
+    return torch.stack([max(image[0], key=lambda row: len(row.unique())) for image in images])
+
+
+def needles_of_source(data):
+    """What an image, a mask, a file or a name of the source would be in a blob, by its kind."""
+    found = {}
+    for part in (data.pool, data.test):
+        for sample, image, mask in zip(part.samples, part.images, part.masks, strict=True):
+            for path in (sample.image, *sample.masks):
+                content = path.read_bytes()
+                found[content[len(content) // 2 :][:48]] = "file"
+                found[sha256_file(path).encode()] = "digest"
+            found |= {text.encode(): "name" for text in (sample.name, sample.group)}
+            exact = (image * 255).round()
+            line = max(range(SIZE), key=lambda y: len(exact[0, y].unique()))
+            for whole in (image, image.half(), image.double(), exact.byte(), exact):
+                found[whole[0, line].numpy().tobytes()] = "pixels"
+            middle = int(mask[0].any(dim=1).nonzero().median())
+            for whole in (mask, mask.float(), mask.double(), mask.long()):
+                found[whole[0, max(middle - 1, 0) : middle + 2].numpy().tobytes()] = "mask"
+            found[np.packbits(mask.numpy()).tobytes()] = "mask"
+    return found
+
+
+def holds_a_row(array, rows):
+    """Tell whether consecutive numbers of an array are a row of an image, scaled and shifted."""
+    flat = torch.from_numpy(np.array(array, dtype=np.float32).reshape(-1))
+    if len(flat) < SIZE:
+        return False
+
+    def standard(x):
+        x = x - x.mean(dim=1, keepdim=True)
+        return x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+    windows, wanted = flat.unfold(0, SIZE, 1), standard(rows).T
+    return any(
+        bool((standard(part) @ wanted).abs().max() > 0.999) for part in windows.split(50_000)
+    )
+
+
 def leaks(data, secrets):
     return {kind for secret, kind in secrets.items() if secret in data}
 
@@ -255,6 +296,8 @@ def test_no_site_holds_anything_of_the_source_but_weights(lab, workspace, sites)
     images = torch.cat([data.pool.images, data.test.images])
     assert len(images) == lab.scenario.source_phantoms.images
     source = needles(images)
+    rows, searched = textured(images), set()
+    secrets = needles_of_source(data)
     digests = {sha256_file(p) for p in (lab.root / "phantoms/source").rglob("*") if p.is_file()}
     for path in sites:
         settings = read_site(path)
@@ -275,6 +318,59 @@ def test_no_site_holds_anything_of_the_source_but_weights(lab, workspace, sites)
         assert {name.removeprefix("blob/") for name in store.names("blob/")} == set(shipped)
         kinds = {path.split("/")[0] for path in shipped.values()}
         assert kinds == {"segmenters", INFUSION, "MODEL_CARD.md"}
+        network = build_segmenter("unet", 2, SIZE, pretrained=False).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
+        for digest, path in shipped.items():
+            if digest in searched:
+                continue
+            searched.add(digest)
+            blob = store.get_bytes(f"blob/{digest}")
+            assert not leaks(blob, secrets), path
+            if path.startswith("segmenters/"):
+                arrays = load_weights(blob)
+                assert {name: array.shape for name, array in arrays.items()} == shapes
+            elif path == INFUSION:
+                arrays = from_bytes(blob).arrays
+                assert {name: array.shape for name, array in arrays.items()} == {
+                    "temperatures": (2,)
+                }
+            else:
+                continue
+            for name, array in arrays.items():
+                assert not holds_a_row(array, rows), (path, name)
+        for name in store.names("bundle/"):
+            assert not leaks(
+                b"".join(a.tobytes() for a in store.get(name).arrays.values()), secrets
+            )
+
+
+def test_the_search_for_source_images_finds_each_way_to_hide_one(lab, sites):
+    data = load_segmentation(lab.scenario.source, lab.source_data)
+    secrets, (image, mask) = needles_of_source(data), (data.pool.images[3], data.pool.masks[3])
+    sample = data.pool.samples[3]
+    files = [path.read_bytes() for path in (sample.image, *sample.masks)]
+    arrays = [
+        image.half(),
+        image.double(),
+        image.mul(255).round().byte(),
+        mask,
+        mask.bool(),
+        mask.float(),
+    ]
+    hidden = [
+        *files,
+        *(save({"weight": array.contiguous()}) for array in arrays),
+        np.packbits(mask.numpy()).tobytes(),
+        to_bytes(Records(config={"seen": [sample.name]})),
+        to_bytes(Records(config={"seen": sha256_file(sample.image)})),
+    ]
+    for number, blob in enumerate(hidden):
+        assert leaks(b"before" + blob + b"after", secrets), number
+    weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    rows = textured(data.pool.images)
+    assert not holds_a_row(weight.numpy(), rows)
+    weight.view(-1)[77 : 77 + SIZE] = 0.3 - 2 * rows[3]
+    assert holds_a_row(weight.numpy(), rows)
 
 
 class Recording(InlineGrid):
@@ -736,12 +832,13 @@ def test_a_chain_takes_the_preset_and_is_part_of_what_a_hospital_approves():
     study = validate(Study, values, "study.toml")
     (apl,) = study.further_pseudo_labels
     assert apl == alone.pseudo_labels.model_copy(update={"rounds": 3})
-    assert study.adaptations == (study.pseudo_labels, apl)
+    assert study.adaptations == [(0, study.pseudo_labels), (2, apl)]
     assert study.digest() != alone.digest()
     asked = {"study": "trial", "seed": 0, "bundle": "0" * 64, "image_size": 128, "branch": "source"}
     study = study.model_copy(update={"phases": ("enrol", "ship", "pseudo_label")})
-    for settings in study.adaptations:
-        check_scope(study, "train.segmenter", TrainSegmenter(**asked, round=0, settings=settings))
+    for earlier, settings in study.adaptations:
+        fits = TrainSegmenter(**asked, round=0, earlier_rounds=earlier, settings=settings)
+        check_scope(study, "train.segmenter", fits)
     other = TrainSegmenter(**asked, round=0, settings=apl.model_copy(update={"rounds": 4}))
     with pytest.raises(StudyDeniedError, match=r"settings of train\.segmenter"):
         check_scope(study, "train.segmenter", other)

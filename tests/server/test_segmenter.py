@@ -20,7 +20,11 @@ from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import SILENT, Events
 from sonofed_server.source.gate import train_gate
 from sonofed_server.source.segmentation_data import SegmentationPart, load_segmentation
-from sonofed_server.source.segmenter import source_temperature, train_segmenter
+from sonofed_server.source.segmenter import (
+    segmentation_facts,
+    source_temperature,
+    train_segmenter,
+)
 from sonofed_server.source.settings import SourceSettings
 from sonofed_server.source.training import train_source
 from sonofed_server.study.source import read_study_source, write_source
@@ -174,6 +178,9 @@ def test_facts_describe_the_masks(bundle, root):
     assert facts.class_ratio == pytest.approx((1 - shares.mean(), shares.mean()))
     assert facts.foreground_range == pytest.approx(tuple(np.quantile(shares, [0.05, 0.95])))
     assert (facts.encoder, facts.classes, facts.heads) == ("unet", 2, ("unet", "aspp"))
+    assert facts.flips
+    sided = settings_of({"flips": False}).segmentation
+    assert not segmentation_facts(sided, load_segmentation(settings_of(), root).pool).flips
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(bundle, root, tmp_path):

@@ -71,7 +71,8 @@ def test_segmentation_scenarios_go_through_the_whole_track() -> None:
 def test_the_organs_keep_their_sides() -> None:
     scenario = read_scenario("phantom_multiclass")
     assert scenario.source.segmentation is not None and not scenario.source.segmentation.flips
-    assert not scenario.study.pseudo_labels.flips
+    breast = read_scenario("breast_segmentation")
+    assert breast.source.segmentation is not None and breast.source.segmentation.flips
 
 
 def test_no_device_is_both_source_and_hospital() -> None:

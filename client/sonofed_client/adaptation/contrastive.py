@@ -19,7 +19,7 @@ GAIN = (0.8, 1.2)
 GAMMA = (0.8, 1.25)
 
 
-def random_crops(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_crops(images: Tensor, generator: torch.Generator, flips: bool = True) -> Tensor:
     """Crop, flip and brighten each image at random.
 
     Parameters
@@ -28,17 +28,19 @@ def random_crops(images: Tensor, generator: torch.Generator) -> Tensor:
         In [0, 1].
     generator : Generator
         On CPU.
+    flips : bool
+        Off where classes have a side.
 
     Returns
     -------
     Tensor of float32 (B, 1, S, S)
-        A square of 50 to 100% of the area, brought to the whole size, mirrored left to right with
-        p 0.5, and ``gain x^gamma``: black stays black. Never flipped vertically: shadows lie below
-        what casts them.
+        A square of 50 to 100% of the area, brought to the whole size, with flips mirrored left to
+        right with p 0.5, and ``gain x^gamma``: black stays black. Never flipped vertically: shadows
+        lie below what casts them.
     """
     draws = torch.rand(6, len(images), generator=generator)
     scale = (LEAST_AREA + (1 - LEAST_AREA) * draws[0]).sqrt()
-    flip = torch.where(draws[1] < FLIP_PROBABILITY, -1.0, 1.0)
+    flip = torch.where(draws[1] < FLIP_PROBABILITY * flips, -1.0, 1.0)
     across, down = ((1 - scale) * (2 * draw - 1) for draw in draws[2:4])
     none = torch.zeros_like(scale)
     theta = torch.stack([flip * scale, none, across, none, scale, down], dim=1).view(-1, 2, 3)

@@ -46,6 +46,8 @@ class PretrainingModel(nn.Module):
         S, pixels.
     seed : int
         Of the new parts' random weights: the same at every site, so that first rounds agree.
+    flips : bool
+        Whether crops may be mirrored; off where classes have a side.
 
     Attributes
     ----------
@@ -63,7 +65,12 @@ class PretrainingModel(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, settings: Pretraining, image_size: int, seed: int = 0
+        self,
+        encoder: Encoder,
+        settings: Pretraining,
+        image_size: int,
+        seed: int = 0,
+        flips: bool = True,
     ) -> None:
         super().__init__()
         stride = encoder.strides[-1]
@@ -73,6 +80,7 @@ class PretrainingModel(nn.Module):
                 f"encoder, not {image_size}; change the study's image_size"
             )
         self.settings = settings
+        self.flips = flips
         self.encoder = encoder
         self.modelling: SimMIM | MAE
         self.contrast: SimCLR | BYOL | None = None
@@ -108,7 +116,7 @@ class PretrainingModel(nn.Module):
         """Contrastive loss of two random crops of images (B, 1, S, S) of ``groups`` (B,)."""
         if self.contrast is None:
             return images.new_zeros(())
-        one, two = random_crops(images, generator), random_crops(images, generator)
+        one, two = (random_crops(images, generator, self.flips) for _ in range(2))
         loss: Tensor = self.contrast(self.encoder, one, two, groups)
         return loss
 

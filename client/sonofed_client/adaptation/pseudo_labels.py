@@ -64,6 +64,7 @@ def adapt_round(
     checkpoint: Path | None = None,
     events: Events = SILENT,
     batch_norm: SiteNorm = "site",
+    first: Tensor | None = None,
 ) -> dict[str, float]:
     """Adapt a segmenter in place to unlabelled images for one federated round.
 
@@ -89,6 +90,9 @@ def adapt_round(
         ``site``: normalisation statistics are the images' own, and the model keeps them. ``mixed``:
         the mean of those and of the model's; it keeps those that it came with, for every site mixes
         its own.
+    first : Tensor (C,), optional
+        `starting_shares` of the weights that the first round of all began with, where this is not
+        that round: many small steps must not do what one is refused.
 
     Returns
     -------
@@ -102,12 +106,16 @@ def adapt_round(
     SiteEmptyError
         There is no image.
     CollapseError
-        The round lost a class or the source's range of foreground; see `check_collapse`.
+        Since it began, or since the first round did, a class or the source's range of foreground
+        was lost; see `check_collapse`.
     DivergenceError
         A loss or a weight is not finite.
 
     Notes
     -----
+    Over rounds the federation's average is the teacher: a round's first labels are those of the
+    weights that came. Before each further local epoch a moving average of the student labels anew.
+
     Normalisation statistics are re-estimated on the images before the round, for the teacher
     before each epoch, and after the round: those that training leaves behind are of augmented
     views and of weights that have moved on.
@@ -116,8 +124,7 @@ def adapt_round(
         raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
     sample = evenly_spaced(images, STATISTICS_IMAGES)
     prior = statistics_of(model) if batch_norm == "mixed" else None
-    adapt_batch_norm(model, sample, prior=prior)
-    before = class_shares(model, sample)
+    before = starting_shares(model, images, batch_norm)
     strategy = STRATEGIES[settings.strategy](settings, facts)
     if len(images) == 1 or not list(strategy.trained(model)):
         if prior is not None:
@@ -126,7 +133,8 @@ def adapt_round(
     loss, kept = _train(strategy, model, images, round, seed, checkpoint, events, prior)
     adapt_batch_norm(model, sample, prior=prior)
     after = class_shares(model, sample)
-    check_collapse(before, after, facts)
+    for start in (before, *([] if first is None else [first])):
+        check_collapse(start, after, facts)
     if prior is not None:
         set_statistics(model, prior)
     return {"loss": loss, "foreground": after[1:].sum().item(), "kept": kept}
@@ -150,12 +158,12 @@ def _train(
     kept = torch.zeros(())
     whole.register_buffer("kept", kept)
     labels, weights = torch.empty(0), torch.empty(0)
-    views = Views(seed, settings.flips)
+    views = Views(seed, strategy.facts.flips)
     sample = evenly_spaced(images, STATISTICS_IMAGES)
 
     def before_epoch(epoch: int) -> None:
         nonlocal labels, weights, views
-        views = Views(derive_seed(seed, "views", epoch), settings.flips)
+        views = Views(derive_seed(seed, "views", epoch), strategy.facts.flips)
         adapt_batch_norm(teacher, sample, prior=prior)
         labels, weights = strategy.label(teacher, images)
         kept.fill_((weights > 0).float().mean().item())
@@ -200,6 +208,17 @@ def _train(
     return losses[-1], kept.item()
 
 
+def starting_shares(model: Segmenter, images: Tensor, batch_norm: SiteNorm = "site") -> Tensor:
+    """`class_shares` of up to `STATISTICS_IMAGES` images, after statistics are re-estimated there.
+
+    The model keeps these statistics; see `adapt_round` for ``batch_norm``.
+    """
+    sample = evenly_spaced(images, STATISTICS_IMAGES)
+    prior = statistics_of(model) if batch_norm == "mixed" else None
+    adapt_batch_norm(model, sample, prior=prior)
+    return class_shares(model, sample)
+
+
 def class_shares(model: Segmenter, images: Tensor) -> Tensor:
     """Mean share (C,), float64, of the pixels of images (N, 1, S, S), N > 0, predicted as a class.
 
@@ -220,17 +239,17 @@ def class_shares(model: Segmenter, images: Tensor) -> Tensor:
 
 
 def check_collapse(before: Tensor, after: Tensor, facts: SegmentationFacts) -> None:
-    """Fail where a round took most of a class away, or the foreground out of the source's range.
+    """Fail where rounds took most of a class away, or the foreground out of the source's range.
 
     The range is widened, to half its lower end and to the nearer of twice its upper end and half of
     the background beyond it: a site's true mean may lie somewhat outside, and a step over the
-    border is no collapse. A round that already started outside is not held to it: that site's
-    images may really hold far less or more foreground, and the range says nothing of them.
+    border is no collapse. What already started outside is not held to it: that site's images may
+    really hold far less or more foreground, and the range says nothing of them.
 
     Parameters
     ----------
     before, after : Tensor (C,)
-        Predicted share of each class, before and after the round.
+        Predicted share of each class, before and after one round or several.
     facts : SegmentationFacts
         Of the source: the 5% and 95% quantile of its foreground's share, and its class ratio.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.selection import MAX_PARTS, ranked_columns, stages
-from sonofed_common.contract.study import Infusion, Phase, Study
+from sonofed_common.contract.study import PLAIN_MEAN, Phase, Study
 
 ANY_BUNDLE = "0" * 64
 SHIPPING: frozenset[Phase] = frozenset({"ship", "supervise", "pseudo_label", "publish"})
@@ -136,9 +136,14 @@ def _segmenting(study: Study, phase: Phase, pooled: dict[str, Any]) -> Iterator[
         free: dict[str, Choice] = {**bundle, "round": None}
         yield Question("train.pretrain", pretrain, study.pretraining.rounds, free)
     elif phase == "pseudo_label":
-        for wanted in study.adaptations:
+        for earlier, wanted in study.adaptations:
             train = actions.TrainSegmenter(
-                **pooled, branch="source", round=0, settings=wanted, batch_norm=norm
+                **pooled,
+                branch="source",
+                round=0,
+                earlier_rounds=earlier,
+                settings=wanted,
+                batch_norm=norm,
             )
             free = {**bundle, "round": None, "branch": names}
             yield Question("train.segmenter", train, len(names) * wanted.rounds, free)
@@ -148,11 +153,10 @@ def _segmenting(study: Study, phase: Phase, pooled: dict[str, Any]) -> Iterator[
         yield Question("train.ensemble", calibrate, times, many)
     elif phase == "evaluate":
         informed, adapted = len(names) > 1, "pseudo_label" in study.phases
-        plain = Infusion(rule="mean", calibration="none")
-        untouched = actions.EvaluateSegmenter(**source, infusion=plain, batch_norm="global")
+        untouched = actions.EvaluateSegmenter(**source, infusion=PLAIN_MEAN, batch_norm="global")
         yield Question("evaluate.segmenter", untouched, 1, {"bundle": None})
-        own = actions.EvaluateSegmenter(**source, infusion=plain)
-        test = actions.EvaluateSegmenter(**source, infusion=plain, batch_norm=norm)
+        own = actions.EvaluateSegmenter(**source, infusion=PLAIN_MEAN)
+        test = actions.EvaluateSegmenter(**source, infusion=PLAIN_MEAN, batch_norm=norm)
         later = 2 * informed + adapted
         yield Question("evaluate.segmenter", own, 1 + later * (norm == "site"), many)
         if later and norm != "site":

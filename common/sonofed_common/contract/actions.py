@@ -221,12 +221,16 @@ class Pretrain(Pooled):
 
 
 class TrainSegmenter(Pooled):
-    """One round of source-free adaptation. Arrays: ``weights/...``; absent for the bundle's."""
+    """One round of source-free adaptation. Arrays: ``weights/...``; absent for the bundle's.
+
+    ``earlier_rounds`` are those of the strategies before this one in the study's chain.
+    """
 
     arrays = ("weights/*",)
 
     branch: Branch
     round: int = Field(ge=0)
+    earlier_rounds: int = Field(default=0, ge=0)
     settings: PseudoLabels
     batch_norm: SiteNorm = "site"
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sonofed_common.contract.configuration import Model
-from sonofed_common.contract.study import Phase, Study
+from sonofed_common.contract.study import Phase, SiteNorm, Study
 
 NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
     ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
@@ -30,6 +30,9 @@ class SegmentationFacts(Model):
         Mean share of each class in the source's images.
     foreground_range : pair of float
         5% and 95% quantile over the source's images of the share that is not background.
+    flips : bool
+        Whether a mirrored image is one of the same classes; false where classes have a side. Holds
+        for all who train or adapt.
     """
 
     encoder: str
@@ -37,6 +40,24 @@ class SegmentationFacts(Model):
     heads: tuple[Literal["unet", "aspp"], Literal["unet", "aspp"]]
     class_ratio: tuple[float, ...]
     foreground_range: tuple[float, float]
+    flips: bool
+
+
+class Normalisation(Model):
+    """Fact ``normalisation`` of a final bundle: whose statistics its weights were tested with.
+
+    Those that the weights carry are the source's or a mean over the hospitals, no hospital's own.
+
+    Attributes
+    ----------
+    segmenters : {"site", "mixed"}
+        The site's own, or their mean with those that the weights carry.
+    classifiers : {"site", "global"}
+        The site's own, or those that the weights carry.
+    """
+
+    segmenters: SiteNorm
+    classifiers: Literal["site", "global"]
 
 
 def misfit(study: Study, encoder: str, image_size: int) -> str | None:

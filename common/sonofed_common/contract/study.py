@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -280,8 +280,19 @@ Strategy = Literal["apl", "threshold", "cbst", "mrnet", "batch_norm", "tent", "d
 """Source-free adaptation strategies."""
 
 
+TEACHER_MOMENTUM = 0.99
+"""Of pseudo-labelling's teacher."""
+
+
 class PseudoLabels(Model):
-    """Source-free adaptation of the segmenters on unlabelled images."""
+    """Source-free adaptation of the segmenters on unlabelled images.
+
+    Notes
+    -----
+    Over rounds the federation's average is the teacher: each round labels with the weights that
+    came. Within a round the teacher is an average of the student over its steps, which labels anew
+    before each further local epoch; with one local epoch there is none, and nothing to set.
+    """
 
     strategy: Strategy = "apl"
     consistency: bool = Field(default=False, description="APL's L_con, minimised over the heads")
@@ -290,10 +301,7 @@ class PseudoLabels(Model):
         default="none", description="APL's W: weights of class pairs in L_con"
     )
     disagreement: float = Field(
-        default=0.0, ge=0, description="weight of the symmetric KL of the two heads"
-    )
-    flips: bool = Field(
-        default=True, description="mirrored views and labels; false where classes have a side"
+        default=0.0, ge=0, description="weight of the symmetric KL of the two heads beside L_con"
     )
     class_mean_confidence: bool = Field(
         default=True, description="confidence over its class mean, so that small lesions count"
@@ -304,9 +312,18 @@ class PseudoLabels(Model):
     prior_shares: Literal["labels", "source"] = Field(
         default="labels", description="expected of an image by its pseudo-label, or of all images"
     )
-    teacher_momentum: float = Field(default=0.99, ge=0, le=1, description="EMA of the teacher")
-    threshold: float = Field(
-        default=0.9, gt=0, lt=1, description="least probability of a pseudo-label (threshold, dpl)"
+    teacher_momentum: float = Field(
+        default=TEACHER_MOMENTUM,
+        ge=0,
+        le=1,
+        description="EMA that labels anew before each further local epoch of a round",
+    )
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="least probability of a pseudo-label (threshold, dpl, upl_sfda); default 0.9, "
+        "dpl 0.75",
     )
     quantile: float = Field(
         default=0.5, gt=0, le=1, description="most confident share of each class (cbst)"
@@ -318,6 +335,28 @@ class PseudoLabels(Model):
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
     batch_size: int = Field(default=8, ge=2)
 
+    @model_validator(mode="after")
+    def _heeded(self) -> Self:
+        if self.teacher_momentum != TEACHER_MOMENTUM and self.local_epochs == 1:
+            raise ValueError(
+                f"teacher_momentum = {self.teacher_momentum:g} would do nothing: with one local "
+                "epoch a round the federation's average is the teacher; raise local_epochs, or "
+                "leave teacher_momentum out"
+            )
+        if self.disagreement and not self.consistency:
+            raise ValueError(
+                f"disagreement = {self.disagreement:g} would do nothing: it stands beside L_con; "
+                "set consistency = true, or leave disagreement out"
+            )
+        return self
+
+    @property
+    def least_probability(self) -> float:
+        """``threshold``, or what is usual: DPL's paper takes another than the rest."""
+        if self.threshold is not None:
+            return self.threshold
+        return 0.75 if self.strategy == "dpl" else 0.9
+
 
 class Infusion(Model):
     """The confidence-aware ensemble of all branches."""
@@ -328,6 +367,10 @@ class Infusion(Model):
         default="source",
         description="temperatures from held-out source labels, or from the branches' consensus",
     )
+
+
+PLAIN_MEAN = Infusion(rule="mean", calibration="none")
+"""All branches weigh the same, as they are: nothing to fit."""
 
 
 class Aggregation(Model):
@@ -472,9 +515,11 @@ class Study(Model):
         return "reconstruction" if "reconstruct" in self.phases else "augmentation"
 
     @property
-    def adaptations(self) -> tuple[PseudoLabels, ...]:
-        """What `pseudo_label` runs, in this order."""
-        return (self.pseudo_labels, *self.further_pseudo_labels)
+    def adaptations(self) -> list[tuple[int, PseudoLabels]]:
+        """What `pseudo_label` runs, in this order, each with the number of rounds before it."""
+        chain = (self.pseudo_labels, *self.further_pseudo_labels)
+        before = accumulate((settings.rounds for settings in chain), initial=0)
+        return list(zip(before, chain, strict=False))
 
     def digest(self) -> str:
         """SHA-256 of the validated study: what a hospital approves."""

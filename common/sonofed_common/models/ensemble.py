@@ -10,17 +10,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from sonofed_common.batch_norm import adapt_batch_norm, statistics_of
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import BundleError, ConfigurationError, ParameterError
+from sonofed_common.contract.errors import (
+    BundleError,
+    ConfigurationError,
+    OrderError,
+    ParameterError,
+    SiteEmptyError,
+)
 from sonofed_common.contract.records import Records, from_bytes
-from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.segmentation import Normalisation, SegmentationFacts
 from sonofed_common.contract.study import Infusion
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.models.infusion import InfusionHead, confidence
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
 
 INFUSION = "infusion.safetensors"
+NEEDED = {"segmentation", "normalisation", "image_size"}
+"""Facts of a bundle with an ensemble."""
+
+OWN = Normalisation(segmenters="site", classifiers="site")
+"""As studies have it by default."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,13 @@ class SegmentationEnsemble:
         For K branches.
     classifiers : dict of str to Classifier
         May be empty.
+    normalisation : Normalisation
+        Whose statistics `adapt` gives the networks.
 
     Notes
     -----
-    Networks are put in evaluation mode. Normalisation statistics are those of the weights; a
-    hospital re-estimates them on its own images first, as the study did: see `adapt_batch_norm`.
+    Networks are put in evaluation mode. It predicts only after `adapt`: with other statistics than
+    the study's rule gives, nobody tested it.
     """
 
     def __init__(
@@ -71,14 +85,56 @@ class SegmentationEnsemble:
         branches: Mapping[str, Segmenter],
         head: InfusionHead,
         classifiers: Mapping[str, Classifier] | None = None,
+        normalisation: Normalisation = OWN,
     ) -> None:
         self.branches = {name: model.eval() for name, model in branches.items()}
         self.head = head.eval()
         self.classifiers = {name: model.eval() for name, model in (classifiers or {}).items()}
+        self.normalisation = normalisation
+        self._carried = {name: statistics_of(model) for name, model in self.branches.items()}
+        self._adapted = False
+
+    def adapt(self, images: Tensor) -> None:
+        """Give the networks the normalisation statistics that the study tested them with.
+
+        Parameters
+        ----------
+        images : Tensor (N, 1, S, S)
+            In [0, 1], of one hospital and without labels, as mixed as those to be predicted; the
+            study took up to 128. They replace those of an earlier call.
+
+        Raises
+        ------
+        SiteEmptyError
+            Fewer than two images.
+        """
+        if len(images) < 2:
+            raise SiteEmptyError(
+                f"normalisation statistics need two images or more of the hospital, not "
+                f"{len(images)}; add images"
+            )
+        mixed = self.normalisation.segmenters == "mixed"
+        for name, model in self.branches.items():
+            adapt_batch_norm(model, images, prior=self._carried[name] if mixed else None)
+        if self.normalisation.classifiers == "site":
+            for classifier in self.classifiers.values():
+                adapt_batch_norm(classifier, images)
+        self._adapted = True
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> EnsemblePrediction:
-        """Segment, and classify, images (B, 1, S, S) in [0, 1] on the networks' device."""
+        """Segment, and classify, images (B, 1, S, S) in [0, 1] on the networks' device.
+
+        Raises
+        ------
+        OrderError
+            `adapt` was not called.
+        """
+        if not self._adapted:
+            raise OrderError(
+                "the ensemble does not have the hospital's normalisation statistics yet; call "
+                "adapt(images) with its images first"
+            )
         stacked = torch.stack([model.probabilities(images) for model in self.branches.values()])
         p, weights = self.head(stacked)
         malignant = {n: model(images).softmax(1)[:, 1] for n, model in self.classifiers.items()}
@@ -99,7 +155,8 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
     ----------
     bundle : Bundle
         Holds ``segmenters/<branch>.safetensors``, ``infusion.safetensors`` (see `infusion_records`)
-        and, if any, ``classifiers/<name>.safetensors``; facts ``segmentation`` and ``image_size``.
+        and, if any, ``classifiers/<name>.safetensors``; facts ``segmentation``, ``normalisation``
+        and ``image_size``.
 
     Raises
     ------
@@ -107,12 +164,13 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
         A file or a fact is missing, or does not fit the others.
     """
     facts = bundle.manifest.facts
-    if INFUSION not in bundle.paths or not {"segmentation", "image_size"} <= facts.keys():
+    if INFUSION not in bundle.paths or not facts.keys() >= NEEDED:
         raise BundleError("the bundle holds no ensemble; take the final bundle of a study")
     branches = {}
     classifiers = {}
     try:
         segmentation = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
+        normalisation = validate(Normalisation, facts["normalisation"], "the bundle's facts")
         kept = from_bytes(bundle.read(INFUSION))
         names = list(kept.config["branches"])
         settings = validate(Infusion, kept.config["infusion"], INFUSION)
@@ -148,7 +206,7 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
             "weights of the bundle's ensemble do not fit its networks; publish the study again "
             "with this version"
         ) from error
-    return SegmentationEnsemble(branches, head, classifiers)
+    return SegmentationEnsemble(branches, head, classifiers, normalisation)
 
 
 def _load(model: torch.nn.Module, bundle: Bundle, path: str) -> None:

@@ -162,9 +162,7 @@ def lattice(maps: Tensor, side: int = 32) -> Tensor:
     return maps[..., step // 2 :: step, step // 2 :: step]
 
 
-def fit_temperature(
-    log_probabilities: Tensor, targets: Tensor, weights: Tensor | None = None
-) -> float:
+def fit_temperature(log_probabilities: Tensor, targets: Tensor) -> float:
     """Find the temperature that minimises the negative log-likelihood (Guo et al., ICML 2017).
 
     Parameters
@@ -173,26 +171,22 @@ def fit_temperature(
         Of N pixels (see `lattice`: neighbours tell little new); finite.
     targets : Tensor (N,)
         True classes, 0 to C - 1.
-    weights : Tensor (N,) or None
-        Weight of each pixel, default 1.
 
     Returns
     -------
     float
-        T in [0.05, 20]; 1 without any weight.
+        T in [0.05, 20]; 1 without any pixel.
     """
     from scipy.optimize import minimize_scalar
 
     logits = log_probabilities.detach().double()
-    weight = torch.ones_like(logits[:, 0]) if weights is None else weights.to(logits)
-    total = float(weight.sum())
-    if total <= 0:
+    if not len(logits):
         return 1.0
     index = targets.to(logits.device).long()
 
     def loss(log_temperature: float) -> float:
         scaled = (logits / math.exp(log_temperature)).log_softmax(dim=1)
-        return float((weight * nll_loss(scaled, index, reduction="none")).sum()) / total
+        return float(nll_loss(scaled, index))
 
     # Convex in 1 / T, so there is one minimum.
     bounds = math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)

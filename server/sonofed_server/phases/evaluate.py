@@ -9,7 +9,7 @@ from typing import Literal
 from sonofed_common.contract.actions import EvaluateSegmenter, request
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.results import SegmentationStage
-from sonofed_common.contract.study import Infusion, SiteNorm
+from sonofed_common.contract.study import PLAIN_MEAN, Infusion, SiteNorm
 from sonofed_server.phases.branches import Branches, adapted, branches
 from sonofed_server.study.run import StudyRun
 
@@ -59,7 +59,7 @@ def _evaluate(run: StudyRun, test: _Test) -> None:
 
 
 def _tests(run: StudyRun) -> Iterator[_Test]:
-    plain, norm = Infusion(rule="mean", calibration="none"), run.study.segmenter_batch_norm
+    norm = run.study.segmenter_batch_norm
     before, after = branches(run), adapted(run)
 
     def single(
@@ -69,12 +69,12 @@ def _tests(run: StudyRun) -> Iterator[_Test]:
         batch_norm: SiteNorm | Literal["global"] = norm,
     ) -> _Test:
         alone: dict[str, tuple[str, ...]] = {site: (name,) for site, name in names.items()}
-        return _Test(stage, chosen.bundle.id, alone, plain, {}, batch_norm)
+        return _Test(stage, chosen.bundle.id, alone, PLAIN_MEAN, {}, batch_norm)
 
     def joint(stage: SegmentationStage, chosen: Branches, origin: str) -> _Test:
         names = dict.fromkeys(run.study.cohort.sites, chosen.names)
         if stage == "mean":
-            return _Test(stage, chosen.bundle.id, names, plain, {}, norm)
+            return _Test(stage, chosen.bundle.id, names, PLAIN_MEAN, {}, norm)
         arrays = run.state.group(f"ensemble/{origin}")
         return _Test(stage, chosen.bundle.id, names, run.study.infusion, arrays, norm)
 

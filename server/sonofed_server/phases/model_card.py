@@ -60,7 +60,7 @@ def _segmentation(run: StudyRun, sites: int) -> str:
     chosen = branches(run) if after is None else after
     rule = run.study.infusion.rule if "ensemble" in run.state.done else "mean"
     how = f"joined by the rule '{rule}'" if len(chosen.names) > 1 else "used alone"
-    strategies = " and then ".join(f"'{wanted.strategy}'" for wanted in run.study.adaptations)
+    strategies = " and then ".join(f"'{wanted.strategy}'" for _, wanted in run.study.adaptations)
     adaptation = "" if after is None else f" after {strategies}"
     return (
         f"Segmentation of B-mode ultrasound into {chosen.facts.classes} classes, background "

@@ -35,14 +35,19 @@ def pseudo_label(run: StudyRun) -> None:
 
 def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
     study, state, group = run.study, run.state, _group(name)
-    rounds = [(each, number) for each in study.adaptations for number in range(each.rounds)]
+    rounds = [
+        (earlier, each, number)
+        for earlier, each in study.adaptations
+        for number in range(each.rounds)
+    ]
     history = state.facts.setdefault("pseudo_labels", {}).setdefault(name, [])
     for done in range(state.position.get(group, 0), len(rounds)):
-        settings, number = rounds[done]
+        earlier, settings, number = rounds[done]
         parameters = TrainSegmenter(
             **{**run.pooled, "bundle": unadapted.bundle.id},
             branch=name,
             round=number,
+            earlier_rounds=earlier,
             settings=settings,
             batch_norm=study.segmenter_batch_norm,
         )

@@ -6,7 +6,8 @@ from safetensors.numpy import save
 
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.records import to_bytes
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.segmentation import Normalisation
+from sonofed_common.contract.study import PLAIN_MEAN
 from sonofed_common.models.ensemble import INFUSION, infusion_records
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically
@@ -35,6 +36,10 @@ def publish(run: StudyRun) -> None:
         "source": dict(source.facts),
         "source_bundle": run.bundle.id,
         "study": run.study.name,
+        "normalisation": Normalisation(
+            segmenters=run.study.segmenter_batch_norm,
+            classifiers=run.study.finetuning.batch_norm,
+        ).model_dump(),
     }
     if SEGMENTING & set(run.state.done):
         _add_segmenters(run, writer)
@@ -52,7 +57,7 @@ def _add_segmenters(run: StudyRun, writer: BundleWriter) -> None:
         writer.add(f"segmenters/{name}.safetensors", chosen.weights(name))
     arrays = run.state.group(f"ensemble/{origin}")
     # What no phase calibrated or trained was not tested either: then the branches weigh the same.
-    infusion = run.study.infusion if arrays else Infusion(rule="mean", calibration="none")
+    infusion = run.study.infusion if arrays else PLAIN_MEAN
     head = InfusionHead(len(chosen.names), infusion, chosen.facts.classes)
     if arrays:
         head.load(arrays)

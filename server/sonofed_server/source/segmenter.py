@@ -131,6 +131,7 @@ def segmentation_facts(settings: SegmenterTraining, pool: SegmentationPart) -> S
         heads=settings.heads,
         class_ratio=tuple(shares.mean(0).tolist()),
         foreground_range=(low, high),
+        flips=settings.flips,
     )
 
 

@@ -46,7 +46,8 @@ class SegmenterTraining(Model):
     learning_rate: float = Field(default=1e-3, gt=0)
     batch_size: int = Field(default=8, ge=2)
     flips: bool = Field(
-        default=True, description="mirrored images; false where classes have a side"
+        default=True,
+        description="mirrored images, here and at the sites; false where classes have a side",
     )
     style_augmentation: bool = Field(
         default=False, description="images of many appearances, beside flips and rotations"

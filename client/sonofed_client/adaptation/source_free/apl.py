@@ -41,9 +41,9 @@ class APL(SelfTraining):
             yield from student.encoder.parameters()
 
     def judge(self, teacher: Segmenter, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the classes of largest mean probability, of an image and with flips its mirror."""
+        """Return the classes of largest probability, with flips the mean of image and mirror."""
         p = teacher.probabilities(batch)
-        if self.settings.flips:
+        if self.facts.flips:
             p = (p + teacher.probabilities(batch.flip(-1)).flip(-1)) / 2
         return p.argmax(dim=1), certainty(p)
 

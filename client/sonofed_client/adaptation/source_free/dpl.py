@@ -22,7 +22,7 @@ class DPL(SelfTraining):
     Source: Chen et al., "Source-Free Domain Adaptive Fundus Image Segmentation with Denoised
     Pseudo-Labeling", MICCAI 2021. There each structure has a sigmoid of its own and is background
     below .75; here the classes share a softmax, the label is its argmax, and a pixel counts above
-    ``settings.threshold``. Dropout acts in the heads, on maps that the encoder makes once.
+    ``settings.least_probability``. Dropout acts in the heads, on maps that the encoder makes once.
     """
 
     def judge(self, teacher: Segmenter, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ class DPL(SelfTraining):
         stable = deviation.gather(1, label[:, None])[:, 0] < LARGEST_DEVIATION
         features = penultimate(teacher, maps, batch.shape[-1])
         typical = near_own_prototype(features, label, stable * probability, mean.shape[1])
-        return label, (stable & typical & (probability > self.settings.threshold)).float()
+        return label, (stable & typical & (probability > self.settings.least_probability)).float()
 
     def _passes(self, teacher: Segmenter, maps: list[Tensor], size: int) -> Tensor:
         droppers = [m for m in teacher.heads.modules() if isinstance(m, _DropoutNd)]

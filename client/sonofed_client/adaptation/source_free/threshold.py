@@ -8,11 +8,11 @@ from sonofed_client.adaptation.source_free.self_training import SelfTraining
 
 
 class Threshold(SelfTraining):
-    """Learn the pixels whose mean probability is at least ``settings.threshold``.
+    """Learn the pixels whose mean probability is at least ``settings.least_probability``.
 
     Sources: Lee, "Pseudo-Label", ICML workshop 2013; Sohn et al., "FixMatch", NeurIPS 2020.
     """
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:
         """Weigh pixels at or above the threshold 1, all others 0."""
-        return (confidence >= self.settings.threshold).float()
+        return (confidence >= self.settings.least_probability).float()

@@ -41,7 +41,7 @@ class UPLSFDA(SelfTraining):
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:
         """Weigh pixels above the threshold 1, all others 0."""
-        return (confidence > self.settings.threshold).float()
+        return (confidence > self.settings.least_probability).float()
 
     def loss(self, student: Segmenter, batch: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Return the cross-entropy of the copies and of the auxiliary head, plus the entropy."""

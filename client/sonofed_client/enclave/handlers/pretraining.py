@@ -30,6 +30,7 @@ def pretrain(site: Site, parameters: Pretrain, request: Records) -> Records:
         parameters.settings,
         parameters.image_size,
         derive_seed(parameters.seed, "pretraining"),
+        site.segmentation(parameters.bundle).flips,
     ).to(site.device)
     if weights := request.group("weights"):
         load_weights(model, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sonofed_client.adaptation.pseudo_labels import adapt_round
+from sonofed_client.adaptation.pseudo_labels import adapt_round, starting_shares
 from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.contract.actions import TrainSegmenter
 from sonofed_common.contract.records import Records, grouped
@@ -18,8 +18,13 @@ def train_segmenter(site: Site, parameters: TrainSegmenter, request: Records) ->
     if len(rows) == 1:
         return Records(config={"examples": 0})
     model = site.segmenter(parameters.bundle, parameters.branch, parameters.image_size)
+    first = None
     if weights := request.group("weights"):
+        # The bundle's weights are what the first round of the first strategy began with.
+        first = starting_shares(model, images, parameters.batch_norm)
         load_weights(model, weights)
+    # Over the whole chain: its strategies must not draw the same orders and views.
+    rounds_done = parameters.earlier_rounds + parameters.round
     with site.checkpoint(parameters, request) as checkpoint:
         report = adapt_round(
             model,
@@ -27,10 +32,11 @@ def train_segmenter(site: Site, parameters: TrainSegmenter, request: Records) ->
             parameters.settings,
             site.segmentation(parameters.bundle),
             parameters.round,
-            derive_seed(parameters.seed, site.settings.name, parameters.branch, parameters.round),
+            derive_seed(parameters.seed, site.settings.name, parameters.branch, rounds_done),
             checkpoint,
             site.events,
             parameters.batch_norm,
+            first,
         )
     return Records(
         grouped("weights", weights_of(model)),

@@ -1,0 +1,144 @@
+import pytest
+from enclave_talk import encode, evaluation, fine_tuning, install, talk
+
+from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.store import Store
+from sonofed_common.contract import actions
+from sonofed_common.contract.actions import request
+from sonofed_common.contract.records import to_bytes
+from sonofed_common.contract.study import Embedding, Finetuning
+
+
+def test_a_repeated_job_gives_its_first_reply_without_training(site, bundle, monkeypatch):
+    enclave = InProcessEnclave(site)
+    first = {a: to_bytes(r) for a, r in talk(enclave, bundle) if a in JOB_REQUESTS}
+
+    def untouched(*_):
+        raise AssertionError("the job ran again")
+
+    for action in JOB_REQUESTS:
+        monkeypatch.setitem(HANDLERS, action, untouched)
+    again = InProcessEnclave(site)
+    for action, make in JOB_REQUESTS.items():
+        assert to_bytes(again.perform(action, request(make(bundle)))) == first[action]
+    with pytest.raises(AssertionError, match="ran again"):
+        again.perform("evaluate.classifier", request(evaluation(bundle, batch_norm="global")))
+
+
+JOB_REQUESTS = {
+    "train.embed": lambda bundle: actions.Embed(**encode(bundle), round=0),
+    "train.classifier": fine_tuning,
+    "evaluate.classifier": evaluation,
+}
+
+
+@pytest.mark.parametrize("action", ["train.embed", "train.classifier"])
+def test_an_interrupted_training_goes_on_from_its_last_epoch(site, bundle, tmp_path, action):
+    def make():
+        if action == "train.classifier":
+            return fine_tuning(bundle, settings=Finetuning(rounds=1, local_epochs=3))
+        settings = Embedding(dimension=8, rounds=1, local_epochs=3)
+        return actions.Embed(**encode(bundle) | {"settings": settings}, round=0)
+
+    def opened(settings):
+        enclave = InProcessEnclave(settings)
+        talk(enclave, bundle)
+        return enclave
+
+    def interrupt(event):
+        if event["event"] == "progress" and event.get("epoch") == 3:
+            raise KeyboardInterrupt
+
+    # The same key, for the ids' order is the images'.
+    site = site.model_copy(update={"image_key": "0" * 64})
+    enclave = opened(site)
+    folder = site.store / "checkpoints"
+    assert not list(folder.glob("*"))
+    enclave.site.events.listeners.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        enclave.perform(action, request(make()))
+    assert len(list(folder.iterdir())) == 1
+    seen = []
+    enclave.site.events.listeners[:] = [seen.append]
+    resumed = enclave.perform(action, request(make()))
+    assert {e["epoch"] for e in seen if e["event"] == "progress"} == {3}
+    assert not list(folder.iterdir())
+    other = opened(site.model_copy(update={"store": tmp_path / "other"}))
+    assert to_bytes(resumed) == to_bytes(other.perform(action, request(make())))
+
+
+@pytest.mark.parametrize("merge", ["fedavg", "fedema"])
+def test_a_second_study_shares_jobs_unless_they_build_on_the_first(site, bundle, merge):
+    enclave = InProcessEnclave(site)
+    install(enclave, bundle)
+    values = encode(bundle) | {
+        "pairs": "augmentation",
+        "settings": Embedding(dimension=8, rounds=2, merge=merge),
+    }
+    for study in ("first", "second"):
+        enclave.perform("train.embed", request(actions.Embed(**values | {"study": study}, round=0)))
+    store = Store(site.store)
+    assert len(store.names("job/")) == {"fedavg": 1, "fedema": 2}[merge]
+    kept = {"study/first/student/0000", "study/second/student/0000"} if merge == "fedema" else set()
+    assert store.names("study/") == kept
+
+
+def test_a_round_of_fedema_killed_before_its_result_was_kept_is_done_again_alike(site, bundle):
+    enclave = InProcessEnclave(site)
+    install(enclave, bundle)
+    settings = Embedding(dimension=8, rounds=3, merge="fedema")
+    values = encode(bundle) | {"pairs": "augmentation", "settings": settings}
+
+    def round_of(number: int) -> bytes:
+        return to_bytes(
+            enclave.perform("train.embed", request(actions.Embed(**values, round=number)))
+        )
+
+    first = [round_of(0), round_of(1)]
+    store = Store(site.store)
+    store.remove("job/")
+    assert round_of(1) == first[1]
+    round_of(2)
+    assert {name[-4:] for name in store.names("study/")} == {"0001", "0002"}
+
+
+def test_rounds_of_fedema_that_are_asked_for_downwards_leave_few_students(site, bundle):
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    install(enclave, bundle)
+    settings = Embedding(dimension=8, rounds=7, merge="fedema")
+    values = encode(bundle) | {"pairs": "augmentation", "settings": settings}
+    for number in (6, 5, 4, 3, 2, 1):
+        enclave.perform("train.embed", request(actions.Embed(**values, round=number)))
+        kept = {name[-4:] for name in store.names("study/trial/student/")}
+        # The last that was done stays, for the next round merges with it.
+        assert kept == {f"{number:04d}", "0006"}
+
+
+def test_a_job_of_other_labels_is_another_job(site, bundle):
+    enclave = InProcessEnclave(site)
+    talk(enclave, bundle)
+    first = enclave.perform("train.classifier", request(fine_tuning(bundle)))
+    store = Store(site.store)
+    store.annotate([(i, 1 - y) for i, y in store.annotations().items()], "expert")
+    second = enclave.perform("train.classifier", request(fine_tuning(bundle)))
+    assert to_bytes(first) != to_bytes(second)
+
+
+def test_another_key_gives_other_ids_of_the_same_images(site):
+    taken = {}
+    for key in ("0" * 64, "1" * 64, "0" * 64):
+        store = Store(site.store)
+        snapshot = take_in(site.model_copy(update={"image_key": key}), store)
+        known = {image.name: image.id for image in store.images()}
+        assert taken.setdefault(key, (snapshot, known)) == (snapshot, known)
+    (first, ids), (second, others) = taken.values()
+    assert first != second and ids.keys() == others.keys()
+    assert not set(ids.values()) & set(others.values())
+
+
+def test_two_sites_of_the_same_images_do_the_same(site, bundle, tmp_path):
+    site = site.model_copy(update={"image_key": "0" * 64})
+    twin = site.model_copy(update={"store": tmp_path / "twin"})
+    first, second = (talk(InProcessEnclave(s), bundle) for s in (site, twin))
+    assert [to_bytes(r) for _, r in first] == [to_bytes(r) for _, r in second]
