@@ -122,7 +122,7 @@ def test_a_prediction_is_the_infusion_of_its_branches(networks, images):
 
 
 def test_classifiers_are_optional(networks, images, tmp_path):
-    branches, _ = networks
+    branches, _ = copy.deepcopy(networks)
     alone = {"source": branches["source"]}
     ensemble = SegmentationEnsemble(alone, InfusionHead(1, Infusion(), CLASSES))
     again = load_ensemble(written(tmp_path, ensemble))
