@@ -1,7 +1,8 @@
 """Flower's SuperNode, asking for messages more often.
 
 It rests for three seconds whenever no message waits, and for half a second at a time until a reply
-is there: together most of what a short question costs. Nothing else is changed.
+is there: together most of what a short question costs. Its lines are those of all our processes.
+Nothing else is changed.
 
 Use: ``python -m sonofed_client.supernode [OPTIONS OF flower-supernode]``
 """
@@ -13,6 +14,9 @@ from types import SimpleNamespace
 
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
+from uvicorn.config import LOGGING_CONFIG
+
+from sonofed_common.log import configure_as_told
 
 LONGEST_REST = 0.5
 SHORT_REST = 0.1
@@ -25,6 +29,8 @@ def rest(seconds: float) -> None:
 
 def main() -> None:
     """Run the SuperNode with the arguments of the command line."""
+    LOGGING_CONFIG["loggers"]["uvicorn"] |= {"handlers": [], "propagate": True}
+    configure_as_told()
     own = SimpleNamespace(**{**vars(time), "sleep": rest})
     vars(start_client_internal)["time"] = own
     flower_supernode()

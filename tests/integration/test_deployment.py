@@ -223,6 +223,38 @@ def test_a_study_gives_the_same_bits_as_in_one_process(deployment, undisturbed):
         assert "without a network" in (hospital.run / "enclave.log").read_text()
 
 
+def lines(run, name):
+    return [json.loads(line) for line in (run / f"{name}.log").read_text().splitlines()]
+
+
+def test_every_process_logs_json_that_names_study_round_and_site(deployment):
+    """After the study: its whole course stands in logs that a machine can filter."""
+    coordinator = deployment.coordinator.run
+    for name in ("supervisor", "superlink", "conductor", "serverapp"):
+        each = lines(coordinator, name)
+        assert each and all(line.keys() >= {"time", "level", "event"} for line in each), name
+        assert {line["process"] for line in each} == {name}
+    (began,) = [x for x in lines(coordinator, "conductor") if x["event"] == "the study began"]
+    assert began["study"] == "tiny"
+    course = lines(coordinator, "serverapp")
+    assert [x["event"] for x in course if "study" in x][-1] == "study-completed"
+    assert {x["study"] for x in course if "phase" in x} == {"tiny"}
+    rounds = set(range(CHANGES["finetuning"]["rounds"]))
+    assert {x["round"] for x in course if x.get("phase") == "classifier" and "round" in x} == rounds
+    for site, hospital in deployment.hospitals.items():
+        for name in ("supervisor", "enclave", "supernode", "relay"):
+            each = lines(hospital.run, name)
+            assert each and all(line.keys() >= {"time", "level", "event"} for line in each), name
+            assert {(line["process"], line["site"]) for line in each} == {(name, site)}
+        for name, event in (("relay", "answered"), ("enclave", "job done")):
+            trained = [
+                (line["study"], line["round"])
+                for line in lines(hospital.run, name)
+                if line["event"] == event and line.get("action") == "train.classifier"
+            ]
+            assert sorted(trained) == [("tiny", number) for number in sorted(rounds)], name
+
+
 @pytest.mark.parametrize(
     ("path", "code"),
     [

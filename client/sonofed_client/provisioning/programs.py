@@ -14,6 +14,7 @@ from sonofed_client.relay import SOCKET_KEY
 from sonofed_client.settings import read_site
 from sonofed_common.contract.enrolment import Kit
 from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.log import told
 from sonofed_common.supervision.program import Program, answers, answers_on
 
 
@@ -62,9 +63,10 @@ def _enclave(hospital: Hospital) -> Program:
 
 def _relay(hospital: Hospital, socket: Path) -> list[Program]:
     port, environment = hospital.relay_settings.runtime_port, _environment(hospital)
+    kit = installed_kit(hospital)
     supernode = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
-        *("--superlink", installed_kit(hospital).address),
+        *("--superlink", kit.address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
@@ -77,8 +79,19 @@ def _relay(hospital: Hospital, socket: Path) -> list[Program]:
         *("--runtime-api-address", f"127.0.0.1:{port}", "--insecure"),
     )
     return [
-        Program("supernode", supernode, lambda: answers(port), environment),
-        Program("executor", executor, lambda: True, environment),
+        Program(
+            "supernode",
+            supernode,
+            lambda: answers(port),
+            {**environment, **told("supernode", site=kit.site)},
+        ),
+        Program(
+            "executor",
+            executor,
+            lambda: True,
+            # The apps that it starts have a log of their own.
+            {**environment, **told("relay", hospital.run / "relay.log", site=kit.site)},
+        ),
     ]
 
 

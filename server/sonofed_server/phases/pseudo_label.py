@@ -37,8 +37,9 @@ def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
     study, state, group = run.study, run.state, _group(name)
     rounds = [(each, number) for each in study.adaptations for number in range(each.rounds)]
     history = state.facts.setdefault("pseudo_labels", {}).setdefault(name, [])
-    for done in range(state.position.get(group, 0), len(rounds)):
-        settings, number = rounds[done]
+    first = state.position.get(group, 0)
+    for done, number in enumerate(run.rounds(n for _, n in rounds[first:]), start=first):
+        settings, _ = rounds[done]
         parameters = TrainSegmenter(
             **{**run.pooled, "bundle": unadapted.bundle.id},
             branch=name,
