@@ -19,6 +19,8 @@ from sonofed_server.study.report import this_machine
 from sonofed_simulations.comparison import built_in as comparisons
 from sonofed_simulations.comparison import finished_cells, read_comparison, run_comparison
 from sonofed_simulations.comparison_summary import summarise, summary_table, write_summary
+from sonofed_simulations.deployment import prepare as prepare_deployment
+from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.report.table import tabulate
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
 from sonofed_simulations.segmentation_comparison import (
@@ -101,6 +103,18 @@ def compare(
         table = _compare_selection(path, out, data, seed)
     _console().print(table)
     _console().print(f"summary: {out / 'comparison.md'}")
+
+
+@app.command()
+def prepare(
+    scenario: Annotated[str, typer.Argument(help="Name of a built-in scenario, or a TOML file.")],
+    out: Out,
+) -> None:
+    """Write what a deployment on this machine starts from: settings, and phantoms as images."""
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        prepare_deployment(Laboratory(read_scenario(scenario), out, None, events))
+    _console().print(f"settings and images: {out}")
 
 
 @app.command()

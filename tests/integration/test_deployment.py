@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 PATIENCE = 1500
 CHANGES = {
@@ -253,6 +255,17 @@ def test_every_process_logs_json_that_names_study_round_and_site(deployment):
                 if line["event"] == event and line.get("action") == "train.classifier"
             ]
             assert sorted(trained) == [("tiny", number) for number in sorted(rounds)], name
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_a_log_is_filtered_by_study_and_round_as_the_page_says(deployment):
+    (command,) = re.findall(r"^jq .+", (ROOT / "docs" / "deploy.md").read_text(), re.M)
+    hospital = next(iter(deployment.hospitals.values()))
+    words = shlex.split(command.replace("site/run", str(hospital.run)))
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    assert {(line["study"], line["round"]) for line in found} == {("tiny", 1)}
+    assert {line["process"] for line in found} == {"enclave", "relay"}
 
 
 @pytest.mark.parametrize(
