@@ -92,16 +92,16 @@ def is_json() -> bool:
 def log_event(event: Event) -> None:
     """Log an event of `Events`; a listener."""
     facts = {name: value for name, value in event.items() if name not in ("time", "event")}
-    log.info("%s", event["event"], extra={"facts": facts})
+    log.log(_level(event), "%s", event["event"], extra={"facts": facts})
 
 
 def json_line(event: Event) -> str:
     """Return an event as a line of the log."""
     facts = {name: value for name, value in event.items() if name != "time"}
     steps: tuple[Processor, ...] = (*_told_by_all({}), *AS_JSON)
-    line: Any = {"level": "info", **facts}
+    line: Any = {"level": logging.getLevelName(_level(event)).lower(), **facts}
     for step in steps:
-        line = step(None, "info", line)
+        line = step(None, "", line)
     return str(line)
 
 
@@ -129,6 +129,10 @@ def last_words(text: str) -> str:
         return str(json.loads(last[0])["event"])
     except (ValueError, KeyError, TypeError):
         return text.strip()
+
+
+def _level(event: Event) -> int:
+    return logging.WARNING if str(event["event"]).endswith("-failed") else logging.INFO
 
 
 class _JsonFormatter(structlog.stdlib.ProcessorFormatter):

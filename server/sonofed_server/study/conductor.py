@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from sonofed_common.contract.errors import DeploymentError, SonoFedError
 from sonofed_common.runtime import write_atomically
@@ -73,11 +73,13 @@ class Conductor:
         try:
             self._keep_registrations()
             for entry in entries(self._coordinator):
-                with bound_contextvars(study=entry.name):
-                    self._tend(entry)
+                bind_contextvars(study=entry.name)
+                self._tend(entry)
         except SonoFedError as error:
             log.warning("%s", error)
             self._not_before = time.monotonic() + 5.0
+        finally:
+            unbind_contextvars("study")
 
     def _keep_registrations(self) -> None:
         files = self._coordinator.sites.glob("*.json")
