@@ -274,8 +274,8 @@ class Jobs:
     def _perform(self, job: Job) -> Records:
         request = self._request(job)
         bind_contextvars(**named(request.config))
-        log.info("job begins")
         job.confirm = self._enclave.admit(job.action, request)
+        log.info("job begins")
         return self._enclave.perform(job.action, request)
 
     def _request(self, job: Job) -> Records:
