@@ -5,10 +5,13 @@ READY := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test faults fuzz test-demo check clean
+.PHONY: demo deploy-demo test faults fuzz test-demo check clean
 
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
+
+deploy-demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo.sh
 
 # Four workers of one thread each, for half of the time is waiting for processes; a file stays
 # whole, so its fixtures are made once.

@@ -43,7 +43,7 @@ from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.cli import app as lab
 from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
-from sonofed_simulations.scenarios.scenario import Hospital, built_in
+from sonofed_simulations.scenarios.scenario import Hospital, built_in, read_scenario
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -73,6 +73,8 @@ HOSPITAL = (
 
 FORGET = "sonofed-site studies forget trial --site site.toml"
 
+SMALL = tuple(read_scenario("deployment").hospitals)
+
 DEPLOYMENT = {
     "sonofed-coordinator init project.toml": "provisioning",
     "sonofed-site init north --folder site": "provisioning",
@@ -96,7 +98,25 @@ DEPLOYMENT = {
 }
 """Commands of a deployment, and which of the integration tests runs each."""
 
+ONE_MACHINE = (
+    "sonofed-lab prepare deployment --out .",
+    "sonofed-coordinator source train source.toml --data phantoms "
+    "--key coordinator/coordinator.pem --out bundle",
+    "sonofed-coordinator provision project.toml --all --data phantoms --simulated",
+    "sonofed-coordinator study report deployment | tee report.txt",
+    *(f"sonofed-site up --detach --folder sites/{name}" for name in SMALL),
+    *(f"sonofed-site check --folder sites/{name}" for name in SMALL),
+    *(f"sonofed-site down --folder sites/{name}" for name in SMALL),
+    "make deploy-demo",
+)
+
+FILTER = (
+    "jq -c 'select(.study == \"tiny\" and .round == 1)' site/run/enclave.log site/run/supernode.log"
+)
+
 COVERED = {
+    FILTER: "tests/integration/test_deployment.py",
+    **dict.fromkeys(ONE_MACHINE, "tests/integration/test_deploy_demo.py"),
     **{c: f"tests/integration/test_{name}.py" for c, name in DEPLOYMENT.items()},
     **dict.fromkeys((*HOSPITAL, FORGET), "here"),
     "sonofed-site enclave --site site.toml": "tests/integration/test_enclave_process.py",

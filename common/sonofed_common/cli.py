@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -11,7 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError, SonoFedError
+from sonofed_common.log import is_json
 from sonofed_common.preflight import Finding, verdict
+
+log = logging.getLogger(__name__)
 
 
 class Commands(TyperGroup):
@@ -34,7 +38,10 @@ class Commands(TyperGroup):
         except OSError as error:
             what = ": ".join(str(part) for part in (error.strerror, error.filename) if part)
             failure = ConfigurationError(f"{what or error}; check the path and its permissions")
-        print(f"error: {failure}", file=sys.stderr)
+        if is_json():
+            log.error("%s", failure)
+        else:
+            print(f"error: {failure}", file=sys.stderr)
         raise typer.Exit(failure.exit_code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sonofed_common.log import json_line
 from sonofed_common.runtime import Event, Listener
 
 
@@ -21,7 +21,7 @@ def progress_listener() -> Iterator[Listener]:
     ------
     Listener
         On a terminal, draws one bar per task on stderr and prints no other event; elsewhere, writes
-        each event to stderr as one JSON line.
+        each event to stderr as a line of the log.
     """
     if not sys.stderr.isatty():
         yield _write_json
@@ -37,7 +37,7 @@ def progress_listener() -> Iterator[Listener]:
 
 
 def _write_json(event: Event) -> None:
-    print(json.dumps(event), file=sys.stderr, flush=True)
+    print(json_line(event), file=sys.stderr, flush=True)
 
 
 def _bars(bars: Progress) -> Listener:

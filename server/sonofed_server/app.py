@@ -7,10 +7,12 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from sonofed_common.log import configure_as_told
 from sonofed_server.study.engine import run_study
 from sonofed_server.study.grid import hasten
 from sonofed_server.study.workspace import Workspace
 
+configure_as_told()
 app = ServerApp()
 
 

@@ -93,6 +93,21 @@ def compare(
 
 
 @app.command()
+def prepare(
+    scenario: Annotated[str, typer.Argument(help="Name of a built-in scenario, or a TOML file.")],
+    out: Out,
+) -> None:
+    """Write what a deployment on this machine starts from: settings, and phantoms as images."""
+    from sonofed_simulations.deployment import prepare as prepare_deployment
+    from sonofed_simulations.laboratory import Laboratory
+
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        prepare_deployment(Laboratory(read_scenario(scenario), out, None, events))
+    _console().print(f"settings and images: {out}")
+
+
+@app.command()
 def scenarios() -> None:
     """List the built-in scenarios."""
     table = Table("name", "hospitals", "what it is", box=None)

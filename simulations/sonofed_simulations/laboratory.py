@@ -162,6 +162,13 @@ class Laboratory:
         _link(workspace.cache, shared)
         return workspace
 
+    def write_phantoms(self) -> None:
+        """Write the phantoms of the source and of the hospitals, each in a folder of its name."""
+        wanted = {name: hospital.phantoms for name, hospital in self.scenario.hospitals.items()}
+        for name, phantoms in {"source": self.scenario.source_phantoms, **wanted}.items():
+            if phantoms is not None:
+                self._phantoms(name, phantoms)
+
     def _check_data(self) -> None:
         if not self.scenario.needs_data:
             return

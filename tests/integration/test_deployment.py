@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 PATIENCE = 1500
 CHANGES = {
@@ -221,6 +223,49 @@ def test_a_study_gives_the_same_bits_as_in_one_process(deployment, undisturbed):
     for hospital in deployment.hospitals.values():
         open_ledger(open_store(read_site(hospital.site))).verify()
         assert "without a network" in (hospital.run / "enclave.log").read_text()
+
+
+def lines(run, name):
+    return [json.loads(line) for line in (run / f"{name}.log").read_text().splitlines()]
+
+
+def test_every_process_logs_json_that_names_study_round_and_site(deployment):
+    """After the study: its whole course stands in logs that a machine can filter."""
+    coordinator = deployment.coordinator.run
+    for name in ("supervisor", "superlink", "conductor", "serverapp"):
+        each = lines(coordinator, name)
+        assert each and all(line.keys() >= {"time", "level", "event"} for line in each), name
+        assert {line["process"] for line in each} == {name}
+    (began,) = [x for x in lines(coordinator, "conductor") if x["event"] == "the study began"]
+    assert began["study"] == "tiny"
+    course = lines(coordinator, "serverapp")
+    assert [x["event"] for x in course if "study" in x][-1] == "study-completed"
+    assert {x["study"] for x in course if "phase" in x} == {"tiny"}
+    rounds = set(range(CHANGES["finetuning"]["rounds"]))
+    assert {x["round"] for x in course if x.get("phase") == "classifier" and "round" in x} == rounds
+    for site, hospital in deployment.hospitals.items():
+        for name in ("supervisor", "enclave", "supernode"):
+            each = lines(hospital.run, name)
+            assert each and all(line.keys() >= {"time", "level", "event"} for line in each), name
+            assert {(line["process"], line["site"]) for line in each} == {(name, site)}
+        for name, event in (("supernode", "answered"), ("enclave", "job done")):
+            trained = [
+                (line["study"], line["round"])
+                for line in lines(hospital.run, name)
+                if line["event"] == event and line.get("action") == "train.classifier"
+            ]
+            assert sorted(trained) == [("tiny", number) for number in sorted(rounds)], name
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_a_log_is_filtered_by_study_and_round_as_the_page_says(deployment):
+    (command,) = re.findall(r"^jq .+", (ROOT / "docs" / "deploy.md").read_text(), re.M)
+    hospital = next(iter(deployment.hospitals.values()))
+    words = shlex.split(command.replace("site/run", str(hospital.run)))
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    assert {(line["study"], line["round"]) for line in found} == {("tiny", 1)}
+    assert {line["process"] for line in found} == {"enclave", "supernode"}
 
 
 @pytest.mark.parametrize(

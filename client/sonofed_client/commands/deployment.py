@@ -11,7 +11,8 @@ from sonofed_client.commands.provisioning import Folder
 from sonofed_client.metrics_file import read_metrics
 from sonofed_client.provisioning import preflight
 from sonofed_client.provisioning.place import Hospital
-from sonofed_client.provisioning.programs import beside, programs, socket_of
+from sonofed_client.provisioning.programs import beside, installed_kit, programs, socket_of
+from sonofed_common import log
 from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
 from sonofed_common.supervision.supervisor import read_status, supervise
@@ -33,6 +34,8 @@ def up(
     All run under this account, unless the enclave is run by another: see the units for systemd.
     """
     hospital = Hospital(folder.resolve())
+    if not detach:
+        log.configure("supervisor", site=installed_kit(hospital).site)
     each, title = programs(hospital, relay), _title(hospital)
     if not detach:
         port, socket = hospital.relay_settings.health_port, socket_of(hospital, relay)

@@ -14,6 +14,7 @@ from sonofed_client.enclave.isolation import enter, way_out, with_key
 from sonofed_client.enclave.lock import alone
 from sonofed_client.settings import SiteSettings, read_site
 from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.log import configure
 
 WARNING = (
     "the enclave of site {} runs WITHOUT network isolation: this process, which reads the images, "
@@ -32,12 +33,12 @@ def enclave(
 ) -> None:
     """Answer the site's relay on a unix socket, without a network, until ended."""
     settings = read_site(site)
+    configure("enclave", site=settings.name)
     if settings.socket is None:
         raise ConfigurationError(f"{site.name} names no socket; add: socket = '/run/...'")
     if not no_isolation:
         enter(settings)
     settings = with_key(settings)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Nothing that this process writes is for anyone else, whoever started it.
     os.umask(0o077)
     with alone(settings.store):
@@ -73,6 +74,6 @@ def _answer(settings: SiteSettings, why_not: str) -> None:
     jobs.start()
     keep_written(enclave.ledger, jobs, settings.socket)
     how = "NOT isolated" if open_way else "without a network"
-    print(f"the enclave of site {settings.name} answers, {how}", flush=True)
+    log.info("the enclave of site %s answers, %s", settings.name, how)
     wait_for_the_end(server)
     enclave.ledger.settle()

@@ -15,12 +15,16 @@ from enum import IntEnum
 from importlib.metadata import version
 from queue import SimpleQueue
 
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
 from sonofed_client.enclave.enclave import JOBS
 from sonofed_client.enclave.interface import Worker
 from sonofed_client.enclave.parts import Received, read
 from sonofed_client.enclave.store import Store
 from sonofed_common.contract.errors import EngineError, SonoFedError
+from sonofed_common.contract.names import ACTION_NAMES
 from sonofed_common.contract.records import Records
+from sonofed_common.log import named
 from sonofed_common.runtime import Event
 from sonofed_common.security import sha256
 
@@ -246,24 +250,32 @@ class Jobs:
                 job.state = State.RUNNING
                 self._change(job)
             self._running = job
+            bind_contextvars(action=job.action if job.action in ACTION_NAMES else "unknown")
+            began = time.monotonic()
             try:
                 self._end(job, reply=self._perform(job))
+                log.info("job done", extra={"seconds": round(time.monotonic() - began, 1)})
             except SonoFedError as error:
+                log.warning("job not done: %s", error)
                 self._end(job, error=error)
             except _CancelledError:
+                log.warning("job cancelled")
                 self._end(job, error=_cancelled())
             except Exception as error:
                 # The text of an error that we did not write may name a file or a patient.
                 frames = "".join(traceback.format_tb(error.__traceback__))
-                log.error("%.64r failed: %s\n%s", job.action, type(error).__name__, frames)
+                log.error("job failed: %s", type(error).__name__, extra={"frames": frames})
                 sentence = "the site could not do the work; its own log says why"
                 self._end(job, error=SonoFedError(sentence))
             finally:
                 self._running = None
+                clear_contextvars()
 
     def _perform(self, job: Job) -> Records:
         request = self._request(job)
+        bind_contextvars(**named(request.config))
         job.confirm = self._enclave.admit(job.action, request)
+        log.info("job begins")
         return self._enclave.perform(job.action, request)
 
     def _request(self, job: Job) -> Records:

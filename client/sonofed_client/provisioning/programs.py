@@ -13,6 +13,7 @@ from sonofed_client.relay import SOCKET_KEY
 from sonofed_client.settings import read_site
 from sonofed_common.contract.enrolment import Kit
 from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.log import told
 from sonofed_common.supervision.program import Program, answers_on
 
 
@@ -60,14 +61,16 @@ def _enclave(hospital: Hospital) -> Program:
 
 
 def _supernode(hospital: Hospital, socket: Path) -> Program:
+    kit = installed_kit(hospital)
     command = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
-        *("--superlink", installed_kit(hospital).address),
+        *("--superlink", kit.address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
     )
-    return Program("supernode", command, lambda: True, _environment(hospital))
+    environment = {**_environment(hospital), **told("supernode", site=kit.site)}
+    return Program("supernode", command, lambda: True, environment)
 
 
 def installed_kit(hospital: Hospital) -> Kit:

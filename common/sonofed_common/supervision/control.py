@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.log import last_words
 from sonofed_common.supervision.supervisor import Status, read_status
 
 START_SECONDS, END_SECONDS = 180.0, 120.0
@@ -36,7 +37,7 @@ def start_detached(folder: Path, command: Sequence[str], title: str) -> Status:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
-            said = log.read_text(encoding="utf-8", errors="replace").strip()[-500:]
+            said = last_words(log.read_text(encoding="utf-8", errors="replace"))[-500:]
             raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid and status.healthy:

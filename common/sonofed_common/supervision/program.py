@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -22,6 +23,8 @@ END_SECONDS = 20.0
 PROBE_SECONDS = 2.0
 
 State = Literal["starting", "running", "waiting"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,16 @@ class Child:
 
     def _wait_for_another_try(self, reason: str, now: float) -> None:
         self._next = now + self._pause
+        facts = {"program": self.program.name, "reason": reason, "pause": self._pause}
+        log.warning("a program ended and is started again", extra=facts)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._become("waiting", identity=None, reason=reason)
 
     def _become(self, state: State, **facts: object) -> None:
         update = {"state": state, "since": time.time(), **facts}
         self.status = self.status.model_copy(update=update)
+        if state == "running":
+            log.info("a program works", extra={"program": self.program.name})
 
 
 def mark(folder: Path, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import threading
@@ -23,6 +24,8 @@ from sonofed_common.supervision.metrics import Source, exposition, program_metri
 from sonofed_common.supervision.program import Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
+
+log = logging.getLogger(__name__)
 
 
 class Status(Model):
@@ -85,6 +88,7 @@ def supervise(
             return exposition(lambda: program_metrics(status().programs), more)
 
         with _health(health_port, status, metrics):
+            log.info("the supervisor begins")
             try:
                 while not ended.is_set():
                     changes = [child.step() for child in children]
@@ -94,6 +98,7 @@ def supervise(
             finally:
                 for child in reversed(children):
                     child.end()
+                log.info("the supervisor ends, and with it its programs")
                 state_file(folder).unlink(missing_ok=True)
 
 

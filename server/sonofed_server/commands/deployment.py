@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
 
+from sonofed_common import log
 from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
 from sonofed_common.supervision.supervisor import read_status, supervise
@@ -26,6 +26,8 @@ def up(
     ] = False,
 ) -> None:
     """Start SuperLink, front and conductor, and start again whichever ends."""
+    if not detach:
+        log.configure("supervisor")
     coordinator = read_coordinator(project)
     if not detach:
         port = coordinator.project.health_port
@@ -75,5 +77,5 @@ def conduct(project: Project = DEFAULT) -> None:
     """Begin the studies that are wanted; `up` runs this."""
     from sonofed_server.study.conductor import Conductor
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    log.configure("conductor")
     Conductor(read_coordinator(project)).run()

@@ -28,7 +28,7 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
     if _tested(run, name, stage):
         return
     done = state.position.get(group, 0)
-    for number in range(done, settings.rounds):
+    for number in run.rounds(range(done, settings.rounds)):
         parameters = TrainClassifier(
             **run.pooled, classifier=name, round=number, budget=budget, settings=settings
         )

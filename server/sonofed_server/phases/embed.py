@@ -15,7 +15,7 @@ def embed(run: StudyRun) -> None:
     study, state = run.study, run.state
     history = state.facts.setdefault("embedding", [])
     rounds = study.embedding.rounds
-    for number in range(state.position.get("round", 0), rounds):
+    for number in run.rounds(range(state.position.get("round", 0), rounds)):
         parameters = Embed(**run.encode, round=number)
         message = request(parameters, **{n: state.group(n) for n in NETWORKS})
         means = {name: FedAvg() for name in NETWORKS}

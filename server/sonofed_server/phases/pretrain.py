@@ -23,7 +23,7 @@ def pretrain(run: StudyRun) -> None:
     """
     settings, state = run.study.pretraining, run.state
     history = state.facts.setdefault("pretraining", [])
-    for number in range(state.position.get("round", 0), settings.rounds):
+    for number in run.rounds(range(state.position.get("round", 0), settings.rounds)):
         history.append(_round(run, Pretrain(**run.pooled, round=number, settings=settings)))
         state.position["round"] = number + 1
         run.save()

@@ -41,8 +41,9 @@ def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:
         for number in range(each.rounds)
     ]
     history = state.facts.setdefault("pseudo_labels", {}).setdefault(name, [])
-    for done in range(state.position.get(group, 0), len(rounds)):
-        earlier, settings, number = rounds[done]
+    first = state.position.get(group, 0)
+    for done, number in enumerate(run.rounds(n for _, _, n in rounds[first:]), start=first):
+        earlier, settings, _ = rounds[done]
         parameters = TrainSegmenter(
             **{**run.pooled, "bundle": unadapted.bundle.id},
             branch=name,

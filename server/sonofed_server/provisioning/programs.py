@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from sonofed_common.log import told
 from sonofed_common.supervision.program import Program, answers
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.project import Coordinator
@@ -47,8 +48,16 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
     front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     return [
-        Program("superlink", superlink, lambda: answers(port), environment),
-        Program("executor", executor, lambda: True, environment),
+        Program(
+            "superlink", superlink, lambda: answers(port), {**environment, **told("superlink")}
+        ),
+        Program(
+            "executor",
+            executor,
+            lambda: True,
+            # It throws away what a ServerApp says on stderr.
+            {**environment, **told("serverapp", coordinator.run / "serverapp.log")},
+        ),
         Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
         Program("conductor", conductor, lambda: True),
     ]

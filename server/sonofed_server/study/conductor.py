@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from structlog.contextvars import bind_contextvars, unbind_contextvars
+
 from sonofed_common.contract.errors import DeploymentError, SonoFedError
 from sonofed_common.runtime import write_atomically
 from sonofed_common.supervision.family import Identity
@@ -71,10 +73,13 @@ class Conductor:
         try:
             self._keep_registrations()
             for entry in entries(self._coordinator):
+                bind_contextvars(study=entry.name)
                 self._tend(entry)
         except SonoFedError as error:
             log.warning("%s", error)
             self._not_before = time.monotonic() + 5.0
+        finally:
+            unbind_contextvars("study")
 
     def _keep_registrations(self) -> None:
         files = self._coordinator.sites.glob("*.json")
@@ -91,7 +96,7 @@ class Conductor:
             assert process is not None
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-            log.warning("the process of study %s is ended", entry.name)
+            log.warning("the study's process is ended")
         if state != "waiting" or not self._due(entry, wish):
             return
         got_on = entry.checkpoint > wish.checkpoint
@@ -104,7 +109,7 @@ class Conductor:
         before = entry.process
         run = submit(self._coordinator, entry.workspace)
         self._submitted[entry.name] = _Start(time.monotonic(), self._superlink(), before)
-        log.warning("study %s began as run %s, attempt %d", entry.name, run, attempts + 1)
+        log.info("the study began", extra={"run": run, "attempt": attempts + 1})
 
     def _due(self, entry: Entry, wish: Wish) -> bool:
         if entry.name not in self._submitted:
@@ -128,7 +133,7 @@ class Conductor:
     def _give_up(self, entry: Entry) -> None:
         sentence = (
             f"the study's process ended {ATTEMPTS} times without finishing a round; see "
-            "superlink.log, then resume it"
+            "serverapp.log, then resume it"
         )
         reason = {"error": DeploymentError.code, "message": sentence}
         write_atomically(entry.workspace.failure, json.dumps(reason).encode())

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 
 import httpx
 from flwr.serverapp import Grid
+from structlog.contextvars import bind_contextvars, bound_contextvars, unbind_contextvars
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import EngineError, SonoFedError
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
+from sonofed_common.log import log_event
 from sonofed_common.runtime import Events, write_atomically
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.phases.annotate import annotate
@@ -77,7 +79,7 @@ def run_study(
     SonoFedError
         The study failed; the reason also stands in the workspace's ``failure.json``.
     """
-    events = events or Events(workspace.events)
+    events = events or Events(workspace.events, [log_event])
     workspace.failure.unlink(missing_ok=True)
     workspace.results.unlink(missing_ok=True)
     try:
@@ -92,12 +94,16 @@ def run_study(
         write_atomically(workspace.failure, json.dumps(reason).encode())
         events.emit("study-failed", **reason)
         raise error
-    events.emit("study-completed", seconds=round(results.seconds, 1))
-    return results
+    else:
+        events.emit("study-completed", seconds=round(results.seconds, 1))
+        return results
+    finally:
+        unbind_contextvars("study")
 
 
 def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Results:
     study = read_study(workspace.study)
+    bind_contextvars(study=study.name)
     key = load_or_create_signing_key(workspace.key)
     bundle = Bundle.open(workspace.bundle, public_hex(key))
     state = StudyState.load(workspace.checkpoint, identity_of(study, bundle.id))
@@ -110,7 +116,8 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
         # Nodes are known to this process alone, so enrolment is repeated by a resumed study.
         if phase in state.done and phase != "enrol":
             continue
-        _run_phase(run, phase)
+        with bound_contextvars(phase=phase):
+            _run_phase(run, phase)
     results = study_results(run)
     write_results(results, workspace.results)
     return results

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.manifest import Kind
@@ -76,6 +79,15 @@ class StudyRun:
             provenance=provenance.model_copy(update={"settings": self.study.digest()}),
             created=datetime.fromisoformat(self.state.facts["started"]),
         )
+
+    def rounds(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Yield the numbers of rounds; what is logged meanwhile names the one at hand."""
+        try:
+            for number in numbers:
+                bind_contextvars(round=number)
+                yield number
+        finally:
+            unbind_contextvars("round")
 
     def site_facts(self, site: str) -> dict[str, Any]:
         """Facts of one site for the results; made on first use."""

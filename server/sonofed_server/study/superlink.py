@@ -1,24 +1,41 @@
 """Flower's SuperLink, patient with its database.
 
 It gives up when SQLite is locked for five seconds, which a slow or busy disk easily is, and answers
-with an error that ends its own executors and nodes. Nothing else is changed.
+with an error that ends its own executors and nodes. Its lines are those of all our processes.
+Nothing else is changed.
 
 Use: ``python -m sonofed_server.study.superlink [OPTIONS OF flower-superlink]``
 """
 
 from __future__ import annotations
 
-from flwr.supercore import constant
+from typing import Any
+
+from flwr.supercore import constant, http_logging
+
+from sonofed_common.log import configure_as_told
 
 PATIENCE = ("busy_timeout", "120000")
 """Milliseconds."""
+
+
+def as_all_others(uvicorn: dict[str, Any]) -> dict[str, Any]:
+    """Have the HTTP server log by the process's own handler; routine calls stay out as before."""
+    loggers = uvicorn["loggers"]
+    for name in ("uvicorn", "uvicorn.access"):
+        loggers[name] |= {"handlers": [], "propagate": True}
+    loggers["uvicorn.access"]["filters"] = ["routine_access"]
+    return {**uvicorn, "handlers": {}, "formatters": {}}
 
 
 def main() -> None:
     """Run the SuperLink with the arguments of the command line."""
     others = tuple(p for p in constant.SQLITE_PRAGMAS if p[0] != PATIENCE[0])
     vars(constant)["SQLITE_PRAGMAS"] = (PATIENCE, *others)
-    # Only now: it copies the constant.
+    its_own = http_logging.get_uvicorn_log_config
+    vars(http_logging)["get_uvicorn_log_config"] = lambda level: as_all_others(its_own(level))
+    configure_as_told()
+    # Only now: it copies what was changed.
     from flwr.superlink.cli import flower_superlink
 
     flower_superlink()
