@@ -22,7 +22,6 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from sonofed_common.contract.errors import SonoFedError
-from sonofed_common.runtime import Event
 
 VARIABLE = "SONOFED_LOG"
 """Environment variable by which a supervisor tells its programs who they are."""
@@ -89,13 +88,13 @@ def is_json() -> bool:
     return any(isinstance(h.formatter, _JsonFormatter) for h in logging.getLogger().handlers)
 
 
-def log_event(event: Event) -> None:
+def log_event(event: Mapping[str, Any]) -> None:
     """Log an event of `Events`; a listener."""
     facts = {name: value for name, value in event.items() if name not in ("time", "event")}
     log.log(_level(event), "%s", event["event"], extra={"facts": facts})
 
 
-def json_line(event: Event) -> str:
+def json_line(event: Mapping[str, Any]) -> str:
     """Return an event as a line of the log."""
     facts = {name: value for name, value in event.items() if name != "time"}
     steps: tuple[Processor, ...] = (*_told_by_all({}), *AS_JSON)
@@ -131,7 +130,7 @@ def last_words(text: str) -> str:
         return text.strip()
 
 
-def _level(event: Event) -> int:
+def _level(event: Mapping[str, Any]) -> int:
     return logging.WARNING if str(event["event"]).endswith("-failed") else logging.INFO
 
 
