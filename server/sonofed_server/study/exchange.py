@@ -140,7 +140,10 @@ class Exchange:
         asked = self.sites() if sites is None else sites
         barred = self.unselected if action in NEED_SELECTION else frozenset()
         self._look()
+        before = self.traffic.to_sites
         pushed = {site: self._push(action, request, site) for site in asked if site not in barred}
+        sent = self.traffic.to_sites - before
+        self.events.emit("asked", action=action, sites=list(pushed), bytes=sent)
         until = time.monotonic() + self.cohort.deadline_seconds
         failures: dict[str, SonoFedError] = {}
         for site in asked:
@@ -149,7 +152,7 @@ class Exchange:
                 failures[site] = reply
                 self.lose(site, action, str(reply))
                 if len(self.sites()) < self.cohort.smallest:
-                    raise _broken(action, failures, len(self.sites()), self.cohort)
+                    raise _broken(action, failures, self.sites(), self.cohort)
                 continue
             yield site, reply
 
@@ -190,7 +193,7 @@ class Exchange:
         return message_id
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         while True:
             for message in _patiently(lambda: list(self.grid.pull_messages([sent.message]))):
                 if message.has_error() and message.error.code in AWAY:
@@ -212,6 +215,9 @@ class Exchange:
                 return reply
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self._look()
+                if not told:
+                    self.events.emit("awaited", site=site)
+                    told = True
                 # The site's enclave knows the request, and goes on with the work that it began.
                 if (came := self._came.get(sent.node, "")) != sent.came:
                     sent.again(came)
@@ -253,11 +259,13 @@ def _unselected(site: str) -> OrderError:
 
 
 def _broken(
-    action: str, failures: dict[str, SonoFedError], left: int, cohort: Cohort
+    action: str, failures: dict[str, SonoFedError], left: list[str], cohort: Cohort
 ) -> SonoFedError:
     site, error = next(iter(failures.items()))
     sentence = (
-        f"'{action}' ended with {left} of {len(cohort.sites)} sites, below the quorum of "
+        f"'{action}' ended with {len(left)} of {len(cohort.sites)} sites, below the quorum of "
         f"{cohort.smallest}; {site}: {error.message}"
     )
+    if others := [s for s in cohort.sites if s not in left and s != site]:
+        sentence += f"; also missing: {', '.join(others)}"
     return error_from_code(error.code, sentence)
