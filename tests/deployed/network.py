@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -61,7 +60,6 @@ class Machines:
         self._names, self._slow = list(names), slow or {}
         self._mark = os.getpid()
         self._links = []
-        self._log = tempfile.TemporaryFile()
 
     def __enter__(self):
         try:
@@ -83,7 +81,6 @@ class Machines:
             process.wait()
         for name in ("coordinator", *self._names):
             subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
-        self._log.close()
 
     def space(self, name):
         return f"sf{self._mark}-{name}"
@@ -124,16 +121,11 @@ class Machines:
     def _start(self, hub, there, device, options):
         words = [f"--{name}={value}" for name, value in options.items()]
         program = Path(__file__).with_name("slow_link.py")
-        process = subprocess.Popen(
-            [sys.executable, program, hub, device, there, OUT, *words],
-            stdout=self._log,
-            stderr=self._log,
-        )
+        process = subprocess.Popen([sys.executable, program, hub, device, there, OUT, *words])
         for space, link in ((hub, device), (there, OUT)):
             while subprocess.run(
                 ["ip", "-n", space, "link", "show", link], capture_output=True
             ).returncode:
-                self._log.seek(0)
-                assert process.poll() is None, self._log.read()
+                assert process.poll() is None, "the slow link ended; see its error above"
                 time.sleep(0.1)
         return process
