@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -61,17 +62,30 @@ class Caller:
             self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self.public)
         )
 
+    def beat(self, node):
+        """Say that a node is there, and return the answer's code."""
+        request = SendNodeHeartbeatRequest(
+            node=Node(node_id=node), heartbeat_interval=HEARTBEAT_SECONDS
+        )
+        return self._code(self._client.SendNodeHeartbeat, request)
+
     def fetch(self, node):
         """Ask for the messages of a node, and return the answer's code."""
-        request = PullMessagesRequest(node=Node(node_id=node))
-        return self._code(self._client.PullMessages, request)
+        return self._code(self._client.PullMessages, messages_of(node))
 
-    def again(self, request, content=None):
-        """Send what was sent before, or something else under its signature."""
+    def again(self, request):
+        """Send what was sent before."""
+        return self._post(request.url, request.content, request.headers)
+
+    def steal(self, request, node):
+        """Ask for the messages of a node, signed as what was sent before."""
+        url = request.url.copy_with(path="/v1/fleet/pull-messages")
+        return self._post(url, messages_of(node).SerializeToString(), request.headers)
+
+    def _post(self, url, content, headers):
+        headers = {k: v for k, v in headers.items() if k != "content-length"}
         with httpx.Client(verify=self.context) as client:
-            body = request.content if content is None else content
-            headers = {k: v for k, v in request.headers.items() if k != "content-length"}
-            return client.post(request.url, content=body, headers=headers).status_code
+            return client.post(url, content=content, headers=headers).status_code
 
     def _code(self, call, request):
         try:
@@ -79,6 +93,10 @@ class Caller:
         except httpx.HTTPStatusError as error:
             return error.response.status_code
         return 200
+
+
+def messages_of(node):
+    return PullMessagesRequest(node=Node(node_id=node))
 
 
 def number_of(deployment, name):

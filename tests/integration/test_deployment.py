@@ -185,13 +185,14 @@ def test_a_key_that_is_not_registered_is_refused(deployment, tmp_path):
 def test_a_signed_request_counts_once(deployment):
     node, key = number_of(deployment, deployment.names[0])
     caller = Caller(deployment.coordinator, key)
-    assert caller.fetch(node) == 200
+    assert caller.beat(node) == 200
     (sent,) = caller.sent
-    assert caller.again(sent) == caller.again(sent, b"") == 401
-    assert refusals(deployment.coordinator)[-2:] == ["/v1/fleet/pull-messages"] * 2
+    assert caller.again(sent) == caller.steal(sent, node) == 401
+    paths = ["/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"]
+    assert refusals(deployment.coordinator)[-2:] == paths
     log = deployment.coordinator.run / "superlink.log"
     assert "a signed request that was met before" in log.read_text()
-    assert caller.fetch(node) == 200
+    assert caller.beat(node) == 200
 
 
 def test_a_revoked_site_is_cut_off(deployment):

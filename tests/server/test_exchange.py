@@ -170,7 +170,9 @@ def test_a_locked_database_is_waited_for_and_a_lost_run_is_not():
 def test_all_who_broke_the_quorum_are_named():
     tried = exchange(Away(10**6), quorum=2)
     tried.cohort = Cohort(sites=("west", *SITES), quorum=2, deadline_seconds=10_000)
-    with pytest.raises(QuorumError, match=r"1 of 3 sites.*; north: .*; also missing: west \[quorum"):
+    with pytest.raises(
+        QuorumError, match=r"1 of 3 sites.*; north: .*; also missing: west \[quorum"
+    ):
         ask(tried)
 
 
