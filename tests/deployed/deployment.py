@@ -25,6 +25,7 @@ from sonofed_common.supervision.program import mark
 from sonofed_common.supervision.supervisor import read_status
 from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.study.desk import find
+from sonofed_server.study.standing import standing
 from sonofed_simulations.engines.inline import run_inline
 
 BIN = Path(sys.executable).parent
@@ -154,6 +155,10 @@ class Deployment:
 
     def study(self, *words, code=0):
         return run("sonofed-coordinator", "study", *words, "--project", self.project, code=code)
+
+    def standing(self, name):
+        """What ``study status`` says, without a process for it."""
+        return standing(find(self.coordinator, name), self.coordinator.front_log)
 
     def write(self, name, **further):
         study = tiny(self.laboratory, name, **further)

@@ -79,7 +79,7 @@ def test_a_study_goes_on_after_a_link_was_down(laboratory, root, tmp_path):
             deployment.study("run", file, "--bundle", deployment.bundle)
             entry = find(deployment.coordinator, "cut")
             name, port = deployment.names[0], deployment.coordinator.project.port
-            wait_for(lambda: "classifier" in deployment.study("status", "cut"))
+            wait_for(lambda: deployment.standing("cut").phase == "classifier")
             saved = entry.checkpoint
             wait_for(lambda: entry.checkpoint > saved)
             machines.cut(name)
@@ -122,7 +122,7 @@ def test_a_large_exchange_over_a_slow_link_is_whole_and_seen(large, root, tmp_pa
             seen = []
 
             def over():
-                seen.append(json.loads(deployment.study("status", "slow", "--json")))
+                seen.append(deployment.standing("slow"))
                 time.sleep(5)
                 return entry.state in ("completed", "failed")
 
@@ -134,10 +134,11 @@ def test_a_large_exchange_over_a_slow_link_is_whole_and_seen(large, root, tmp_pa
             cost = {phase.name: phase for phase in results.phases}["classifier"]
             assert cost.bytes_from_sites > 2 * EXCHANGE_BYTES
             assert_once(deployment, "slow", 1)
-            training = [now for now in seen if now["asked"] == "train.classifier"]
-            assert training[-1]["sites"][slow] == "awaited: train.classifier"
-            assert training[-1]["asked_bytes"] > 2 * EXCHANGE_BYTES
-            crossed = [now["crossed_bytes"] for now in training]
+            training = [now for now in seen if now.asked == "train.classifier"]
+            assert training[-1].sites[slow] == "awaited: train.classifier"
+            assert training[-1].asked_bytes > 2 * EXCHANGE_BYTES
+            assert "crossed the front since" in training[-1].lines()[2]
+            crossed = [now.crossed_bytes for now in training]
             assert crossed == sorted(crossed) and len(set(crossed)) > 3, crossed
             assert_same_bits(
                 deployment.outcome("slow"),
