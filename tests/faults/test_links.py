@@ -1,6 +1,7 @@
 """Links that fail or are slow, between machines that are namespaces of this one's network."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -109,6 +110,9 @@ def large(tmp_path_factory):
     return laboratory
 
 
+@pytest.mark.skipif(
+    not os.access("/dev/net/tun", os.W_OK), reason="needs /dev/net/tun, for the slow link"
+)
 def test_a_large_exchange_over_a_slow_link_is_whole_and_seen(large, root, tmp_path):
     """The slow link is a program's, for kernels without netem: see `deployed.slow_link`."""
     slow = next(iter(large.scenario.hospitals))
