@@ -68,8 +68,8 @@ class Machines:
                 shell("ip", "-n", self.space(name), "link", "set", "lo", "up")
             hub = self.space("coordinator")
             shell("ip", "-n", hub, "address", "add", f"{self.address}/32", "dev", "lo")
-            for number, name in enumerate(self._names):
-                self._join(number, name)
+            for name in self._names:
+                self._join(name)
         except BaseException:
             self.__exit__()
             raise
@@ -95,27 +95,33 @@ class Machines:
 
     def mend(self, name):
         """Set a hospital's link up again."""
-        number, hub = self._names.index(name), self.space("coordinator")
-        shell("ip", "-n", hub, "link", "set", self._device(name), "up")
-        there = f"{SUBNET}.{number + 1}.2"
+        shell("ip", "-n", self.space("coordinator"), "link", "set", self._device(name), "up")
         # A route goes with its link.
-        shell("ip", "-n", hub, "route", "replace", there, "dev", self._device(name))
+        self._lead_to(name)
 
     def _device(self, name):
         return f"to{self._names.index(name)}"
 
-    def _join(self, number, name):
+    def _own(self, name):
+        return f"{SUBNET}.{self._names.index(name) + 1}.2"
+
+    def _lead_to(self, name):
+        hub, own = self.space("coordinator"), self._own(name)
+        way = ("dev", self._device(name), "src", self.address)
+        shell("ip", "-n", hub, "route", "replace", own, *way)
+
+    def _join(self, name):
         hub, there, device = self.space("coordinator"), self.space(name), self._device(name)
         if name in self._slow:
             self._links.append(self._start(hub, there, device, self._slow[name]))
         else:
             peer = ("type", "veth", "peer", "name", OUT, "netns", there)
             shell("ip", "-n", hub, "link", "add", device, *peer)
-        own = f"{SUBNET}.{number + 1}.2"
+        own = self._own(name)
         shell("ip", "-n", there, "address", "add", f"{own}/32", "dev", OUT)
         for space, link in ((hub, device), (there, OUT)):
             shell("ip", "-n", space, "link", "set", link, "up")
-        shell("ip", "-n", hub, "route", "add", own, "dev", device, "src", self.address)
+        self._lead_to(name)
         shell("ip", "-n", there, "route", "add", self.address, "dev", OUT, "src", own)
 
     def _start(self, hub, there, device, options):
