@@ -26,6 +26,9 @@ from sonofed_client.provisioning.request import read_node_key
 from sonofed_common.contract.enrolment import node_public_text
 
 HEARTBEAT_SECONDS = 30.0
+REFUSED = {401, 403, 412}
+"""Not signed by the node, not allowed, and not registered."""
+
 SUPERNODE_SECONDS = 120
 
 
@@ -109,7 +112,7 @@ def number_of(deployment, name):
 def refusals(coordinator):
     """Paths that the front refused a hospital's call to."""
     lines = map(json.loads, (coordinator.front_log).read_text().splitlines())
-    return [line["path"] for line in lines if line["status"] in (401, 403)]
+    return [line["path"] for line in lines if line["status"] in REFUSED]
 
 
 def write_node_key(path, key=None):

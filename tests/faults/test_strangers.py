@@ -5,7 +5,7 @@ import time
 import pytest
 
 from deployed.deployment import assert_same_bits, needs_front, run, wait_for
-from deployed.strangers import Caller, number_of, refusals, write_node_key
+from deployed.strangers import REFUSED, Caller, number_of, refusals, write_node_key
 from sonofed_client.provisioning.request import read_node_key
 from sonofed_common.contract.enrolment import EnrolmentRequest
 from sonofed_common.contract.results import read_results
@@ -49,7 +49,7 @@ def test_strangers_are_refused_and_harm_no_study(deployment, undisturbed, tmp_pa
     def attack():
         nonlocal rounds
         for caller in (revoked, unknown):
-            assert (caller.enter(), caller.register(), caller.fetch(node)) == (401, 401, 401)
+            assert {caller.enter(), caller.register(), caller.fetch(node)} <= REFUSED
         assert member.again(sent) == member.steal(sent, node) == 401
         assert [deployment.call(path) for path in PATHS] == [404] * len(PATHS)
         rounds += 1
