@@ -1,196 +1,46 @@
 """A coordinator and two hospitals as real processes, over TLS with node authentication."""
 
 import json
-import os
-import random
 import re
 import shlex
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-import tomli_w
 
+from deployed.deployment import (
+    CHANGES,
+    Deployment,
+    assert_same_bits,
+    needs_front,
+    run,
+    wait_for,
+)
+from deployed.deployment import undisturbed as in_one_process
+from deployed.strangers import REFUSED, Caller, number_of, refusals, try_to_enter, write_node_key
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
-from sonofed_client.provisioning.place import Hospital
 from sonofed_client.settings import read_site
-from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.results import read_results
-from sonofed_common.contract.study import Study
-from sonofed_common.runtime import Events
-from sonofed_common.supervision.supervisor import read_status
-from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.study.desk import find
-from sonofed_simulations.engines.inline import run_inline
+
+ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3000),
-    pytest.mark.skipif(
-        shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None,
-        reason="needs nginx, the front",
-    ),
+    needs_front,
 ]
-
-ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
-PATIENCE = 1500
-CHANGES = {
-    "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
-    "selection": {"strategy": "random", "budgets": [0.5]},
-    "finetuning": {"rounds": 4},
-}
-"""The tiny study with few questions, each of which starts a process at each hospital."""
-
-
-def tiny(laboratory, name="tiny"):
-    values = laboratory.scenario.study.model_dump(mode="json", exclude_none=True)
-    for key, value in CHANGES.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    return Study.model_validate({**values, "name": name})
-
-
-def run(program, *words, code=0):
-    command = [BIN / program, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def free_ports(number):
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def wait_for(condition):
-    until = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    return found
-
-
-class Deployment:
-    """A coordinator and hospitals that are up, with the laboratory's images and bundle."""
-
-    def __init__(self, laboratory, root):
-        self.laboratory = laboratory
-        self.project = root / "project.toml"
-        front, superlink, health, *ports = free_ports(3 + len(self.names))
-        values = {
-            "name": "trial",
-            "address": f"localhost:{front}",
-            "sites": self.names,
-            "contact": "it@example.org",
-            "listen": "127.0.0.1",
-            "superlink_port": superlink,
-            "health_port": health,
-        }
-        self.project.write_text(tomli_w.dumps(values))
-        run("sonofed-coordinator", "init", self.project)
-        # The coordinator that signed the laboratory's bundle.
-        shutil.copyfile(laboratory.key, root / "coordinator" / "coordinator.pem")
-        images = root / "images"
-        for name in self.names:
-            (images / name).mkdir(parents=True)
-        run("sonofed-coordinator", "provision", self.project, "--all", "--data", images)
-        self.hospitals = {name: Hospital(root / "sites" / name) for name in self.names}
-        for hospital in self.hospitals.values():
-            self._settle(hospital, ports.pop())
-        self.coordinator = read_coordinator(self.project)
-
-    @property
-    def names(self):
-        return list(self.laboratory.scenario.hospitals)
-
-    def _settle(self, hospital, health):
-        """The hospital's own settings: its images, and ids as in the laboratory."""
-        kept = read_site(hospital.site)
-        settings, _ = self.laboratory.site(kept.name, 0)
-        own = ("store", "coordinator_key", "policy", "master_key", "socket")
-        settings = settings.model_copy(update={name: getattr(kept, name) for name in own})
-        values = settings.model_dump(mode="json", exclude_none=True)
-        hospital.site.write_text(tomli_w.dumps(values))
-        hospital.relay.write_text(f"health_port = {health}\n")
-
-    def up(self):
-        run("sonofed-coordinator", "up", "--detach", "--project", self.project)
-        for hospital in self.hospitals.values():
-            run("sonofed-site", "up", "--detach", "--folder", hospital.root)
-
-    def down(self):
-        for hospital in self.hospitals.values():
-            run("sonofed-site", "down", "--folder", hospital.root)
-        run("sonofed-coordinator", "down", "--project", self.project)
-
-    def study(self, *words, code=0):
-        return run("sonofed-coordinator", "study", *words, "--project", self.project, code=code)
-
-    def write(self, name):
-        values = tiny(self.laboratory, name).model_dump(mode="json", exclude_none=True)
-        file = self.project.with_name(f"{name}.toml")
-        file.write_text(tomli_w.dumps(values))
-        return file
-
-    @property
-    def bundle(self):
-        return self.laboratory.root / "source"
-
-    def outcome(self, name):
-        """All weights and sums of a study, and which images each site selected."""
-        workspace = find(self.coordinator, name).workspace
-        sites = [hospital.site for hospital in self.hospitals.values()]
-        return outcome(workspace, sites, name)
-
-    def call(self, path, data=b""):
-        """Post to the front as a stranger would."""
-        context = ssl.create_default_context(cafile=self.coordinator.authority)
-        address = f"https://{self.coordinator.project.address}{path}"
-        try:
-            with urllib.request.urlopen(address, data, context=context) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-
-
-def outcome(workspace, sites, name):
-    arrays = from_bytes(workspace.checkpoint.read_bytes()).arrays
-    chosen = [open_store(read_site(s)).get(f"study/{name}/selected").config["ids"] for s in sites]
-    return arrays, chosen
-
-
-def assert_same_bits(one, other):
-    (arrays, chosen), (others, chosen_there) = one, other
-    assert chosen == chosen_there
-    assert arrays.keys() == others.keys()
-    for name, array in arrays.items():
-        assert array.tobytes() == others[name].tobytes(), name
 
 
 @pytest.fixture(scope="module")
 def undisturbed(laboratory, tmp_path_factory):
-    """The same study in one process."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    sites = laboratory.prepare_sites(0, root / "sites")
-    study = tiny(laboratory)
-    workspace = laboratory.workspace(study, laboratory.root / "source", root / "study")
-    run_inline(workspace, sites, Events())
-    return outcome(workspace, sites, study.name)
+    return in_one_process(laboratory, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +134,12 @@ def test_a_log_is_filtered_by_study_and_round_as_the_page_says(deployment):
     ],
 )
 def test_a_stranger_meets_nothing_but_the_hospitals_path(deployment, path, code):
+    log = deployment.coordinator.front_log
+    before = len(log.read_text().splitlines())
     assert deployment.call(path) == code
-    log = (deployment.coordinator.run / "front-access.log").read_text().splitlines()
-    assert json.loads(log[-1])["status"] == code
+    # The hospitals' own calls come meanwhile.
+    logged = map(json.loads, log.read_text().splitlines()[before:])
+    assert code in [line["status"] for line in logged]
 
 
 def test_the_front_speaks_modern_tls_and_bounds_requests(deployment):
@@ -375,58 +228,26 @@ def test_the_supervisors_tell_their_health(deployment):
         run("sonofed-site", "status", "--folder", hospital.root)
 
 
-def count_restarts(deployment, hospital):
-    """How often each program was started again, at the coordinator and at a hospital."""
-    there, here = (read_status(d.run).programs for d in (deployment.coordinator, hospital))
-    names = [(there, n) for n in ("superlink", "front", "conductor")]
-    names += [(here, n) for n in ("enclave", "supernode")]
-    return {name: programs[name].restarts for programs, name in names}
+def test_a_key_that_is_not_registered_is_refused(deployment, tmp_path):
+    caller = Caller(deployment.coordinator, write_node_key(tmp_path / "node.key"))
+    before = len(refusals(deployment.coordinator))
+    node, _ = number_of(deployment, deployment.names[0])
+    assert {caller.enter(), caller.register(), caller.fetch(node)} <= REFUSED
+    try_to_enter(deployment.coordinator, tmp_path / "node.key", tmp_path)
+    assert len(refusals(deployment.coordinator)) >= before + 4
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("turn", range(7))
-def test_a_study_survives_the_death_of_every_process(deployment, undisturbed, turn):
-    """Seven studies of six deaths: in each, every process dies at another place of the study."""
-    dice, study = random.Random(turn), f"killed-{turn}"
-    file = deployment.write(study)
-    deployment.study("run", file, "--bundle", deployment.bundle)
-    entry = find(deployment.coordinator, study)
-    hospital = deployment.hospitals[deployment.names[turn % len(deployment.names)]]
-
-    def of(folder, name):
-        return lambda: read_status(folder).programs[name].identity
-
-    coordinator = deployment.coordinator.run
-    victims = {
-        "ServerApp": lambda: entry.process,
-        "SuperLink": of(coordinator, "superlink"),
-        "front": of(coordinator, "front"),
-        "conductor": of(coordinator, "conductor"),
-        "enclave": of(hospital.run, "enclave"),
-        "SuperNode": of(hospital.run, "supernode"),
-    }
-    restarts = count_restarts(deployment, hospital)
-    order = list(victims.items())
-    for name, victim in order[turn % len(order) :] + order[: turn % len(order)]:
-        # Each dies in work that follows what was saved since the one before died.
-        saved = entry.checkpoint
-        wait_for(lambda saved=saved: entry.state == "completed" or entry.checkpoint > saved)
-        assert entry.state != "completed", f"it ended before {name} died"
-        time.sleep(dice.uniform(0, 2))
-        identity = wait_for(lambda victim=victim: (found := victim()) and found.alive and found)
-        os.kill(identity.pid, signal.SIGKILL)
-        wait_for(lambda identity=identity: not identity.alive)
-    deployment.study("stop", study)
-    assert entry.state == "stopped"
-    deployment.study("resume", study, "--follow")
-    now = deployment.study("status", study)
-    assert entry.state == "completed", now
-    assert read_results(entry.workspace.results).missing_sites == ()
-    assert_same_bits(deployment.outcome(study), undisturbed)
-    died = count_restarts(deployment, hospital)
-    assert all(died[program] > restarts[program] for program in restarts)
-    for one in deployment.hospitals.values():
-        open_ledger(open_store(read_site(one.site))).verify()
+def test_a_signed_request_counts_once(deployment):
+    node, key = number_of(deployment, deployment.names[0])
+    caller = Caller(deployment.coordinator, key)
+    assert caller.beat(node) == 200
+    (sent,) = caller.sent
+    assert caller.again(sent) == caller.steal(sent, node) == 401
+    paths = ["/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"]
+    assert refusals(deployment.coordinator)[-2:] == paths
+    log = deployment.coordinator.run / "superlink.log"
+    assert "a signed request that was met before" in log.read_text()
+    assert caller.beat(node) == 200
 
 
 def test_a_revoked_site_is_cut_off(deployment):
@@ -434,7 +255,7 @@ def test_a_revoked_site_is_cut_off(deployment):
     name = deployment.names[-1]
     hospital = deployment.hospitals[name]
     run("sonofed-coordinator", "revoke", name, "--project", deployment.project)
-    log = deployment.coordinator.run / "front-access.log"
+    log = deployment.coordinator.front_log
 
     def refused():
         lines = map(json.loads, log.read_text().splitlines())

@@ -12,7 +12,7 @@ from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Cohort
-from sonofed_common.runtime import SILENT
+from sonofed_common.runtime import SILENT, Events
 from sonofed_server.study import exchange as module
 from sonofed_server.study.exchange import AWAY_SECONDS, PATIENCE_SECONDS, Exchange
 from sonofed_simulations.engines.inline import InlineGrid
@@ -64,6 +64,20 @@ class Restarted(Failing):
         if self.came[1] == "first":
             self._waiting = {i: m for i, m in self._waiting.items() if i not in ids}
             self.came[1] = "again"
+        return super().pull_messages(ids)
+
+
+class Slow(Failing):
+    """The first node's reply is not there for some questions."""
+
+    def __init__(self, times):
+        super().__init__()
+        self._times = times
+
+    def pull_messages(self, ids):
+        if self._times > 0:
+            self._times -= 1
+            return []
         return super().pull_messages(ids)
 
 
@@ -151,3 +165,23 @@ def test_a_locked_database_is_waited_for_and_a_lost_run_is_not():
         ask(exchange(Locked(int(PATIENCE_SECONDS / module.RETRY_SECONDS) + 5)))
     with pytest.raises(httpx.HTTPStatusError):
         ask(exchange(Locked(1, 404)))
+
+
+def test_all_who_broke_the_quorum_are_named():
+    tried = exchange(Away(10**6), quorum=2)
+    tried.cohort = Cohort(sites=("west", *SITES), quorum=2, deadline_seconds=10_000)
+    with pytest.raises(
+        QuorumError, match=r"1 of 3 sites.*; north: .*; also missing: west \[quorum"
+    ):
+        ask(tried)
+
+
+def test_who_is_awaited_is_told_once_for_each_time():
+    told = []
+    tried = exchange(Slow(100))
+    tried.events = Events(listeners=[told.append])
+    assert ask(tried) == BOTH
+    names = [(e["event"], e.get("site")) for e in told]
+    assert names == [("asked", None), ("awaited", "north")]
+    assert told[0]["action"] == "query.missing" and told[0]["sites"] == list(SITES)
+    assert told[0]["bytes"] == tried.traffic.to_sites > 0

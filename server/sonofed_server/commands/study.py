@@ -78,7 +78,7 @@ def status(
     if follow:
         _follow(coordinator, entry)
         return
-    now = standing(entry)
+    now = standing(entry, coordinator.front_log)
     print(now.model_dump_json() if json else "\n".join(now.lines()))
 
 
@@ -133,7 +133,7 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
 def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
     said: list[str] = []
     while True:
-        now = standing(entry)
+        now = standing(entry, coordinator.front_log)
         lines = now.lines()
         for line in lines:
             if line not in said:

@@ -30,7 +30,7 @@ http {{
   log_format front '{{"time":"$time_iso8601","address":"$remote_addr","method":"$request_method",'
     '"path":"$uri","status":$status,"in":$request_length,"out":$bytes_sent,'
     '"seconds":$request_time,"tls":"$ssl_protocol"}}';
-  access_log {run}/front-access.log front;
+  access_log {log} front;
   server_tokens off;
 
   client_body_temp_path {run}/nginx;
@@ -111,6 +111,7 @@ def write_front(coordinator: Coordinator) -> Path:
     path = run / "nginx.conf"
     text = TEMPLATE.format(
         run=run,
+        log=coordinator.front_log,
         body=project.body_megabytes,
         rate=project.requests_per_second,
         burst=10 * project.requests_per_second,

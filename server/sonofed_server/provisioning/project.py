@@ -116,6 +116,11 @@ class Coordinator:
         """Where the supervisor keeps its state and the logs."""
         return self.root / "run"
 
+    @property
+    def front_log(self) -> Path:
+        """What the front answered to whom, JSON lines."""
+        return self.run / "front-access.log"
+
 
 def read_coordinator(project: Path, *, new: bool = False) -> Coordinator:
     """Read a project's file and find its folder.

@@ -144,8 +144,11 @@ class Exchange:
         asked = self.sites() if sites is None else sites
         barred = self.unselected if action in NEED_SELECTION else frozenset()
         self._look()
+        before = self.traffic.to_sites
         nodes = {site: self.nodes[site] for site in asked if site not in barred}
         pushed = self._push(action, request, nodes)
+        sent = self.traffic.to_sites - before
+        self.events.emit("asked", action=action, sites=list(pushed), bytes=sent)
         until = time.monotonic() + self.cohort.deadline_seconds
         failures: dict[str, SonoFedError] = {}
         for site in asked:
@@ -154,7 +157,7 @@ class Exchange:
                 failures[site] = reply
                 self.lose(site, action, str(reply))
                 if len(self.sites()) < self.cohort.smallest:
-                    raise _broken(action, failures, len(self.sites()), self.cohort)
+                    raise _broken(action, failures, self.sites(), self.cohort)
                 continue
             yield site, reply
             del reply
@@ -207,7 +210,7 @@ class Exchange:
         return sent
 
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         while True:
             for message in _patiently(lambda: list(self.grid.pull_messages([sent.message]))):
                 if message.has_error() and message.error.code in AWAY:
@@ -232,6 +235,9 @@ class Exchange:
                 return reply
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self._look()
+                if not told:
+                    self.events.emit("awaited", site=site)
+                    told = True
                 # The site's enclave knows the request, and goes on with the work that it began.
                 if (came := self._came.get(sent.node, "")) != sent.came:
                     sent.again(came)
@@ -279,11 +285,13 @@ def _unselected(site: str) -> OrderError:
 
 
 def _broken(
-    action: str, failures: dict[str, SonoFedError], left: int, cohort: Cohort
+    action: str, failures: dict[str, SonoFedError], left: list[str], cohort: Cohort
 ) -> SonoFedError:
     site, error = next(iter(failures.items()))
     sentence = (
-        f"'{action}' ended with {left} of {len(cohort.sites)} sites, below the quorum of "
+        f"'{action}' ended with {len(left)} of {len(cohort.sites)} sites, below the quorum of "
         f"{cohort.smallest}; {site}: {error.message}"
     )
+    if others := [s for s in cohort.sites if s not in left and s != site]:
+        sentence += f"; also missing: {', '.join(others)}"
     return error_from_code(error.code, sentence)

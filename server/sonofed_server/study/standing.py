@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -13,9 +14,11 @@ from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.results import PhaseCost
 from sonofed_common.contract.study import read_study
+from sonofed_server.study.crossing import bytes_since
 from sonofed_server.study.desk import Entry, State
 
 TAIL_BYTES = 262_144
+ASKED, AWAITED = "asked for", "awaited:"
 
 
 class Standing(Model):
@@ -35,9 +38,17 @@ class Standing(Model):
     seconds_left : float or None
         Of the task, at its pace so far; None while nothing of it is done.
     sites : dict of str to str
-        What each hospital of the cohort did last, or why it is missing.
+        What each hospital of the cohort did last, that it is waited for, or why it is missing.
     bytes_to_sites, bytes_from_sites : int
         Until the last finished round.
+    asked : str
+        Action that the hospitals were last asked for, if it is not over.
+    asked_seconds : float
+        How long ago that was.
+    asked_bytes : int
+        What was sent with it to all of them.
+    crossed_bytes : int
+        What has crossed the front since, to and from all hospitals, of other studies too.
     attempts : int
         Starts since the study last finished a round.
     reason : str
@@ -60,6 +71,10 @@ class Standing(Model):
     sites: dict[str, str] = Field(default_factory=dict)
     bytes_to_sites: int = 0
     bytes_from_sites: int = 0
+    asked: str = ""
+    asked_seconds: float = 0
+    asked_bytes: int = 0
+    crossed_bytes: int = 0
     attempts: int = 0
     reason: str = ""
     quorum: int = 0
@@ -80,11 +95,23 @@ class Standing(Model):
             if self.seconds_left is not None:
                 at += f", about {self.seconds_left:.0f} s left"
         moved = f"{self.bytes_to_sites} bytes to the hospitals, {self.bytes_from_sites} back"
+        if self.asked:
+            moved += (
+                f"; {self.asked} with {self.asked_bytes} bytes was asked for "
+                f"{self.asked_seconds:.0f} s ago, {self.crossed_bytes} crossed the front since"
+            )
         return [head, at, moved, *(f"  {site}: {word}" for site, word in self.sites.items())]
 
 
-def standing(entry: Entry) -> Standing:
+def standing(entry: Entry, front_log: Path) -> Standing:
     """Read where a study stands.
+
+    Parameters
+    ----------
+    entry : Entry
+        The study.
+    front_log : Path
+        Says what crosses the front.
 
     Raises
     ------
@@ -96,11 +123,21 @@ def standing(entry: Entry) -> Standing:
     done, costs, facts = _checkpoint(entry)
     sites = {site: facts.get(site, {}).get("missing", "") for site in study.cohort.sites}
     seen: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
     for event in _events(entry):
         if event["event"] == "phase-started":
-            seen = {"phase": event["phase"]}
+            seen, asked = {"phase": event["phase"]}, {}
         elif event["event"] == "phase-finished":
-            seen = {}
+            _answered(sites, asked, ASKED, AWAITED)
+            seen, asked = {}, {}
+        elif event["event"] == "asked":
+            _answered(sites, asked, ASKED, AWAITED)
+            asked = event
+            sites |= dict.fromkeys(event["sites"], f"{ASKED} {event['action']}")
+        elif event["event"] == "awaited" and event["site"] in sites:
+            # Who was awaited before it has answered: they are waited for one after the other.
+            _answered(sites, asked, AWAITED)
+            sites[event["site"]] = f"{AWAITED} {asked.get('action', '')}"
         elif event["event"] == "progress":
             if seen.get("task") != event["task"]:
                 seen |= {"task": event["task"], "since": event["time"]}
@@ -109,6 +146,8 @@ def standing(entry: Entry) -> Standing:
                 sites[event["site"]] = f"answered {event['task']}"
         elif event["event"] == "site-failed" and event["site"] in sites:
             sites[event["site"]] = f"missing: {event['reason']}"
+    if state != "running":
+        asked = {}
     over = state in ("completed", "failed", "stopped")
     return Standing(
         name=entry.name,
@@ -123,6 +162,10 @@ def standing(entry: Entry) -> Standing:
         sites={site: word or "nothing yet" for site, word in sites.items()},
         bytes_to_sites=sum(cost.bytes_to_sites for cost in costs),
         bytes_from_sites=sum(cost.bytes_from_sites for cost in costs),
+        asked=asked.get("action", ""),
+        asked_seconds=time.time() - asked["time"] if asked else 0,
+        asked_bytes=asked.get("bytes", 0),
+        crossed_bytes=bytes_since(front_log, asked["time"]) if asked else 0,
         attempts=entry.wish.attempts,
         reason=failure["message"] if failure is not None else "",
         quorum=study.cohort.smallest,
@@ -154,6 +197,12 @@ def _events(entry: Entry) -> list[dict[str, Any]]:
             # The first line of the tail is cut, the last may be yet unfinished.
             continue
     return found
+
+
+def _answered(sites: dict[str, str], asked: dict[str, Any], *words: str) -> None:
+    for site in asked.get("sites", ()):
+        if sites.get(site, "").startswith(words):
+            sites[site] = f"answered {asked['action']}"
 
 
 def _left(seen: dict[str, Any]) -> float | None:

@@ -1,8 +1,8 @@
-"""Flower's SuperLink, patient with its database.
+"""Flower's SuperLink, patient with its database, and with each signed request taken once.
 
 It gives up when SQLite is locked for five seconds, which a slow or busy disk easily is, and answers
-with an error that ends its own executors and nodes. Its lines are those of all our processes.
-Nothing else is changed.
+with an error that ends its own executors and nodes; why a request is taken once, see
+`sonofed_server.study.once`. Its lines are those of all our processes. Nothing else is changed.
 
 Use: ``python -m sonofed_server.study.superlink [OPTIONS OF flower-superlink]``
 """
@@ -14,6 +14,7 @@ from typing import Any
 from flwr.supercore import constant, http_logging
 
 from sonofed_common.log import configure_as_told
+from sonofed_server.study.once import once
 
 PATIENCE = ("busy_timeout", "120000")
 """Milliseconds."""
@@ -37,6 +38,9 @@ def main() -> None:
     configure_as_told()
     # Only now: it copies what was changed.
     from flwr.superlink.cli import flower_superlink
+    from flwr.superlink.routers.fleet import node_auth
+
+    vars(node_auth)["authenticate_node"] = once(node_auth.authenticate_node)
 
     flower_superlink()
 
