@@ -16,7 +16,7 @@ from sonofed_common.contract.results import read_results
 from sonofed_common.supervision.supervisor import read_status
 
 ROOT = Path(__file__).parent.parent.parent
-PORTS = (8443, 8000, 8001, 9100, 9101, 9102, 9200, 9201, 9202)
+PORTS = (8443, 8000, 8001, 9200, 9201, 9202)
 
 
 def is_free(port):
