@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
 
-from sonofed_common.contract.configuration import Model
 from sonofed_simulations.paired import Floats
 
 PERMUTATIONS = 10_000
 _CHUNK = 1_000
 
 
-class DeLong(Model):
+@dataclass(frozen=True)
+class DeLong:
     """Two correlated AUROCs and the test of their difference.
 
-    Notes
-    -----
-    ``p`` is two-sided, and NaN where neither AUROC varies.
+    Attributes
+    ----------
+    first, second : float
+        The AUROCs.
+    standard_error : float
+        Of their difference.
+    p : float
+        Two-sided; NaN where the difference does not vary.
     """
 
     first: float

@@ -74,7 +74,7 @@ def _strangeness(pool: Pool, seed: int) -> Floats:
             learns.step()
             judged = binary_cross_entropy_with_logits(judge(z.detach())[:, 0], truth)
             judges.zero_grad()
-            judged.backward()
+            judged.backward()  # type: ignore[no-untyped-call]
             judges.step()
         with torch.no_grad():
             scores = judge(encoder.mean(encoder.encode(x)))[:, 0]

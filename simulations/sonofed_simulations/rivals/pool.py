@@ -88,19 +88,17 @@ def united(pools: Sequence[Pool]) -> Pool:
 
 
 class Strategy(Protocol):
-    """Chooses the images that are worth a label.
+    """Chooses the images that are worth a label."""
 
-    Attributes
-    ----------
-    ranks_globally : bool
-        Whether the sites' images are ranked together, and the budget goes where the best ones are;
-        otherwise each site has its share of the budget.
-    uses_local : bool
-        Whether it looks at ``local_logits``; for the others no such head is trained.
-    """
+    @property
+    def ranks_globally(self) -> bool:
+        """Whether all sites' images are ranked together; else each site has its share."""
+        ...
 
-    ranks_globally: bool
-    uses_local: bool
+    @property
+    def uses_local(self) -> bool:
+        """Whether it looks at ``local_logits``; for the others no such head is trained."""
+        ...
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """Choose unlabelled images.

@@ -103,8 +103,13 @@ def _run(
     start: Start,
     hospitals: Sequence[HospitalImages],
 ) -> None:
-    done = 0
-    for split, group in groupby(wanted, key=lambda chain: chain.split):
+    missing = []
+    for chain in wanted:
+        found, count = finished([chain], table, laboratory.root, start, hospitals)
+        if len(found) < count:
+            missing.append(chain)
+    done = len(wanted) - len(missing)
+    for split, group in groupby(missing, key=lambda chain: chain.split):
         folder = laboratory.root / "features" / str(split)
         # Another shard may be extracting the same ones.
         with laboratory.alone():

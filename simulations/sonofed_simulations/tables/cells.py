@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Cell:
     seconds: float
 
 
+@cache
 def fingerprint(strategy: str) -> str:
     """Digest of a strategy's code, so that cells of an earlier version are made anew."""
     if strategy in CONTROLS:
@@ -113,7 +115,7 @@ def run_chain(
         Where the cells are.
     """
     first = start.model()
-    head = {name: tensor.clone() for name, tensor in first.head.state_dict().items()}
+    head: Head = first.head.state_dict()
     chosen: Chosen = {site.name: [] for site in sites}
     for budget in chain.budgets:
         path = folder / chain.path(budget)

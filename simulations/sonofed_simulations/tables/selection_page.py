@@ -46,7 +46,7 @@ def write_page(summary: Summary, table: SelectionTable, out: Path) -> None:
     values = json.dumps(summary.model_dump(mode="json"), indent=1)
     write_atomically(out / "table.json", f"{values}\n".encode())
     write_atomically(out / "table.csv", _csv(summary.rows).encode())
-    if summary.curves:
+    if any(curve.mode == "federated" for curve in summary.curves):
         write_atomically(out / "budget_curves.svg", _figure(summary))
     write_atomically(out / "README.md", ("\n".join(_page(summary, table)) + "\n").encode())
 
@@ -90,7 +90,7 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         ]
     lines += ["", "## Tests, effects and what was chosen", "", *_details(summary)]
     lines += ["", "## AUROC by site", "", *_by_site(summary)]
-    if summary.curves:
+    if any(curve.mode == "federated" for curve in summary.curves):
         lines += ["", "## Budgets", "", "![Budget curves](budget_curves.svg)", ""]
         lines += _curves(summary, table)
     lines += ["", "## What was published", "", *_published(summary)]
@@ -150,8 +150,8 @@ def _details(summary: Summary) -> list[str]:
     rows = [
         [
             row.strategy,
-            f"{row.points['balanced_accuracy']:.3f}",
-            f"{row.points['ece']:.3f}",
+            _number(row.points["balanced_accuracy"], ".3f"),
+            _number(row.points["ece"], ".3f"),
             _number(row.effect, "+.2f"),
             _number(row.p_permutation, ".4f"),
             _number(row.p_delong, ".3f"),

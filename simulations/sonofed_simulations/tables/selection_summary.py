@@ -56,7 +56,7 @@ class Row(Model):
     labels: float
     accuracy: Interval
     auroc: Interval
-    points: dict[str, float]
+    points: dict[str, float | None]
     worst_site_auroc: float
     sites: dict[str, Interval]
     malignant_share: float | None
@@ -148,11 +148,12 @@ def _row(key: Key, replicates: Replicates, threshold: float) -> Row:
     labels = {name: np.mean([len(cell.chosen[name]) for cell in cells]) for name in names}
     total = float(sum(labels.values()))
     malignant = float(np.mean([sum(cell.malignant.values()) for cell in cells]))
-    points = [
-        [classification_metrics(y, p, threshold)[name] for name in POINTS]
+    metrics = [
+        classification_metrics(y, p, threshold)
         for cell in cells
         for y, p, _ in cell.predictions.values()
     ]
+    points = {name: [found[name] for found in metrics] for name in POINTS}
     return Row(
         strategy=key[0],
         mode=_mode(key[1]),
@@ -162,12 +163,17 @@ def _row(key: Key, replicates: Replicates, threshold: float) -> Row:
         labels=total,
         accuracy=interval(over_sites[0]),
         auroc=interval(over_sites[1]),
-        points=dict(zip(POINTS, np.nanmean(points, axis=0).tolist(), strict=True)),
+        points={name: _known_mean(values) for name, values in points.items()},
         worst_site_auroc=float(by_site[1, :, 0].min()),
         sites={name: interval(by_site[1, n]) for n, name in enumerate(names)},
         malignant_share=malignant / total if total else None,
         site_share={name: float(labels[name] / total) for name in names} if total else {},
     )
+
+
+def _known_mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def _mode(name: str) -> Mode:
