@@ -12,8 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from sonofed_simulations.rivals.pool import Floats, Indices, PerSite, Pool, best
 
-HIDDEN, LATENT = 128, 32
-STEPS, BATCH, RATE = 150, 64, 1e-3
+HIDDEN, LATENT = 64, 16
+STEPS, BATCH, RATE = 150, 32, 1e-3
 SMALLEST_CLASS = 4
 """Images that a mixture of two is fitted to at least."""
 
@@ -28,7 +28,7 @@ class _Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a drawn latent (B, 32) and the loss of reconstruction and prior."""
+        """Return a drawn latent (B, 16) and the loss of reconstruction and prior."""
         hidden = self.encode(x)
         mean, log_variance = self.mean(hidden), self.log_variance(hidden)
         z = mean + torch.randn_like(mean) * (log_variance / 2).exp()

@@ -9,7 +9,7 @@ from skactiveml.pool import batch_bald
 
 from sonofed_simulations.rivals.pool import Indices, PerSite, Pool, best, entropy
 
-JOINT_SAMPLES = 100
+JOINT_SAMPLES = 50
 """Joint outcomes that BatchBALD draws where they are too many to be counted."""
 
 
@@ -42,7 +42,7 @@ class Bald(PerSite):
 class BatchBald(PerSite):
     """Largest joint mutual information of a batch (Kirsch et al., NeurIPS 2019).
 
-    Adapted: as `Bald`; the joint entropy is estimated from 100 drawn outcomes.
+    Adapted: as `Bald`; the joint entropy is estimated from 50 drawn outcomes.
     """
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
