@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,22 @@ def test_a_finished_table_is_not_run_again_and_an_interrupted_one_ends_the_same(
     assert {path for path in after if after[path] != before[path]} == {cell}
     values, expected = json.loads((made / "table.json").read_bytes()), json.loads(page)
     assert values["rows"] == expected["rows"] and values["curves"] == expected["curves"]
+
+
+def test_an_interrupted_table_is_of_what_has_finished(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "work", tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "cells")
+
+    def stop(event: dict[str, object]) -> None:
+        if event.get("task") == "chains" and event["done"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_selection_table(tiny(), tmp_path, None, (1, 1), Events(listeners=[stop]))
+    values = json.loads((tmp_path / "table.json").read_text())
+    # The three controls, and Random's first draw at two budgets.
+    assert values["cells"] == 5 < values["wanted"]
+    assert f"5 of {values['wanted']} cells have run" in (tmp_path / "README.md").read_text()
 
 
 def test_cells_of_other_training_do_not_count(made: Path) -> None:

@@ -99,7 +99,8 @@ class Kafal(PerSiteWithOwnHead):
     """Where common and local head differ on the site's special knowledge (Cao et al., ICCV 2023).
 
     Adapted: its sampling alone; its compensatory training is left out, for all strategies train
-    the same way. Class shares of the site's labels weigh both heads; without labels they are even.
+    the same way. Class shares of the site's labels weigh both heads, one label of each class added.
+    Where there is no other head, at the first budget and on pooled sites, it draws at random.
     """
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:

@@ -33,6 +33,8 @@ def run_selection_table(
 ) -> Summary:
     """Run one shard's cells that are not there yet, and write the table of all finished cells.
 
+    An interruption from the keyboard writes the table of what has finished, too.
+
     Parameters
     ----------
     table : SelectionTable
@@ -67,11 +69,27 @@ def run_selection_table(
     everything = list(chains(table))
     # Contiguous shards: a machine extracts the features of few splits.
     first, last = ((n * len(everything)) // total for n in (number - 1, number))
-    _run(everything[first:last], table, laboratory, start, hospitals)
+    try:
+        _run(everything[first:last], table, laboratory, start, hospitals)
+    except KeyboardInterrupt:
+        _write(everything, table, laboratory, start, hospitals, out)
+        raise
+    return _write(everything, table, laboratory, start, hospitals, out)
+
+
+def _write(
+    everything: Sequence[Chain],
+    table: SelectionTable,
+    laboratory: Laboratory,
+    start: Start,
+    hospitals: Sequence[HospitalImages],
+    out: Path,
+) -> Summary:
     cells, wanted = finished(everything, table, laboratory.root, start, hospitals)
+    laboratory.events.emit("table", cells=len(cells), wanted=wanted)
     summary = summarise(table, cells, wanted, start.threshold)
     write_page(summary, table, out)
-    write_manifest(out, table, scenario, start, hospitals, cells)
+    write_manifest(out, table, laboratory.scenario, start, hospitals, cells)
     return summary
 
 

@@ -108,6 +108,5 @@ def chains(table: SelectionTable) -> Iterator[Chain]:
                     share = 1.0 if name == ALL_LABELS else 0.0
                     yield Chain(name, mode, 0, split, (share,))
             for name in table.strategies:
-                # A strategy that ranks all sites' images together selects the same in both modes.
                 for draw in range(table.draws if name == "random" else 1):
                     yield Chain(name, mode, draw, split, budgets)
