@@ -205,7 +205,7 @@ def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> Non
     assert rows["dual-margin-near"].over_best["accuracy"].high < 0
     said = "\n".join(findings(summary))
     assert "better badge" in said and "2 of 3 strategies cannot be told from it" in said
-    assert "dual-margin-near below" in said
+    assert "dual-margin-near below" in said and "This is 60% of the table" in said
 
 
 def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:

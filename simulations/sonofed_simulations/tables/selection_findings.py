@@ -15,6 +15,13 @@ NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
 
 def findings(summary: Summary) -> list[str]:
     """Return one list item a finding."""
+    lines = []
+    if summary.cells < summary.wanted:
+        lines.append(
+            f"- **This is {summary.cells / summary.wanted:.0%} of the table.** Strategies without "
+            "a row have not run yet, and a row of few splits is of few test images: no order of "
+            "its rows is a result."
+        )
     rows = {
         row.strategy: row
         for row in summary.rows
@@ -22,13 +29,13 @@ def findings(summary: Summary) -> list[str]:
         and (row.budget == summary.main_budget or row.strategy in CONTROLS)
     }
     strategies = [row for name, row in rows.items() if name not in (RANDOM, *CONTROLS)]
-    lines = []
     for metric in METRICS:
         judged = [row for row in strategies if metric in row.over_random]
         if judged:
             lines.append(f"- {_over_random(judged, metric, summary.main_budget)}")
-    if summary.best_rival is not None:
-        lines.append(f"- {_over_best([r for r in strategies if r.strategy in OURS], summary)}")
+    ours = [row for row in strategies if row.strategy in OURS and row.over_best]
+    if ours:
+        lines.append(f"- {_over_best(ours, summary)}")
     if {RANDOM, BASELINE, ALL_LABELS} <= rows.keys():
         texts = [
             f"{name} {rows[name].accuracy.value:.3f} and {rows[name].auroc.value:.3f}"
@@ -50,8 +57,8 @@ def _over_random(rows: Sequence[Row], metric: str, budget: float) -> str:
 
 
 def _over_best(rows: Sequence[Row], summary: Summary) -> str:
-    better = [r.strategy for r in rows if r.over_best and r.over_best["accuracy"].low > 0]
-    worse = [r.strategy for r in rows if r.over_best and r.over_best["accuracy"].high < 0]
+    better = [r.strategy for r in rows if r.over_best["accuracy"].low > 0]
+    worse = [r.strategy for r in rows if r.over_best["accuracy"].high < 0]
     said = [
         f"{', '.join(names)} {verb}" for names, verb in ((better, "above"), (worse, "below"))
         if names
