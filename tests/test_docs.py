@@ -132,6 +132,9 @@ COVERED = {
     "sonofed-lab compare breast_selection --data DATA --out runs/selection": (
         "options, here; validated in tests/simulations/test_comparison.py"
     ),
+    "sonofed-lab table adaptation-selection --data DATA --out runs/selection-table --quick": (
+        "options, here; a table of phantoms is made in tests/simulations/test_selection_table.py"
+    ),
     "sonofed-lab run phantom_multiclass --out runs/organs": (
         "options, here; laid out in tests/simulations/test_scenarios.py; a smaller one runs here"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -90,6 +91,39 @@ def compare(
         table = _compare_selection(path, out, data, seed)
     _console().print(table)
     _console().print(f"summary: {out / 'comparison.md'}")
+
+
+@app.command(name="table")
+def table_(
+    name: Annotated[str, typer.Argument(help="Table of the literature: adaptation-selection.")],
+    out: Out,
+    data: Data = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One classifier's head on cached features, for a CPU.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Only this part of the cells, from 1.")
+    ] = "1/1",
+) -> None:
+    """Make a table of the literature anew, cell by cell, and write all that has finished."""
+    from sonofed_simulations.tables import NAMES
+
+    if name not in NAMES:
+        raise ConfigurationError(f"there is no table {name!r}; choose one of {', '.join(NAMES)}")
+    if not quick:
+        raise ConfigurationError(f"table {name} has no full form yet; add --quick")
+    if not re.fullmatch(r"\d{1,4}/\d{1,4}", shard):
+        raise ConfigurationError(f"'{shard}' is no shard; write it as 1/4, the first of four")
+    number, total = map(int, shard.split("/"))
+    from sonofed_simulations.tables.adaptation_selection import run_selection_table
+    from sonofed_simulations.tables.selection_page import summary_table
+    from sonofed_simulations.tables.settings import QUICK
+
+    with progress_listener() as listener:
+        events = Events(listeners=[listener])
+        summary = run_selection_table(QUICK, out, data, (number, total), events)
+    _console().print(summary_table(summary))
+    _console().print(f"{summary.cells} of {summary.wanted} cells; page: {out / 'README.md'}")
 
 
 @app.command()

@@ -102,6 +102,16 @@ def test_an_unknown_comparison(tmp_path):
     assert "'breast'" in line and "breast_selection" in line and "breast_segmentation" in line
 
 
+def test_a_table_that_cannot_be_made(tmp_path):
+    table, out = "adaptation-selection", ("--out", tmp_path / "out")
+    assert table in sentence(lab("table", "selection", *out, "--quick"), 20)
+    assert "--quick" in sentence(lab("table", table, *out), 20)
+    for shard in ("5", "0/4", "5/4"):
+        line = sentence(lab("table", table, *out, "--quick", "--shard", shard), 20)
+        assert shard in line
+    assert "--data" in sentence(lab("table", table, *out, "--quick"), 10)
+
+
 def test_an_unknown_scanner(tmp_path):
     scenario = tiny(tmp_path, 'scanner = "riverside"', 'scanner = "riverbank"')
     line = sentence(lab("run", scenario, "--out", tmp_path / "out"), 20)

@@ -77,7 +77,7 @@ def finetune_round(
     labels = labels.long()
     replayed, classes = replay or (images[:0], labels[:0])
     all_labels = torch.cat((labels, classes.long()))
-    weights = _class_weights(all_labels) if settings.balanced else torch.ones(len(all_labels))
+    weights = class_weights(all_labels) if settings.balanced else torch.ones(len(all_labels))
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     # Apart, so that replay changes nothing about how the site's own images are shown.
     augmentation = replay_augmentation = Augmentation(seed)
@@ -161,7 +161,8 @@ def draw_replay(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat((labels.new_empty(0), *chosen))
 
 
-def _class_weights(labels: Tensor) -> Tensor:
+def class_weights(labels: Tensor) -> Tensor:
+    """Weight of each image (N,): ``N / (K N_c)`` with K classes present, N_c images in its own."""
     _, members, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     weights: Tensor = len(labels) / (len(counts) * counts.float())
     return weights[members]

@@ -90,6 +90,45 @@ def split_by_group(samples: Sequence[Sample], test_fraction: float, seed: int) -
     )
 
 
+def folds_by_group(samples: Sequence[Sample], folds: int, seed: int) -> list[Split]:
+    """Split into folds by group (patient, or duplicates), stratified by label.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+        A set; images without a label count as a class of their own.
+    folds : int
+        Number of folds, at least 2.
+    seed : int
+        The same seed gives the same folds.
+
+    Returns
+    -------
+    list of Split
+        Each image is in the test part of exactly one; both parts keep the order of ``samples``.
+
+    Raises
+    ------
+    ConfigurationError
+        There are fewer groups than folds, or fewer than two folds.
+    """
+    groups = [sample.group for sample in samples]
+    if folds < 2 or len(set(groups)) < folds:
+        raise ConfigurationError(
+            f"{folds} folds of {len(set(groups))} patients or groups cannot be made; use at least "
+            "two folds and as many patients as folds"
+        )
+    # Imported here: sites split too, and start faster without it.
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    labels = [-1 if sample.label is None else sample.label for sample in samples]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+    return [
+        Split(tuple(samples[i] for i in pool), tuple(samples[i] for i in test))
+        for pool, test in splitter.split(labels, labels, groups)
+    ]
+
+
 def _gain(group: Labels, held: Labels, wanted: Mapping[int | None, float]) -> float:
     """How much nearer the counts come to the wanted ones, in relative squares, with the group."""
     return sum(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.data.sample import Sample
-from sonofed_common.data.splits import Split, check_no_leak, split_by_group
+from sonofed_common.data.splits import Split, check_no_leak, folds_by_group, split_by_group
 
 
 def sample(index: int, group: str, label: int | None) -> Sample:
@@ -98,3 +98,27 @@ def test_a_leak_is_caught_without_naming_the_patient() -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_no_leak(split)
     assert "anna" not in str(caught.value)
+
+
+@given(st.integers(2, 5), st.integers(0, 1000), st.integers(10, 40))
+def test_folds_hold_every_image_once_and_no_patient_twice(
+    folds: int, seed: int, patients: int
+) -> None:
+    samples = [
+        sample(10 * patient + image, f"p{patient}", patient % 2)
+        for patient in range(patients)
+        for image in range(1 + patient % 3)
+    ]
+    splits = folds_by_group(samples, folds, seed)
+    assert splits == folds_by_group(samples, folds, seed)
+    for split in splits:
+        check_no_leak(split)
+        assert len(split.pool) + len(split.test) == len(samples)
+        assert {s.label for s in split.test} == {0, 1}
+    assert sorted(s.name for split in splits for s in split.test) == [s.name for s in samples]
+
+
+def test_more_folds_than_patients_are_refused() -> None:
+    samples = [sample(n, f"p{n // 2}", n % 2) for n in range(6)]
+    with pytest.raises(ConfigurationError, match="3 patients"):
+        folds_by_group(samples, 4, 0)

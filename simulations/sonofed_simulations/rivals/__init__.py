@@ -1,0 +1,39 @@
+"""Rivals: the selection strategies that ours are compared with, behind one interface."""
+
+from __future__ import annotations
+
+from sonofed_simulations.rivals.diversity import Badge, Clue, CoreSet, ProbCover, TypiClust
+from sonofed_simulations.rivals.federated import Feal, Kafal, LoGo
+from sonofed_simulations.rivals.learned import LfOSA, Vaal
+from sonofed_simulations.rivals.ours import DualScore
+from sonofed_simulations.rivals.pool import Pool, Strategy
+from sonofed_simulations.rivals.random import Random
+from sonofed_simulations.rivals.uncertainty import Bald, BatchBald, MaxEntropy
+
+OURS: dict[str, Strategy] = {
+    f"dual-{uncertainty}-{order}": DualScore(uncertainty, order)
+    for uncertainty in ("margin", "range")
+    for order in ("near", "far", "both")
+}
+"""The dual score in the variants that the table compares."""
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": Random(),
+    "max-entropy": MaxEntropy(),
+    "bald": Bald(),
+    "batch-bald": BatchBald(),
+    "core-set": CoreSet(),
+    "typiclust": TypiClust(),
+    "probcover": ProbCover(),
+    "clue": Clue(),
+    "badge": Badge(),
+    "vaal": Vaal(),
+    "lfosa": LfOSA(),
+    "feal": Feal(),
+    "logo": LoGo(),
+    "kafal": Kafal(),
+    **OURS,
+}
+"""All strategies by the names of the tables."""
+
+__all__ = ["OURS", "STRATEGIES", "Pool", "Strategy"]

@@ -1,0 +1,78 @@
+"""What a selection table says, in sentences that claim nothing inside an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sonofed_simulations.rivals import OURS
+from sonofed_simulations.tables.selection_replicates import METRICS
+from sonofed_simulations.tables.selection_summary import RANDOM, Row, Summary
+from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS
+
+LEVEL = 0.05
+NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
+
+
+def findings(summary: Summary) -> list[str]:
+    """Return one list item a finding."""
+    lines = []
+    if summary.cells < summary.wanted:
+        lines.append(
+            f"- **This is {summary.cells / summary.wanted:.0%} of the table.** Strategies without "
+            "a row have not run yet, and a row of few splits is of few test images: no order of "
+            "its rows is a result."
+        )
+    rows = {
+        row.strategy: row
+        for row in summary.rows
+        if row.mode == "federated"
+        and (row.budget == summary.main_budget or row.strategy in CONTROLS)
+    }
+    strategies = [row for name, row in rows.items() if name not in (RANDOM, *CONTROLS)]
+    for metric in METRICS:
+        judged = [row for row in strategies if metric in row.over_random]
+        if judged:
+            lines.append(f"- {_over_random(judged, metric, summary.main_budget)}")
+    ours = [row for row in strategies if row.strategy in OURS and row.over_best]
+    if ours:
+        lines.append(f"- {_over_best(ours, summary)}")
+    if {RANDOM, BASELINE, ALL_LABELS} <= rows.keys():
+        texts = [
+            f"{name} {rows[name].accuracy.value:.3f} and {rows[name].auroc.value:.3f}"
+            for name in (BASELINE, RANDOM, ALL_LABELS)
+        ]
+        lines.append(f"- For scale, accuracy and AUROC: {', '.join(texts)}.")
+    return lines
+
+
+def _over_random(rows: Sequence[Row], metric: str, budget: float) -> str:
+    better = [r for r in rows if r.over_random[metric].low > 0 and _sure(r, metric)]
+    worse = [r for r in rows if r.over_random[metric].high < 0 and _sure(r, metric)]
+    open_ones = len(rows) - len(better) - len(worse)
+    subject = f"{NAMES[metric]} at {budget:.0%} of the labels, against Random after Holm"
+    return (
+        f"**{subject[0].upper()}{subject[1:]}**: better {_list(better, metric)}; worse "
+        f"{_list(worse, metric)}; {open_ones} of {len(rows)} strategies cannot be told from it."
+    )
+
+
+def _over_best(rows: Sequence[Row], summary: Summary) -> str:
+    better = [r.strategy for r in rows if r.over_best["accuracy"].low > 0]
+    worse = [r.strategy for r in rows if r.over_best["accuracy"].high < 0]
+    said = [
+        f"{', '.join(names)} {verb}" for names, verb in ((better, "above"), (worse, "below"))
+        if names
+    ]  # fmt: skip
+    text = "; ".join(said) or "no variant's interval excludes 0"
+    return f"Our dual score against the best rival, `{summary.best_rival}`, by accuracy: {text}."
+
+
+def _sure(row: Row, metric: str) -> bool:
+    p = row.over_random[metric].p_holm
+    return p is not None and p < LEVEL
+
+
+def _list(rows: Sequence[Row], metric: str) -> str:
+    ordered = sorted(rows, key=lambda r: -abs(r.over_random[metric].value))
+    texts = [f"{r.strategy} ({r.over_random[metric].value:+.3f})" for r in ordered]
+    return ", ".join(texts) or "none"

@@ -1,0 +1,112 @@
+"""What a selection table compares, and in which cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.study import Finetuning
+from sonofed_simulations.rivals import STRATEGIES
+
+Mode = Literal["federated", "pooled"]
+
+SOURCE, BASELINE, ALL_LABELS = CONTROLS = ("source-only", "bn-adapted", "all-labels")
+"""Weights as shipped, with normalisation re-estimated on site, and trained on every label."""
+
+
+class SelectionTable(Model):
+    """Strategies, budgets, seeds and folds of a selection table.
+
+    Notes
+    -----
+    Every seed makes ``folds`` patient-level folds. In the first one of each seed all ``budgets``
+    are spent, in the others those up to ``main_budget``; pooled cells are of the first folds only.
+    """
+
+    scenario: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    folds: int = Field(default=5, ge=2)
+    budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    main_budget: float = 0.2
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    draws: int = Field(default=10, ge=1, description="of strategy random")
+    pooled: bool = Field(default=True, description="also with all sites' pools as one")
+    views: int = Field(default=4, ge=1, description="augmentations of each image, the plain one in")
+    passes: int = Field(default=10, ge=2, description="draws of dropout that BALD sees")
+    training: Finetuning = Finetuning()
+
+    @field_validator("strategies")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(names) - STRATEGIES.keys()):
+            raise ValueError(f"no strategy is called '{unknown[0]}'")
+        return names
+
+
+QUICK = SelectionTable(scenario="breast_three_countries")
+"""One classifier, 128 px, three seeds, five folds: hours on two cores."""
+
+
+@dataclass(frozen=True)
+class SplitName:
+    """One patient-level fold of one seed."""
+
+    seed: int
+    fold: int
+
+    def __str__(self) -> str:
+        return f"seed-{self.seed}-fold-{self.fold}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One strategy's way through the budgets of one split.
+
+    Attributes
+    ----------
+    strategy : str
+        One of `STRATEGIES`, or of `CONTROLS`.
+    mode : str
+        ``federated``: each site selects and trains, heads are averaged. ``pooled``: one site that
+        has all sites' pools.
+    draw : int
+        Of strategy random; 0 for the others.
+    split : SplitName
+        Which images are in the pools.
+    budgets : tuple of float
+        Shares of the pools that are labelled, ascending; a control has one.
+    """
+
+    strategy: str
+    mode: Mode
+    draw: int
+    split: SplitName
+    budgets: tuple[float, ...]
+
+    def path(self, budget: float) -> Path:
+        """Where the cell of a budget is kept, under the folder of the cells."""
+        name = f"{self.strategy}-{self.draw}" if self.strategy == "random" else self.strategy
+        return Path(str(self.split)) / self.mode / name / f"{budget:g}.safetensors"
+
+
+def chains(table: SelectionTable) -> Iterator[Chain]:
+    """All chains, those that make the first whole picture first: split by split, pooled last."""
+    splits = [SplitName(s, f) for f in range(table.folds) for s in table.seeds]
+    modes: list[Mode] = ["federated", "pooled"] if table.pooled else ["federated"]
+    for mode in modes:
+        for split in splits:
+            budgets = tuple(b for b in table.budgets if split.fold == 0 or b <= table.main_budget)
+            if mode == "pooled" and split.fold > 0:
+                continue
+            if mode == "federated":
+                for name in CONTROLS:
+                    share = 1.0 if name == ALL_LABELS else 0.0
+                    yield Chain(name, mode, 0, split, (share,))
+            for name in table.strategies:
+                for draw in range(table.draws if name == "random" else 1):
+                    yield Chain(name, mode, draw, split, budgets)

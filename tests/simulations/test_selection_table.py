@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.study import Finetuning
+from sonofed_common.runtime import SILENT, Events
+from sonofed_simulations.rivals import STRATEGIES
+from sonofed_simulations.tables import cells as cells_module
+from sonofed_simulations.tables.adaptation_selection import run_selection_table
+from sonofed_simulations.tables.cells import Cell, fingerprint
+from sonofed_simulations.tables.selection_findings import findings
+from sonofed_simulations.tables.selection_summary import summarise
+from sonofed_simulations.tables.settings import (
+    CONTROLS,
+    QUICK,
+    Chain,
+    Mode,
+    SelectionTable,
+    SplitName,
+    chains,
+)
+
+TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
+
+
+def tiny(**changes: object) -> SelectionTable:
+    values = {
+        "scenario": str(TINY),
+        "seeds": (0,),
+        "folds": 2,
+        "budgets": (0.2, 0.5),
+        "strategies": ("random", "max-entropy", "feal", "dual-margin-near"),
+        "draws": 2,
+        "views": 2,
+        "passes": 2,
+        "training": Finetuning(rounds=1, local_epochs=1),
+    }
+    return SelectionTable.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("table")
+    # In two shards, as two machines with one folder would.
+    for number in (1, 2):
+        run_selection_table(tiny(), out, None, (number, 2), SILENT)
+    return out
+
+
+def files(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (out / "work").rglob("*.safetensors")}
+
+
+def test_a_whole_table_of_phantoms(made: Path) -> None:
+    values = json.loads((made / "table.json").read_text())
+    assert values["cells"] == values["wanted"] == len(list((made / "work/cells").rglob("*.safe*")))
+    rows = {(r["strategy"], r["mode"], r["budget"]): r for r in values["rows"]}
+    assert rows["all-labels", "federated", 1.0]["splits"] == 2
+    assert rows["max-entropy", "federated", 0.2]["splits"] == 2
+    # The second fold stops at the main budget; pooled cells are of the first fold.
+    assert rows["max-entropy", "federated", 0.5]["splits"] == 1
+    assert rows["max-entropy", "pooled", 0.2]["splits"] == 1
+    assert rows["random", "federated", 0.2]["cells"] == 4
+    for row in values["rows"]:
+        if row["strategy"] not in (*CONTROLS, "random"):
+            assert set(row["over_random"]) == {"accuracy", "auroc"}
+        if row["strategy"] not in CONTROLS:
+            # Two pools of ten images each.
+            assert row["labels"] == pytest.approx(20 * row["budget"], abs=2)
+            assert sum(row["site_share"].values()) == pytest.approx(1)
+    with (made / "table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(values["rows"])
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["data"].keys() == {"riverside", "hillview"}
+    assert len(manifest["splits"]) == 2 and manifest["versions"]["scikit-activeml"]
+    page = (made / "README.md").read_text()
+    assert "0.8081" in page and "cannot be told from it" in page
+    assert b"<svg" in (made / "budget_curves.svg").read_bytes()
+
+
+def test_a_finished_table_is_not_run_again_and_an_interrupted_one_ends_the_same(made: Path) -> None:
+    before, page = files(made), (made / "table.json").read_bytes()
+    cell = made / "work" / "cells" / "seed-0-fold-0" / "federated" / "feal" / "0.5.safetensors"
+    held = cells_module.from_bytes(cell.read_bytes())
+    cell.unlink()
+    run_selection_table(tiny(), made, None, (1, 1), SILENT)
+    again = cells_module.from_bytes(cell.read_bytes())
+    assert again.config == held.config and again.digest() == held.digest()
+    after = files(made)
+    assert {path for path in after if after[path] != before[path]} == {cell}
+    values, expected = json.loads((made / "table.json").read_bytes()), json.loads(page)
+    assert values["rows"] == expected["rows"] and values["curves"] == expected["curves"]
+
+
+def test_an_interrupted_table_is_of_what_has_finished(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "work", tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "cells")
+
+    def stop(event: dict[str, object]) -> None:
+        if event.get("task") == "chains" and event["done"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_selection_table(tiny(), tmp_path, None, (1, 1), Events(listeners=[stop]))
+    values = json.loads((tmp_path / "table.json").read_text())
+    # The three controls, and Random's first draw at two budgets.
+    assert values["cells"] == 5 < values["wanted"]
+    assert f"5 of {values['wanted']} cells have run" in (tmp_path / "README.md").read_text()
+
+
+def test_cells_of_other_training_do_not_count(made: Path) -> None:
+    other = tiny(training=Finetuning(rounds=1, local_epochs=1, learning_rate=0.5))
+    before = files(made)
+    # The last of many shards: nearly all cells are still those of the other training.
+    summary = run_selection_table(other, made, None, (40, 40), SILENT)
+    assert 0 < summary.cells < summary.wanted / 2
+    changed = {path for path, at in files(made).items() if before[path] != at}
+    assert len(changed) == summary.cells
+
+
+def test_each_site_has_its_share_unless_images_are_ranked_together(made: Path) -> None:
+    folder = made / "work" / "cells" / "seed-0-fold-1" / "federated"
+    chosen = {
+        name: cells_module.from_bytes((folder / name / "0.2.safetensors").read_bytes()).config
+        for name in ("max-entropy", "dual-margin-near", "random-0", "random-1")
+    }
+    sizes = {name: [len(v) for v in config["chosen"].values()] for name, config in chosen.items()}
+    assert len(set(sizes["max-entropy"])) == 1 and sizes["random-0"] == sizes["max-entropy"]
+    assert sum(sizes["dual-margin-near"]) == sum(sizes["max-entropy"])
+    assert chosen["random-0"]["chosen"] != chosen["random-1"]["chosen"]
+
+
+def test_a_shard_that_does_not_exist_and_missing_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="3/2"):
+        run_selection_table(tiny(), tmp_path, None, (3, 2), SILENT)
+    with pytest.raises(DataMissingError, match="--data"):
+        run_selection_table(QUICK, tmp_path, None, (1, 1), Events())
+
+
+def test_the_quick_table_has_every_strategy_and_shards_make_it_whole() -> None:
+    everything = list(chains(QUICK))
+    assert {chain.strategy for chain in everything} == {*STRATEGIES, *CONTROLS}
+    assert len(set(everything)) == len(everything)
+    main = {
+        (c.strategy, c.draw, c.split)
+        for c in everything
+        if c.mode == "federated" and QUICK.main_budget in c.budgets
+    }
+    assert sum(name == "random" for name, _, _ in main) == 10 * 15
+    assert sum(name == "feal" for name, _, _ in main) == 15
+    full = [c for c in everything if c.strategy == "badge" and c.budgets == QUICK.budgets]
+    assert {c.split.seed for c in full} == {0, 1, 2} and {c.split.fold for c in full} == {0}
+
+
+def test_a_strategys_fingerprint_is_of_its_code() -> None:
+    assert fingerprint("feal") == fingerprint("logo") != fingerprint("badge")
+    assert fingerprint("all-labels") == ""
+
+
+def cell(strategy: str, split: SplitName, right: float, mode: Mode = "federated") -> Cell:
+    draws = np.random.default_rng([split.seed, split.fold])
+    predictions = {}
+    for site in ("north", "south"):
+        labels = np.arange(60) % 2
+        correct = draws.random(60) < right
+        groups = np.array([f"{split.fold}-{n // 2}" for n in range(60)])
+        predictions[site] = (labels, np.where(correct, labels, 1 - labels) * 0.8 + 0.1, groups)
+    chosen = {"north": [0, 1, 2], "south": [0]}
+    chain = Chain(strategy, mode, 0, split, (0.2,))
+    return Cell(chain, 0.2, chosen, {"north": 1, "south": 0}, predictions, 1.0)
+
+
+def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> None:
+    splits = [SplitName(0, fold) for fold in range(3)]
+    rights = {"random": 0.6, "max-entropy": 0.6, "badge": 0.9, "dual-margin-near": 0.6}
+    made = [cell(name, split, right) for name, right in rights.items() for split in splits]
+    summary = summarise(tiny(), made, 20, 0.5)
+    rows = {row.strategy: row for row in summary.rows}
+    expected = np.mean(
+        [
+            np.mean((p >= 0.5) == y)
+            for c in made
+            if c.chain.strategy == "badge"
+            for y, p, _ in c.predictions.values()
+        ]
+    )
+    assert rows["badge"].accuracy.value == pytest.approx(expected)
+    gain = rows["badge"].over_random["accuracy"]
+    assert gain.low > 0.1 and gain.p_holm is not None and gain.p_holm < 0.05
+    assert rows["badge"].p_permutation is not None and rows["badge"].p_permutation < 0.001
+    assert rows["badge"].p_delong is not None and rows["badge"].p_delong < 0.001
+    # The same draws decide what max-entropy and Random get right: no difference at all.
+    assert rows["max-entropy"].over_random["accuracy"].value == 0
+    assert rows["max-entropy"].p_permutation == 1
+    assert rows["badge"].malignant_share == pytest.approx(0.25)
+    assert rows["badge"].site_share == {"north": 0.75, "south": 0.25}
+    assert summary.best_rival == "badge" and not rows["badge"].over_best
+    assert rows["dual-margin-near"].over_best["accuracy"].high < 0
+    said = "\n".join(findings(summary))
+    assert "better badge" in said and "2 of 3 strategies cannot be told from it" in said
+    assert "dual-margin-near below" in said and "This is 60% of the table" in said
+
+
+def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:
+    made = [cell("random", SplitName(0, fold), 0.5) for fold in range(2)]
+    made.append(cell("badge", SplitName(0, 1), 0.9))
+    row = next(r for r in summarise(tiny(), made, 4, 0.5).rows if r.strategy == "badge")
+    one, other = (
+        np.mean([np.mean((p >= 0.5) == y) for y, p, _ in c.predictions.values()])
+        for c in (made[2], made[1])
+    )
+    assert row.splits == 1
+    assert row.over_random["accuracy"].value == pytest.approx(one - other)
