@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
@@ -44,6 +44,7 @@ from flwr.supercore.telemetry import EventType
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from sonofed_client.app import app
+from sonofed_common.contract.recorddict import take_apart
 
 SHORTEST_REST = 0.05
 LONGEST_REST = 0.5
@@ -78,7 +79,11 @@ class Node:
         """Answer messages, one after the other, until the process is asked to end."""
         since = time.monotonic()
         while True:
-            found = self._receive()
+            try:
+                found = self._receive()
+            except RunNotRunningException:
+                # A proxy on the way may refuse a call; to Flower that is a run which is over.
+                found = None
             if found is None:
                 waited = WAITED_SHARE * (time.monotonic() - since)
                 time.sleep(min(max(SHORTEST_REST, waited), LONGEST_REST))
@@ -88,8 +93,9 @@ class Node:
             except RunNotRunningException:
                 log.info("a message's run is over")
             except Exception:
-                # The study sends a message again whose reply it misses.
+                # A node that comes anew is sent again what it did not answer.
                 log.exception("a message was lost on its way")
+                raise
             since = time.monotonic()
 
     def _answer(self, head: Message, tree: ObjectTree) -> None:
@@ -113,7 +119,8 @@ class Node:
             missing, session = self._send(
                 remove_content_from_message(reply), get_object_tree(reply), taken
             )
-            push_objects(objects, partial(self._push, run, session), object_ids_to_push=missing)
+            del reply
+            take_apart(objects, partial(self._push, run, session), object_ids_to_push=missing)
 
     def _work(self, message: Message) -> Message:
         run = message.metadata.run_id
@@ -134,7 +141,10 @@ def main() -> None:
     parser.add_argument("--root-certificates", required=True, type=Path, help="PEM")
     parser.add_argument("--auth-supernode-private-key", required=True, type=Path, help="OpenSSH")
     parser.add_argument("--node-config", default="", help='enclave="SOCKET"')
+    parser.add_argument("--connected", type=Path, help="file that is there once it was let in")
     given = parser.parse_args()
+    if given.connected is not None:
+        given.connected.unlink(missing_ok=True)
     key = load_ssh_private_key(given.auth_supernode_private_key.read_bytes(), None)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
@@ -145,8 +155,21 @@ def main() -> None:
     defaults["timeout"] = PATIENCE
     certificates = given.root_certificates.read_bytes()
     keys = (key, key.public_key())
+    threading.excepthook = partial(end_with_thread, threading.excepthook)
     with http_request_response(given.superlink, False, certificates, keys) as connection:
+        if given.connected is not None:
+            given.connected.touch(mode=0o600)
         Node(connection, parse_config_args([given.node_config])).serve()
+    # It serves until it is ended: Flower keeps to itself what else ended the connection.
+    raise SystemExit("the connection to the SuperLink ended")
+
+
+def end_with_thread(
+    report: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs
+) -> None:
+    """End this process with its heartbeat: without, the SuperLink takes the node for gone."""
+    report(ended)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,12 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             raise
         except OSError as error:
-            what = ": ".join(str(part) for part in (error.strerror, error.filename) if part)
-            failure = ConfigurationError(f"{what or error}; check the path and its permissions")
+            # A log may be read by who may not know an image's name.
+            parts = (error.strerror, None if is_json() else error.filename)
+            what = ": ".join(str(part) for part in parts if part)
+            failure = ConfigurationError(
+                f"{what or type(error).__name__}; check the path and its permissions"
+            )
         if is_json():
             log.error("%s", failure)
         else:

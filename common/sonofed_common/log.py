@@ -53,17 +53,21 @@ def configure(process: str, file: Path | None = None, **known: str) -> None:
     is_json = file is not None or not sys.stderr.isatty()
     handler = logging.StreamHandler() if file is None else logging.FileHandler(file, "a", "utf-8")
     handler.setLevel(logging.INFO)
-    # Flower says empty lines, too.
-    handler.addFilter(lambda record: bool(record.getMessage().strip()))
+    handler.addFilter(_says_something)
     handler.setFormatter(_formatter({"process": process, **known}, is_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # What cannot be logged would be printed, with what it is about.
+    logging.raiseExceptions = False
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
         # Flower gives its own lines another form.
         logging.getLogger(name).handlers.clear()
     if is_json:
         sys.excepthook = _log_the_end
+        sys.unraisablehook = lambda ended: _log_the_end(
+            ended.exc_type, ended.exc_value, ended.exc_traceback
+        )
         threading.excepthook = lambda ended: _log_the_end(
             ended.exc_type, ended.exc_value, ended.exc_traceback
         )
@@ -134,6 +138,15 @@ def _level(event: Mapping[str, Any]) -> int:
     return logging.WARNING if str(event["event"]).endswith("-failed") else logging.INFO
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    try:
+        # Flower says empty lines, too.
+        return bool(record.getMessage().strip())
+    except (TypeError, ValueError):
+        # A library's text does not fit its values; its caller is not to end by that.
+        return False
+
+
 class _JsonFormatter(structlog.stdlib.ProcessorFormatter):
     pass
 
@@ -157,7 +170,7 @@ def _formatter(known: Mapping[str, str], is_json: bool) -> logging.Formatter:
 
 def _told_by_all(known: Mapping[str, str]) -> tuple[Processor, ...]:
     def add_known(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
-        return {**known, **line}
+        return {**line, **known}
 
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
     return add_known, structlog.contextvars.merge_contextvars, stamp
@@ -166,14 +179,17 @@ def _told_by_all(known: Mapping[str, str]) -> tuple[Processor, ...]:
 def _spread(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
     # Facts of an event may have names that a logging record uses itself.
     facts = line.pop("facts", {})
-    return {**line, **facts}
+    return {**facts, **line}
 
 
 def _keep_out(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
     name = line["_record"].name
-    if not name.startswith(OURS):
-        return {**line, "event": KEPT_OUT, "library": name}
-    return line
+    if any(name == ours or name.startswith(f"{ours}.") for ours in OURS):
+        return line
+    kept = {key: line[key] for key in ("_record", "_from_structlog", "level") if key in line}
+    if "exc_info" in line:
+        kept["exc_info"] = line["exc_info"]
+    return {**kept, "event": KEPT_OUT, "library": name}
 
 
 def _without_text(_: WrappedLogger, __: str, line: EventDict) -> EventDict:

@@ -27,6 +27,9 @@ for error in (OSError("/images/SMITH.png"), OrderError("ship it first")):
     except Exception:
         log.exception("not done")
 logging.getLogger("pydicom").warning("odd name SMITH")
+logging.getLogger("pydicom").warning("odd", extra={"patient": "SMITH"}, stack_info=True)
+logging.getLogger("flwrx").warning("SMITH")
+logging.getLogger("pydicom").warning("%d", "SMITH")
 logging.getLogger("pydicom").info("SMITH")
 warnings.warn("SMITH")
 logging.getLogger("flwr").info("   ")
@@ -51,13 +54,15 @@ def test_a_process_logs_json_that_quotes_nothing(tmp_path):
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert all(list(line)[:3] == ["time", "level", "event"] for line in lines)
     assert {(line["process"], line["site"]) for line in lines} == {("enclave", "north")}
-    job, event, text, ours, library, warned, flower, thread, end = lines
+    job, event, text, ours, library, extra, alike, warned, flower, thread, end = lines
     assert (job["event"], job["seconds"]) == ("job done", 0.5)
     assert event["message"] == "why" and event["name"] == "x" and event["level"] == "warning"
     assert [(x["study"], x["round"]) for x in (job, event)] == [("tiny", 1)] * 2
     assert "study" not in text and text["error"] == "OSError" and "<module>" in text["frames"]
     assert ours["error"].startswith("ship it first")
-    assert (library["library"], warned["library"]) == ("pydicom", "py.warnings")
+    kept_out = [line["library"] for line in (library, extra, alike, warned)]
+    assert kept_out == ["pydicom", "pydicom", "flwrx", "py.warnings"]
+    assert extra.keys() == library.keys()
     assert flower["event"] == "received"
     assert (thread["error"], end["error"]) == ("FileNotFoundError", "ValueError")
     assert end["level"] == "critical"
@@ -68,7 +73,7 @@ def test_a_supervisor_may_name_a_file(tmp_path):
     for _ in range(2):
         assert output(told("relay", log, site="north")).stderr == ""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(lines) == 18 and {line["process"] for line in lines} == {"relay"}
+    assert len(lines) == 22 and {line["process"] for line in lines} == {"relay"}
 
 
 def test_without_a_supervisor_nothing_is_changed(monkeypatch):

@@ -626,7 +626,7 @@ def test_adaptation_is_asked_for_with_weights_alone(widest, lab):
         assert shapes == (branch if message.config["round"] else {})
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_flower_over_enclave_processes_and_inline_do_the_same(simulated, lab, workspace, tmp_path):
     other, sites = lay_out(lab, tmp_path)
     with enclave_processes(sites) as served:

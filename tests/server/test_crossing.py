@@ -25,9 +25,9 @@ def log(tmp_path):
     return tmp_path / "front.log"
 
 
-def line(at, size):
+def line(at, size, path="/v1/fleet/push-object"):
     told = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
-    return json.dumps({"time": told, "in": size, "out": 2 * size}) + "\n"
+    return json.dumps({"time": told, "path": path, "in": size, "out": 2 * size}) + "\n"
 
 
 def test_what_crossed_since_a_time_is_counted(log):
@@ -35,6 +35,12 @@ def test_what_crossed_since_a_time_is_counted(log):
     log.write_text("".join(line(BEGAN + n, 10) for n in range(5)))
     assert bytes_since(log, BEGAN + 2.9) == 3 * 30
     assert bytes_since(log, 0) == 5 * 30 and bytes_since(log, BEGAN + 9) == 0
+
+
+def test_calls_that_come_while_nothing_moves_do_not_count(log):
+    idle = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
+    log.write_text("".join(line(BEGAN + 1, 10, path) for path in (*idle, "/v1/fleet/pull-object")))
+    assert bytes_since(log, BEGAN) == 30
 
 
 def test_a_log_of_many_blocks_with_broken_lines_is_read_as_a_whole(log):

@@ -1,5 +1,6 @@
 """What an exchange does when nodes and SuperLink fail, in the ways in which Flower tells it."""
 
+import threading
 import time
 
 import httpx
@@ -99,10 +100,19 @@ class Locked(Failing):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """Time that passes only when somebody sleeps."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    """Time that passes only when the test sleeps; other threads have their own."""
+    now, here = [0.0], threading.get_ident()
+    monotonic, sleep = time.monotonic, time.sleep
+
+    def pass_by(seconds):
+        if threading.get_ident() != here:
+            return sleep(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(
+        time, "monotonic", lambda: now[0] if threading.get_ident() == here else monotonic()
+    )
+    monkeypatch.setattr(time, "sleep", pass_by)
     return now
 
 

@@ -61,16 +61,17 @@ def _enclave(hospital: Hospital) -> Program:
 
 
 def _supernode(hospital: Hospital, socket: Path) -> Program:
-    kit = installed_kit(hospital)
+    kit, connected = installed_kit(hospital), hospital.run / "supernode.connected"
     command = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
         *("--superlink", kit.address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
+        *("--connected", str(connected)),
     )
     environment = {**_environment(hospital), **told("supernode", site=kit.site)}
-    return Program("supernode", command, lambda: True, environment)
+    return Program("supernode", command, connected.exists, environment)
 
 
 def installed_kit(hospital: Hospital) -> Kit:

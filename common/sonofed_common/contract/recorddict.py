@@ -1,13 +1,20 @@
-"""The one adapter between Records and Flower's RecordDict."""
+"""The one adapter between Records and Flower's RecordDict, and how its messages are sent."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
 from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Records, check_header, from_bytes, to_bytes
 
 _NAME, _FORM = "records", "safetensors"
+
+PUSHES = 2
+"""Parts that are on their way to the SuperLink at a time, as with Flower."""
 
 
 def to_recorddict(records: Records) -> RecordDict:
@@ -47,3 +54,32 @@ def from_recorddict(content: RecordDict) -> Records:
         ) from None
     check_header(data)
     return from_bytes(data)
+
+
+def take_apart(
+    objects: dict[str, InflatableObject],
+    push_object_fn: Callable[[str, bytes], None],
+    *,
+    object_ids_to_push: set[str],
+) -> None:
+    """Send objects to the SuperLink, a few at a time.
+
+    Parameters
+    ----------
+    objects : dict of str to InflatableObject
+        By id.
+    push_object_fn : callable
+        Sends an object.
+    object_ids_to_push : set of str
+        Those that are not there yet.
+    """
+    running: set[Future[None]] = set()
+    with ThreadPoolExecutor(PUSHES) as pool:
+        for name in [n for n in objects if n in object_ids_to_push]:
+            if len(running) == PUSHES:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for one in done:
+                    one.result()
+            running.add(pool.submit(push_object_fn, name, objects[name].deflate()))
+        for one in running:
+            one.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from tempfile import TemporaryFile
@@ -10,7 +9,7 @@ from tempfile import TemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
-from sonofed_common.contract.errors import DivergenceError, ParameterError
+from sonofed_common.contract.errors import DeploymentError, DivergenceError, ParameterError
 from sonofed_common.contract.records import Array
 
 BLOCK = 2**18
@@ -90,7 +89,13 @@ class FedAvg:
         return np.frombuffer(os.pread(self._sums.fileno(), 8 * number, place))
 
     def _write(self, values: NDArray[np.float64], place: int) -> int:
-        written = os.pwrite(self._sums.fileno(), values.data, place)
+        try:
+            written = os.pwrite(self._sums.fileno(), values.data, place)
+        except OSError:
+            written = 0
         if written != values.nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise DeploymentError(
+                "the disk of the temporary folder (TMPDIR) is full; it holds two models of each "
+                "network that is averaged; make room, then resume the study"
+            )
         return written

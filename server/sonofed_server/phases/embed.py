@@ -26,6 +26,8 @@ def embed(run: StudyRun) -> None:
             for name, mean in means.items():
                 mean.add(reply.group(name), weight_of(reply, study.aggregation))
             reports[site] = reply.metrics
+            # Or it would stay until the next one is there.
+            del reply
             run.events.progress(
                 f"embed, round {number + 1} of {rounds}", done, len(sites), site=site
             )

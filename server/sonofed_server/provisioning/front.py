@@ -27,7 +27,8 @@ events {{
 
 http {{
   # No query string, no header: nothing that a hospital sends but the path is logged.
-  log_format front '{{"time":"$time_iso8601","address":"$remote_addr","method":"$request_method",'
+  log_format front escape=json '{{"time":"$time_iso8601","address":"$remote_addr",'
+    '"method":"$request_method",'
     '"path":"$uri","status":$status,"in":$request_length,"out":$bytes_sent,'
     '"seconds":$request_time,"tls":"$ssl_protocol"}}';
   access_log {log} front;

@@ -56,7 +56,12 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
             executor,
             lambda: True,
             # It throws away what a ServerApp says on stderr.
-            {**environment, **told("serverapp", coordinator.run / "serverapp.log")},
+            {
+                **environment,
+                **told("serverapp", coordinator.run / "serverapp.log"),
+                # Sums are kept there: /tmp may be in memory.
+                "TMPDIR": str(coordinator.run),
+            },
         ),
         Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
         Program("conductor", conductor, lambda: True),

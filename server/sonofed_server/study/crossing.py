@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
+"""Calls that come while nothing moves; what a message holds is asked for by calls of its own."""
+
 BLOCK_BYTES = 65_536
 LONGEST_BYTES = 256 * BLOCK_BYTES
 """Of the log, read from its end: an exchange that logs more is told too little of."""
@@ -33,7 +36,7 @@ def bytes_since(log: Path, since: float) -> int:
         try:
             entry = json.loads(line)
             ended = datetime.fromisoformat(entry["time"]).timestamp()
-            size = int(entry["in"]) + int(entry["out"])
+            size = 0 if entry["path"] in IDLE else int(entry["in"]) + int(entry["out"])
         except (ValueError, KeyError, TypeError):
             # Cut off by the kill of a front.
             continue

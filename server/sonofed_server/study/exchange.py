@@ -212,7 +212,11 @@ class Exchange:
     def _pull(self, site: str, sent: _Sent, until: float) -> Records | SonoFedError:
         began, told = time.monotonic(), False
         while True:
-            for message in _patiently(lambda: list(self.grid.pull_messages([sent.message]))):
+            try:
+                found = _patiently(lambda: list(self.grid.pull_messages([sent.message])))
+            except (ValueError, LookupError, TypeError):
+                return ParameterError(f"the reply of site {site} cannot be put together")
+            for message in found:
                 if message.has_error() and message.error.code in AWAY:
                     if self._gone(site):
                         return QuorumError(f"site {site} is not connected")
@@ -231,7 +235,9 @@ class Exchange:
                 del message
                 _tidy(size)
                 if "error" in reply.config:
-                    return error_from_code(str(reply.config["error"]), str(reply.config["message"]))
+                    return error_from_code(
+                        str(reply.config["error"]), str(reply.config.get("message", ""))
+                    )
                 return reply
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self._look()

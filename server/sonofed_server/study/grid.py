@@ -8,12 +8,12 @@ it three times, while it takes one apart, twice. Nothing else is changed.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
@@ -22,11 +22,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry, pull_objects
 from flwr.superlink.grid import http_grid
 
+from sonofed_common.contract.recorddict import take_apart
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 """Seconds."""
 
-PUSHES = 2
-"""Parts that are on their way to the SuperLink at a time, as with Flower."""
+MARGIN = 2**16
+"""Bytes of an array beyond its values, at most."""
 
 
 def hasten() -> None:
@@ -67,39 +69,13 @@ def put_together(name: str, contents: dict[str, bytes]) -> InflatableObject:
     return record
 
 
-def take_apart(
-    objects: dict[str, InflatableObject],
-    push_object_fn: Callable[[str, bytes], None],
-    *,
-    object_ids_to_push: set[str],
-) -> None:
-    """Send objects to the SuperLink, a few at a time.
-
-    Parameters
-    ----------
-    objects : dict of str to InflatableObject
-        By id.
-    push_object_fn : callable
-        Sends an object.
-    object_ids_to_push : set of str
-        Those that are not there yet.
-    """
-    running: set[Future[None]] = set()
-    with ThreadPoolExecutor(PUSHES) as pool:
-        for name in [n for n in objects if n in object_ids_to_push]:
-            if len(running) == PUSHES:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for one in done:
-                    one.result()
-            running.add(pool.submit(push_object_fn, name, objects[name].deflate()))
-        for one in running:
-            one.result()
-
-
 def _array(facts: dict[str, Any], children: list[str], contents: dict[str, bytes]) -> Array:
     order = [children[number] for number in facts["arraychunk_ids"]]
     left, data = Counter(order), bytearray()
+    most = MARGIN + math.prod(facts["shape"]) * np.dtype(facts["dtype"]).itemsize
     for part in order:
+        if len(data) > most:
+            raise ValueError("an array has more parts than it is large")
         content = contents[part]
         length = get_object_head_values_from_object_content(content)[2]
         data += memoryview(content)[len(content) - length :]

@@ -45,7 +45,7 @@ def study_metrics(coordinator: Coordinator) -> Iterable[Metric]:
     }
     for entry in entries(coordinator):
         try:
-            found = standing(entry, coordinator.front_log)
+            found = standing(entry)
         except SonoFedError:
             # One study's damaged file must not hide the others.
             continue

@@ -103,15 +103,15 @@ class Standing(Model):
         return [head, at, moved, *(f"  {site}: {word}" for site, word in self.sites.items())]
 
 
-def standing(entry: Entry, front_log: Path) -> Standing:
+def standing(entry: Entry, front_log: Path | None = None) -> Standing:
     """Read where a study stands.
 
     Parameters
     ----------
     entry : Entry
         The study.
-    front_log : Path
-        Says what crosses the front.
+    front_log : Path, optional
+        Says what crosses the front; costly to read, so without it `crossed_bytes` is 0.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def standing(entry: Entry, front_log: Path) -> Standing:
         asked=asked.get("action", ""),
         asked_seconds=time.time() - asked["time"] if asked else 0,
         asked_bytes=asked.get("bytes", 0),
-        crossed_bytes=bytes_since(front_log, asked["time"]) if asked else 0,
+        crossed_bytes=bytes_since(front_log, asked["time"]) if asked and front_log else 0,
         attempts=entry.wish.attempts,
         reason=failure["message"] if failure is not None else "",
         quorum=study.cohort.smallest,
