@@ -16,7 +16,9 @@ settings.load_profile("shared")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole studies first: a long file that starts last would leave the other core idle."""
-    items.sort(key=lambda item: item.path.parent != TINY.parent)
+    long = (TINY.parent, TINY.parent.parent / "simulations", TINY.parent.parent)
+    order = {folder: number for number, folder in enumerate(long)}
+    items.sort(key=lambda item: order.get(item.path.parent, len(long)))
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ pytestmark = pytest.mark.slow
 SIZE = 32
 COMMON = {"study": "trial", "seed": 3}
 START_SECONDS = 300
-FUZZED = int(os.environ.get("SONOFED_FUZZED_REQUESTS", "4000"))
+FUZZED = int(os.environ.get("SONOFED_FUZZED_REQUESTS", "2000"))
 NOBODY = 65534
 CONNECT = "import socket; socket.create_connection(('{}', 80), timeout=5)"
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
