@@ -1,0 +1,169 @@
+"""Tables of arms: the same training with one thing changed, over paired seeds, cell by cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.runtime import Events, write_atomically
+
+Array = NDArray[Any]
+Prediction = tuple[Array, Array, Array]
+"""Labels (M,), P(malignant) (M,) and patients (M,) of one site's test images."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table.
+
+    Attributes
+    ----------
+    name : str
+        As the page shows it, and the cell's folder: letters, digits, blanks and ``+-.,()``.
+    against : str or None
+        The arm that differs from it in what the table asks about.
+    published : str
+        What the work printed for it; empty where it has no such row.
+    """
+
+    name: str
+    against: str | None = None
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one arm came to under one seed.
+
+    Attributes
+    ----------
+    predictions : dict of str to Prediction
+        By test site.
+    facts : dict of str to float
+        What else the page tells of the cell, for example a rate of duplicates.
+    """
+
+    predictions: dict[str, Prediction]
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArmCell:
+    """A finished cell; ``seconds`` is what its training and prediction took."""
+
+    arm: Arm
+    seed: int
+    outcome: Outcome
+    seconds: float
+
+
+class Experiment(Protocol):
+    """What a table file gives to have its cells run and its page written."""
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        """The rows, in the page's order."""
+        ...
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """Each makes its own split, start weights and order, the same for all arms."""
+        ...
+
+    def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
+        """What a cell is made of, as JSON values: it is made anew when any of it changes."""
+        ...
+
+    def run(self, arm: Arm, seed: int) -> Outcome:
+        """Train and predict one cell."""
+        ...
+
+
+def run_arms(
+    experiment: Experiment, folder: Path, shard: tuple[int, int], events: Events
+) -> list[ArmCell]:
+    """Run one shard's cells that are not there yet, and return all finished ones.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Arms and seeds.
+    folder : Path
+        Each cell is one file of it.
+    shard : tuple of int
+        Number of the shard, from 1, and how many there are.
+    events : Events
+        Gets the progress.
+
+    Raises
+    ------
+    ConfigurationError
+        The shard is out of range.
+    """
+    number, total = shard
+    if not 1 <= number <= total:
+        raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
+    # Seed by seed: the first one alone shows every row.
+    wanted = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
+    first, last = ((n * len(wanted)) // total for n in (number - 1, number))
+    for done, (arm, seed) in enumerate(wanted[first:last], start=1):
+        path = _path(folder, arm, seed)
+        origin = experiment.origin(arm, seed)
+        if _read(path, origin) is None:
+            began = time.perf_counter()
+            outcome = experiment.run(arm, seed)
+            records = _encode(outcome, origin, time.perf_counter() - began)
+            write_atomically(path, to_bytes(records))
+        events.progress("cells", done, last - first, arm=arm.name, seed=seed)
+    return list(finished_arms(experiment, folder))
+
+
+def finished_arms(experiment: Experiment, folder: Path) -> Iterator[ArmCell]:
+    """Finished cells, of all shards, that still are what the table asks for."""
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            records = _read(_path(folder, arm, seed), experiment.origin(arm, seed))
+            if records is not None:
+                seconds = float(records.metrics["seconds"])
+                yield ArmCell(arm, seed, _decode(records), seconds)
+
+
+def _path(folder: Path, arm: Arm, seed: int) -> Path:
+    return folder / f"seed-{seed}" / f"{arm.name}.safetensors"
+
+
+def _read(path: Path, origin: Mapping[str, Any]) -> Records | None:
+    if not path.exists():
+        return None
+    records = from_bytes(path.read_bytes())
+    return records if records.config["origin"] == dict(origin) else None
+
+
+def _encode(outcome: Outcome, origin: Mapping[str, Any], seconds: float) -> Records:
+    arrays, patients = {}, {}
+    for site, (labels, probabilities, groups) in outcome.predictions.items():
+        arrays[f"labels/{site}"] = labels
+        arrays[f"probabilities/{site}"] = probabilities
+        patients[site] = [str(group) for group in groups]
+    config = {"origin": dict(origin), "patients": patients, "facts": outcome.facts}
+    return Records(arrays, config, {"seconds": seconds})
+
+
+def _decode(records: Records) -> Outcome:
+    predictions = {
+        site: (
+            records.arrays[f"labels/{site}"],
+            records.arrays[f"probabilities/{site}"],
+            np.array(patients),
+        )
+        for site, patients in records.config["patients"].items()
+    }
+    return Outcome(predictions, dict(records.config["facts"]))
