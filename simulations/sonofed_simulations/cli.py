@@ -16,6 +16,7 @@ from sonofed_common.progress import progress_listener
 from sonofed_common.runtime import Events
 from sonofed_simulations.engines import Enclaves, Engine
 from sonofed_simulations.scenarios.scenario import built_in, read_scenario
+from sonofed_simulations.tables import TABLES, maker
 
 PLAIN_WIDTH = 110
 """Columns of a table that goes to a file or a log."""
@@ -95,35 +96,29 @@ def compare(
 
 @app.command(name="table")
 def table_(
-    name: Annotated[str, typer.Argument(help="Table of the literature: adaptation-selection.")],
+    name: Annotated[str, typer.Argument(help=f"Table of the literature: {', '.join(TABLES)}.")],
     out: Out,
     data: Data = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One classifier's head on cached features, for a CPU.")
+        bool, typer.Option("--quick", help="The form for a CPU: fewer pixels, steps or layers.")
     ] = False,
     shard: Annotated[
         str, typer.Option("--shard", metavar="I/N", help="Only this part of the cells, from 1.")
     ] = "1/1",
 ) -> None:
     """Make a table of the literature anew, cell by cell, and write all that has finished."""
-    from sonofed_simulations.tables import NAMES
+    from sonofed_simulations.tables.request import Request
 
-    if name not in NAMES:
-        raise ConfigurationError(f"there is no table {name!r}; choose one of {', '.join(NAMES)}")
-    if not quick:
-        raise ConfigurationError(f"table {name} has no full form yet; add --quick")
+    if name not in TABLES:
+        raise ConfigurationError(f"there is no table {name!r}; choose one of {', '.join(TABLES)}")
     if not re.fullmatch(r"\d{1,4}/\d{1,4}", shard):
         raise ConfigurationError(f"'{shard}' is no shard; write it as 1/4, the first of four")
     number, total = map(int, shard.split("/"))
-    from sonofed_simulations.tables.adaptation_selection import run_selection_table
-    from sonofed_simulations.tables.selection_page import summary_table
-    from sonofed_simulations.tables.settings import QUICK
-
     with progress_listener() as listener:
         events = Events(listeners=[listener])
-        summary = run_selection_table(QUICK, out, data, (number, total), events)
-    _console().print(summary_table(summary))
-    _console().print(f"{summary.cells} of {summary.wanted} cells; page: {out / 'README.md'}")
+        made = maker(name)(Request(name, quick, out, data, (number, total), events))
+    _console().print(made.table)
+    _console().print(f"{made.cells} of {made.wanted} cells; page: {out / 'README.md'}")
 
 
 @app.command()

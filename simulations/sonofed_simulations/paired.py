@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ class Contrast(Interval):
 
     p: float
     p_holm: float | None = None
+
+
+C = TypeVar("C", bound=Contrast)
 
 
 class PatientDraws:
@@ -84,9 +88,9 @@ def contrast(values: Floats, reference: Floats) -> Contrast:
     return Contrast(**interval(difference).model_dump(), p=p)
 
 
-def holm(contrasts: Mapping[str, Contrast]) -> dict[str, Contrast]:
+def holm(contrasts: Mapping[str, C]) -> dict[str, C]:
     """Correct p values over the contrasts (Holm, Scandinavian Journal of Statistics, 1979)."""
-    corrected: dict[str, Contrast] = {}
+    corrected: dict[str, C] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(contrasts, key=lambda n: contrasts[n].p)):
         found = contrasts[name]

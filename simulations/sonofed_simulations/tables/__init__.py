@@ -2,5 +2,20 @@
 
 from __future__ import annotations
 
-NAMES = ("adaptation-selection",)
-"""What ``sonofed-lab table`` knows."""
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from sonofed_simulations.tables.request import Made, Request
+
+TABLES = {
+    "adaptation-selection": "adaptation_selection",
+}
+"""What ``sonofed-lab table`` knows: a name, and the module here whose ``make`` makes the table."""
+
+
+def maker(name: str) -> Callable[[Request], Made]:
+    """Return the function that makes a table; only its own module is loaded."""
+    module = import_module(f"{__name__}.{TABLES[name]}")
+    return cast("Callable[[Request], Made]", module.make)

@@ -21,11 +21,26 @@ from sonofed_simulations.tables.features import (
     site_features,
 )
 from sonofed_simulations.tables.manifest import write_manifest
-from sonofed_simulations.tables.selection_page import write_page
+from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.selection_page import summary_table, write_page
 from sonofed_simulations.tables.selection_summary import Summary, summarise
-from sonofed_simulations.tables.settings import Chain, SelectionTable, chains
+from sonofed_simulations.tables.settings import QUICK, Chain, SelectionTable, chains
 
 THREADS = 1
+
+
+def make(request: Request) -> Made:
+    """Make the quick form.
+
+    Raises
+    ------
+    ConfigurationError
+        The full form was asked for, or see `run_selection_table`.
+    """
+    if not request.quick:
+        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+    summary = run_selection_table(QUICK, request.out, request.data, request.shard, request.events)
+    return Made(summary_table(summary), summary.cells, summary.wanted)
 
 
 def run_selection_table(

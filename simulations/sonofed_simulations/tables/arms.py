@@ -32,11 +32,14 @@ class Arm:
         The arm that differs from it in what the table asks about.
     published : str
         What the work printed for it; empty where it has no such row.
+    home : str or None
+        The test site whose training images it saw, where the table tells the gap to the others.
     """
 
     name: str
     against: str | None = None
     published: str = ""
+    home: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class ArmCell:
     seed: int
     outcome: Outcome
     seconds: float
+
+    @property
+    def predictions(self) -> Mapping[str, Prediction]:
+        """By test site."""
+        return self.outcome.predictions
 
 
 class Experiment(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sonofed_common.data.splits import Split
 from sonofed_common.runtime import write_atomically
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.scenarios.scenario import Scenario
@@ -16,7 +17,35 @@ from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.features import HospitalImages, Start, split_of
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
-LIBRARIES = ("sonofed", "torch", "numpy", "scipy", "scikit-learn", "scikit-activeml")
+LIBRARIES = (
+    "sonofed",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "scikit-activeml",
+    "monai",
+    "diffusers",
+    "transformers",
+)
+
+
+def write_facts(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``: the facts of a table, with versions and machine."""
+    whole = {
+        **facts,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "machine": this_machine().model_dump(mode="json"),
+    }
+    text = json.dumps(whole, indent=2, sort_keys=True)
+    write_atomically(out / "manifest.json", f"{text}\n".encode())
+
+
+def split_facts(split: Split) -> dict[str, Any]:
+    """Count both parts, and digest the patients of the test part, to compare splits by."""
+    patients = sorted({sample.group for sample in split.test})
+    digest = hashlib.sha256("\n".join(patients).encode()).hexdigest()
+    return {"pool": len(split.pool), "test": len(split.test), "test_patients": digest[:16]}
 
 
 def write_manifest(
@@ -27,12 +56,7 @@ def write_manifest(
     hospitals: Sequence[HospitalImages],
     cells: Sequence[Cell],
 ) -> None:
-    """Write ``manifest.json``: data, splits, seeds, versions and machine.
-
-    Notes
-    -----
-    ``splits`` digests the patients of each test part, so that another's splits can be compared.
-    """
+    """Write the manifest of a selection table."""
     facts = {
         "table": table.model_dump(mode="json"),
         "source": {
@@ -42,12 +66,9 @@ def write_manifest(
         "data": {h.name: h.provenance.model_dump(mode="json") for h in hospitals},
         "splits": _splits(table, hospitals),
         "seeds": list(table.seeds),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "machine": this_machine().model_dump(mode="json"),
         "cells": len(cells),
     }
-    text = json.dumps(facts, indent=2, sort_keys=True)
-    write_atomically(out / "manifest.json", f"{text}\n".encode())
+    write_facts(out, facts)
 
 
 def _splits(table: SelectionTable, hospitals: Sequence[HospitalImages]) -> dict[str, Any]:
@@ -55,9 +76,5 @@ def _splits(table: SelectionTable, hospitals: Sequence[HospitalImages]) -> dict[
     for name in (SplitName(s, f) for s in table.seeds for f in range(table.folds)):
         parts = found.setdefault(str(name), {})
         for hospital in hospitals:
-            split = split_of(hospital, table, name)
-            patients = sorted({sample.group for sample in split.test})
-            digest = hashlib.sha256("\n".join(patients).encode()).hexdigest()
-            counts = {"pool": len(split.pool), "test": len(split.test)}
-            parts[hospital.name] = {**counts, "test_patients": digest[:16]}
+            parts[hospital.name] = split_facts(split_of(hospital, table, name))
     return found

@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.paired import Contrast, Interval
+from sonofed_simulations.paired import Interval
 from sonofed_simulations.report.figures import REST, SITE_COLOURS, SITE_MARKERS, SOFT, drawing
 from sonofed_simulations.rivals import OURS
+from sonofed_simulations.tables.pages import (
+    contrast_text,
+    interval_text,
+    markdown,
+    number_text,
+)
 from sonofed_simulations.tables.selection_findings import findings
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_summary import RANDOM, Curve, Row, Summary
@@ -70,7 +76,7 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         "",
         f"## {share} of the labels, federated",
         "",
-        *_markdown(HEADER, map(_cells, _main_rows(summary))),
+        *markdown(HEADER, map(_cells, _main_rows(summary))),
         "",
         "Accuracy and AUROC are means over the sites' own values, seeds and folds, with intervals "
         "from 2,000 bootstrap samples of patients. Differences are in the same samples, on the "
@@ -83,9 +89,9 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
             f"Against the best rival by mean accuracy, `{summary.best_rival}` (it was picked on "
             "these same images, which favours it):",
             "",
-            *_markdown(
+            *markdown(
                 ("strategy", "accuracy (95%), p Holm", "AUROC (95%), p Holm"),
-                ([r.strategy, *(_contrast(c.get(m)) for m in METRICS)] for r, c in best),
+                ([r.strategy, *(contrast_text(c.get(m)) for m in METRICS)] for r, c in best),
             ),
         ]
     lines += ["", "## Tests, effects and what was chosen", "", *_details(summary)]
@@ -136,10 +142,10 @@ def _cells(row: Row) -> list[str]:
         f"{row.strategy} (ours)" if row.strategy in OURS else row.strategy,
         str(row.splits),
         f"{row.labels:.0f}",
-        _text(row.accuracy),
-        _text(row.auroc),
+        interval_text(row.accuracy),
+        interval_text(row.auroc),
         f"{row.worst_site_auroc:.3f}",
-        *(_contrast(row.over_random.get(metric)) for metric in METRICS),
+        *(contrast_text(row.over_random.get(metric)) for metric in METRICS),
     ]
 
 
@@ -150,18 +156,18 @@ def _details(summary: Summary) -> list[str]:
     rows = [
         [
             row.strategy,
-            _number(row.points["balanced_accuracy"], ".3f"),
-            _number(row.points["ece"], ".3f"),
-            _number(row.effect, "+.2f"),
-            _number(row.p_permutation, ".4f"),
-            _number(row.p_delong, ".3f"),
-            _number(row.malignant_share, ".0%"),
-            *(_number(row.site_share.get(site), ".0%") for site in sites),
+            number_text(row.points["balanced_accuracy"], ".3f"),
+            number_text(row.points["ece"], ".3f"),
+            number_text(row.effect, "+.2f"),
+            number_text(row.p_permutation, ".4f"),
+            number_text(row.p_delong, ".3f"),
+            number_text(row.malignant_share, ".0%"),
+            *(number_text(row.site_share.get(site), ".0%") for site in sites),
         ]
         for row in _main_rows(summary)
     ]
     return [
-        *_markdown(header, rows),
+        *markdown(header, rows),
         "",
         "d: Cohen's d of the splits' accuracy differences to Random. Permutation: signs of the "
         "patients' differences in correct images, all images alike. DeLong: the first seed's folds "
@@ -172,8 +178,8 @@ def _details(summary: Summary) -> list[str]:
 
 def _by_site(summary: Summary) -> list[str]:
     sites = list(summary.rows[0].sites) if summary.rows else []
-    rows = [[r.strategy, *(_text(r.sites[s]) for s in sites)] for r in _main_rows(summary)]
-    return _markdown(("strategy", *sites), rows)
+    rows = [[r.strategy, *(interval_text(r.sites[s]) for s in sites)] for r in _main_rows(summary)]
+    return markdown(("strategy", *sites), rows)
 
 
 def _curves(summary: Summary, table: SelectionTable) -> list[str]:
@@ -187,13 +193,13 @@ def _curves(summary: Summary, table: SelectionTable) -> list[str]:
             str(curve.splits),
             *(f"{value.value:.3f}" for value in curve.accuracy.values()),
             f"{curve.area.value:.3f}",
-            "" if curve.over_random is None else _text(curve.over_random, "+.3f"),
-            "" if curve.saving is None else _text(curve.saving, "+.0%"),
+            "" if curve.over_random is None else interval_text(curve.over_random, "+.3f"),
+            "" if curve.saving is None else interval_text(curve.saving, "+.0%"),
         ]
         for curve in ordered
     ]
     return [
-        *_markdown(header, rows),
+        *markdown(header, rows),
         "",
         "Area: mean accuracy over the budgets' range. Labels saved: share of the pools by which "
         "fewer labels than Random's reach the accuracy of all labels less one point.",
@@ -205,18 +211,18 @@ def _published(summary: Summary) -> list[str]:
     best = max((s for s in ours if s not in CONTROLS), key=lambda s: ours[s], default=None)
     here = {
         f"{summary.main_budget:.0%}": f"{ours[best]:.4f} ({best})" if best else "",
-        "all labels": _number(ours.get(ALL_LABELS), ".4f"),
+        "all labels": number_text(ours.get(ALL_LABELS), ".4f"),
     }
     rows = [[*line, here.get(line[0], "")] for line in PUBLISHED]
     return [
         "The paper's accuracy is a mean over five fully fine-tuned classifiers, from BUSI to its "
         "other hospitals; ours is one classifier's head.",
         "",
-        *_markdown(
+        *markdown(
             ("labels", "ADAptation", "over its second best", "best mean accuracy here"), rows
         ),
         "",
-        f"Without any label: {_number(ours.get(BASELINE), '.4f')} here (normalisation "
+        f"Without any label: {number_text(ours.get(BASELINE), '.4f')} here (normalisation "
         "re-estimated); the paper has no such row.",
     ]
 
@@ -278,23 +284,3 @@ def _csv(rows: Sequence[Row]) -> str:
             values += [gain.value, gain.low, gain.high, gain.p_holm] if gain else [None] * 4
         writer.writerow([f"{v:.5f}" if isinstance(v, float) else v for v in values])
     return buffer.getvalue()
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _text(found: Interval, form: str = ".3f") -> str:
-    return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
-
-
-def _contrast(found: Contrast | None) -> str:
-    if found is None:
-        return ""
-    holm = "" if found.p_holm is None else f", {found.p_holm:.3f}"
-    return f"{_text(found, '+.3f')}{holm}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"

@@ -21,7 +21,12 @@ from sonofed_simulations.statistics import (
     sign_permutation,
 )
 from sonofed_simulations.tables.cells import Cell
-from sonofed_simulations.tables.selection_replicates import METRICS, Key, Replicates
+from sonofed_simulations.tables.selection_replicates import (
+    METRICS,
+    Key,
+    SelectionReplicates,
+    selection_replicates,
+)
 from sonofed_simulations.tables.settings import (
     ALL_LABELS,
     BASELINE,
@@ -117,7 +122,7 @@ def summarise(
     threshold : float
         Operating point found on the source's held-out images.
     """
-    replicates = Replicates(tuple(cells))
+    replicates = selection_replicates(cells)
     rows = [_row(key, replicates, threshold) for key in replicates.by_key]
     rows = [_against_random(row, replicates) for row in rows]
     rival = _best_rival(rows, table.main_budget)
@@ -139,7 +144,7 @@ def summarise(
     )
 
 
-def _row(key: Key, replicates: Replicates, threshold: float) -> Row:
+def _row(key: Key, replicates: SelectionReplicates, threshold: float) -> Row:
     splits = replicates.splits(key)
     cells = [cell for split in splits for cell in replicates.by_key[key][split]]
     by_site = replicates.mean(key, splits)
@@ -180,7 +185,7 @@ def _mode(name: str) -> Mode:
     return "pooled" if name == "pooled" else "federated"
 
 
-def _against_random(row: Row, replicates: Replicates) -> Row:
+def _against_random(row: Row, replicates: SelectionReplicates) -> Row:
     if row.strategy in (RANDOM, *CONTROLS):
         return row
     key, other = (row.strategy, row.mode, row.budget), (RANDOM, row.mode, row.budget)
@@ -201,7 +206,7 @@ def _against_random(row: Row, replicates: Replicates) -> Row:
     )
 
 
-def _against_best(row: Row, rival: str | None, replicates: Replicates) -> Row:
+def _against_best(row: Row, rival: str | None, replicates: SelectionReplicates) -> Row:
     if rival is None or row.strategy in (rival, RANDOM, *CONTROLS):
         return row
     key, other = (row.strategy, row.mode, row.budget), (rival, row.mode, row.budget)
@@ -211,7 +216,7 @@ def _against_best(row: Row, rival: str | None, replicates: Replicates) -> Row:
 
 
 def _contrasts(
-    key: Key, other: Key, splits: Sequence[SplitName], replicates: Replicates
+    key: Key, other: Key, splits: Sequence[SplitName], replicates: SelectionReplicates
 ) -> dict[str, Contrast]:
     values, reference = (replicates.over_sites(k, splits) for k in (key, other))
     return {name: contrast(values[n], reference[n]) for n, name in enumerate(METRICS)}
@@ -243,7 +248,7 @@ def _corrected(rows: Sequence[Row], field: str) -> list[Row]:
 
 
 def _by_patient(
-    key: Key, other: Key, splits: Sequence[SplitName], replicates: Replicates
+    key: Key, other: Key, splits: Sequence[SplitName], replicates: SelectionReplicates
 ) -> list[float]:
     """Each patient's difference of correct images, Random's being means over its draws."""
     sums: dict[tuple[str, str], float] = {}
@@ -262,7 +267,7 @@ def _by_patient(
 
 
 def _combined_delong(
-    key: Key, other: Key, splits: Sequence[SplitName], replicates: Replicates
+    key: Key, other: Key, splits: Sequence[SplitName], replicates: SelectionReplicates
 ) -> float | None:
     """P of the mean difference of AUROC over the folds of one seed, which share no patient."""
     from scipy.stats import norm
@@ -280,7 +285,7 @@ def _combined_delong(
 
 
 def _curve(
-    strategy: str, mode: Mode | str, table: SelectionTable, replicates: Replicates
+    strategy: str, mode: Mode | str, table: SelectionTable, replicates: SelectionReplicates
 ) -> Curve | None:
     keys = [(strategy, mode, budget) for budget in table.budgets]
     splits = replicates.splits(*keys)

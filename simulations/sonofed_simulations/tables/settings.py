@@ -52,7 +52,7 @@ QUICK = SelectionTable(scenario="breast_three_countries")
 """One classifier, 128 px, three seeds, five folds: hours on two cores."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class SplitName:
     """One patient-level fold of one seed."""
 

@@ -1,0 +1,108 @@
+"""What a table of arms says of the published effect, and claims nothing inside an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sonofed_simulations.paired import Interval
+from sonofed_simulations.tables.arm_summary import ArmContrast, ArmRow, ArmSummary
+
+LEVEL = 0.05
+NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An effect that the work reports.
+
+    Attributes
+    ----------
+    text : str
+        One sentence with the published numbers, without the full stop.
+    arms : tuple of str
+        Rows that are to show it, each in its difference to `Arm.against` or in its gap.
+    site : str
+        Where; ignored for the gap.
+    direction : {1, -1}
+        Sign of the published effect.
+    quantity : {"difference", "gap"}
+        What shows it.
+    metrics : tuple of str
+        Of `METRICS`; the published one first.
+    """
+
+    text: str
+    arms: tuple[str, ...]
+    site: str
+    direction: Literal[1, -1] = 1
+    quantity: Literal["difference", "gap"] = "difference"
+    metrics: tuple[str, ...] = ("accuracy", "auroc")
+
+
+@dataclass(frozen=True)
+class _Effect:
+    arm: str
+    found: Interval
+    verdict: Literal["holds", "reversed", "open"]
+
+
+def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
+    """Return one paragraph: which claims hold here, and which effects exceed their intervals."""
+    said = [_claim(summary, claim) for claim in claims]
+    if summary.cells < summary.wanted:
+        said.insert(
+            0, f"**{summary.cells} of {summary.wanted} cells have run**, so this may change."
+        )
+    return " ".join(said)
+
+
+def _claim(summary: ArmSummary, claim: Claim) -> str:
+    rows = [row for row in summary.rows if row.arm in claim.arms]
+    texts = [_metric(rows, claim, metric) for metric in claim.metrics]
+    return f"{claim.text}. Here: {'; '.join(text for text in texts if text)}."
+
+
+def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
+    effects = [effect for row in rows if (effect := _effect(row, claim, metric)) is not None]
+    where = "gap" if claim.quantity == "gap" else f"at {claim.site}"
+    subject = f"**{NAMES[metric]}** {where}"
+    if not effects:
+        return f"{subject}, no pair of arms has run"
+    parts = []
+    for verdict, saying in (
+        ("holds", "the effect holds and is larger than its interval in"),
+        ("reversed", "it is reversed, beyond its interval, in"),
+    ):
+        found = [effect for effect in effects if effect.verdict == verdict]
+        if found:
+            parts.append(f"{saying} {len(found)} of {len(effects)} ({_list(found)})")
+    undecided = [effect for effect in effects if effect.verdict == "open"]
+    if undecided:
+        largest = max(undecided, key=lambda effect: abs(effect.found.value))
+        count = "all" if len(undecided) == len(effects) else f"{len(undecided)} of"
+        parts.append(
+            f"in {count} {len(effects)} it is not told from 0"
+            f" (the largest such: {_list([largest])})"
+        )
+    return f"{subject}, {', '.join(parts)}"
+
+
+def _effect(row: ArmRow, claim: Claim, metric: str) -> _Effect | None:
+    found: Interval | None = row.gap.get(metric)
+    sure = True
+    if claim.quantity == "difference":
+        found = row.differences.get(claim.site, {}).get(metric)
+        sure = isinstance(found, ArmContrast) and (found.p_holm or 0) < LEVEL
+    if found is None:
+        return None
+    if not sure or found.low <= 0 <= found.high:
+        return _Effect(row.arm, found, "open")
+    return _Effect(row.arm, found, "holds" if found.value * claim.direction > 0 else "reversed")
+
+
+def _list(effects: Sequence[_Effect]) -> str:
+    return ", ".join(
+        f"{e.arm} {e.found.value:+.3f} ({e.found.low:+.3f} to {e.found.high:+.3f})" for e in effects
+    )

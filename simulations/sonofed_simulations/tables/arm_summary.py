@@ -1,0 +1,174 @@
+"""What a table of arms shows: rows by site, paired differences, Holm's correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.results import Machine
+from sonofed_server.study.report import this_machine
+from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, holm, interval
+from sonofed_simulations.statistics import paired_effect
+from sonofed_simulations.tables.arms import Arm, ArmCell
+from sonofed_simulations.tables.replicates import Replicates
+
+METRICS = ("accuracy", "balanced_accuracy", "auroc")
+MEAN = "mean over sites"
+"""Stands beside the sites' names where there are several."""
+
+
+class ArmContrast(Contrast):
+    """An arm's difference to another, over the seeds that both have finished.
+
+    Notes
+    -----
+    The interval and p are of the test patients; ``effect``, Cohen's d over seeds, and ``higher``,
+    the number of seeds in which the arm is higher, tell what the seeds do.
+    """
+
+    seeds: int
+    effect: float | None
+    higher: int
+
+
+class ArmRow(Model):
+    """One arm over the seeds that it has finished.
+
+    Notes
+    -----
+    ``values`` and ``differences`` are by site, then by metric. ``gap`` (by metric) is the value at
+    the arm's home less the mean over the other sites; ``facts`` are means over seeds.
+    """
+
+    arm: str
+    against: str | None
+    published: str
+    seeds: int
+    seconds: float
+    values: dict[str, dict[str, Interval]]
+    gap: dict[str, Interval]
+    differences: dict[str, dict[str, ArmContrast]]
+    facts: dict[str, float]
+
+
+class ArmSummary(Model):
+    """A table of arms in numbers."""
+
+    machine: Machine
+    cells: int
+    wanted: int
+    seconds: float
+    sites: tuple[str, ...]
+    rows: tuple[ArmRow, ...]
+
+
+ArmReplicates = Replicates[str, int, ArmCell]
+
+
+def summarise_arms(
+    arms: Sequence[Arm], seeds: Sequence[int], cells: Sequence[ArmCell]
+) -> ArmSummary:
+    """Summarise finished cells.
+
+    Parameters
+    ----------
+    arms, seeds : sequence
+        What the whole table has.
+    cells : sequence of ArmCell
+        What has finished of it.
+
+    Returns
+    -------
+    ArmSummary
+        Rows in the order of ``arms``, without those that have not begun. p is corrected over the
+        rows of each site and metric.
+    """
+    by_key: dict[str, dict[int, list[ArmCell]]] = {}
+    for cell in cells:
+        by_key.setdefault(cell.arm.name, {})[cell.seed] = [cell]
+    replicates = ArmReplicates(by_key, METRICS)
+    rows = [_row(arm, replicates) for arm in arms if arm.name in by_key]
+    sites = tuple(dict.fromkeys(site for cell in cells for site in cell.predictions))
+    return ArmSummary(
+        machine=this_machine(),
+        cells=len(cells),
+        wanted=len(arms) * len(seeds),
+        seconds=sum(cell.seconds for cell in cells),
+        sites=(*sites, MEAN) if len(sites) > 1 else sites,
+        rows=tuple(_corrected(rows)),
+    )
+
+
+def _row(arm: Arm, replicates: ArmReplicates) -> ArmRow:
+    seeds = replicates.splits(arm.name)
+    cells = [replicates.by_key[arm.name][seed][0] for seed in seeds]
+    names = list(cells[0].predictions)
+    sites = _by_site(replicates.mean(arm.name, seeds), names)
+    differences = {}
+    common = replicates.splits(arm.name, arm.against) if arm.against is not None else []
+    if common and arm.against is not None:
+        differences = _differences(arm.name, arm.against, common, replicates, names)
+    facts = {name for cell in cells for name in cell.outcome.facts}
+    return ArmRow(
+        arm=arm.name,
+        against=arm.against,
+        published=arm.published,
+        seeds=len(seeds),
+        seconds=sum(cell.seconds for cell in cells) / len(cells),
+        values={
+            site: {metric: interval(found[n]) for n, metric in enumerate(METRICS)}
+            for site, found in sites.items()
+        },
+        gap=_gap(arm, sites, names),
+        differences=differences,
+        facts={
+            name: float(np.mean([c.outcome.facts[name] for c in cells if name in c.outcome.facts]))
+            for name in sorted(facts)
+        },
+    )
+
+
+def _by_site(values: Floats, names: Sequence[str]) -> dict[str, Floats]:
+    """Arrays (metrics, 1 + R) of each site, and of their mean."""
+    sites = {name: values[:, n] for n, name in enumerate(names)}
+    return sites if len(names) == 1 else {**sites, MEAN: values.mean(axis=1)}
+
+
+def _gap(arm: Arm, sites: dict[str, Floats], names: Sequence[str]) -> dict[str, Interval]:
+    if arm.home is None or len(names) < 2:
+        return {}
+    away = np.mean([sites[name] for name in names if name != arm.home], axis=0)
+    return {m: interval(sites[arm.home][n] - away[n]) for n, m in enumerate(METRICS)}
+
+
+def _differences(
+    name: str, other: str, seeds: Sequence[int], replicates: ArmReplicates, names: Sequence[str]
+) -> dict[str, dict[str, ArmContrast]]:
+    one, two = (_by_site(replicates.mean(key, seeds), names) for key in (name, other))
+    steps = [
+        _by_site((replicates.values[name, s] - replicates.values[other, s])[:, :, :1], names)
+        for s in seeds
+    ]
+    found: dict[str, dict[str, ArmContrast]] = {}
+    for site in one:
+        for n, metric in enumerate(METRICS):
+            by_seed = [float(step[site][n, 0]) for step in steps]
+            found.setdefault(site, {})[metric] = ArmContrast(
+                **contrast(one[site][n], two[site][n]).model_dump(),
+                seeds=len(seeds),
+                effect=paired_effect(by_seed),
+                higher=sum(value > 0 for value in by_seed),
+            )
+    return found
+
+
+def _corrected(rows: Sequence[ArmRow]) -> list[ArmRow]:
+    """Correct p over the rows of each site and metric."""
+    found = {row.arm: {site: dict(of) for site, of in row.differences.items()} for row in rows}
+    for site, metric in {(s, m) for of in found.values() for s in of for m in of[s]}:
+        family = {arm: of[site][metric] for arm, of in found.items() if site in of}
+        for arm, corrected in holm(family).items():
+            found[arm][site][metric] = corrected
+    return [row.model_copy(update={"differences": found[row.arm]}) for row in rows]

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.runtime import SILENT, Events
+from sonofed_simulations.tables import TABLES, maker
+from sonofed_simulations.tables.arm_findings import Claim, findings
+from sonofed_simulations.tables.arm_page import About
+from sonofed_simulations.tables.arm_summary import MEAN, summarise_arms
+from sonofed_simulations.tables.arm_table import make_arm_table
+from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
+from sonofed_simulations.tables.request import Request
+
+ARMS = (
+    Arm("plain", published="61.3", home="north"),
+    Arm("better", "plain", "65.6", home="north"),
+    Arm("same", "plain", home="north"),
+)
+RIGHT = {"plain": 0.6, "better": 0.9, "same": 0.6}
+
+
+class Coins:
+    """An experiment whose classifiers are right by chance; of one seed all toss the same coins."""
+
+    def __init__(self, seeds: Sequence[int] = (0, 1, 2)) -> None:
+        self.seeds = seeds
+        self.runs: list[tuple[str, int]] = []
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        return ARMS
+
+    @property
+    def about(self) -> About:
+        claims = (
+            Claim("It rises by 4 points", ("better", "same"), "south"),
+            Claim("It falls", ("better",), "south", direction=-1),
+            Claim("Home is easier", ("plain",), "", quantity="gap"),
+        )
+        return About("Coins", "a work", claims, "accuracy, %", "south", ("tossed",), ("all",))
+
+    def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
+        return {"right": RIGHT[arm.name]}
+
+    def facts(self) -> Mapping[str, Any]:
+        return {"data": {"north": "digest"}, "splits": {}}
+
+    def run(self, arm: Arm, seed: int) -> Outcome:
+        self.runs.append((arm.name, seed))
+        draws = np.random.default_rng(seed)
+        predictions = {}
+        for site in ("north", "south"):
+            labels = (np.arange(80) % 4 == 0).astype(np.int64)
+            correct = draws.random(80) < RIGHT[arm.name]
+            probabilities = np.where(correct == (labels == 1), 0.7, 0.2)
+            patients = np.array([f"{seed}-{n // 2}" for n in range(80)])
+            predictions[site] = (labels, probabilities, patients)
+        return Outcome(predictions, {"images": 100.0 + seed})
+
+
+def request(out: Path, shard: tuple[int, int] = (1, 1), events: Events = SILENT) -> Request:
+    return Request("coins", True, out, None, shard, events)
+
+
+def cells(table: Coins) -> list[ArmCell]:
+    return [ArmCell(a, s, table.run(a, s), 1.0) for s in table.seeds for a in table.arms]
+
+
+def test_rows_are_the_metrics_and_differences_are_paired() -> None:
+    table = Coins()
+    made = cells(table)
+    summary = summarise_arms(ARMS, table.seeds, made)
+    rows = {row.arm: row for row in summary.rows}
+    assert summary.sites == ("north", "south", MEAN) and summary.cells == summary.wanted == 9
+    reference = {
+        "accuracy": lambda y, p: np.mean((p >= 0.5) == y),
+        "balanced_accuracy": lambda y, p: balanced_accuracy_score(y, p >= 0.5),
+        "auroc": roc_auc_score,
+    }
+    for name, row in rows.items():
+        own = [cell for cell in made if cell.arm.name == name]
+        for metric, measure in reference.items():
+            by_site = {
+                site: np.mean([measure(*cell.predictions[site][:2]) for cell in own])
+                for site in ("north", "south")
+            }
+            for site, value in by_site.items():
+                assert row.values[site][metric].value == pytest.approx(value)
+            found = row.values[MEAN][metric]
+            assert found.value == pytest.approx(np.mean(list(by_site.values())))
+            assert found.low < found.value < found.high
+            assert row.gap[metric].value == pytest.approx(by_site["north"] - by_site["south"])
+    gain = rows["better"].differences["south"]["accuracy"]
+    assert gain.low > 0.1 and gain.p_holm is not None and gain.p <= gain.p_holm < 0.05
+    assert gain.higher == gain.seeds == 3 and gain.effect is not None and gain.effect > 1
+    nothing = rows["same"].differences["south"]["auroc"]
+    assert (nothing.value, nothing.low, nothing.high, nothing.higher) == (0, 0, 0, 0)
+    assert nothing.effect is None and not rows["plain"].differences
+    assert rows["plain"].facts == {"images": 101.0}
+
+
+def test_findings_claim_what_exceeds_its_interval_only() -> None:
+    table = Coins()
+    made = cells(table)
+    said = findings(summarise_arms(ARMS, table.seeds, made), table.about.claims)
+    rises, falls = said.split("It falls")
+    assert "holds and is larger than its interval in 1 of 2 (better +" in rises
+    assert "in 1 of 2 it is not told from 0 (the largest such: same +0.000" in rises
+    assert "reversed, beyond its interval, in 1 of 1 (better +" in falls
+    assert "Home is easier. Here: **accuracy** gap" in falls
+    part = findings(summarise_arms(ARMS, table.seeds, made[:1]), table.about.claims)
+    assert part.startswith("**1 of 9 cells have run**") and "no pair of arms has run" in part
+
+
+def test_an_arm_is_compared_on_the_seeds_that_both_have() -> None:
+    table = Coins()
+    made = [cell for cell in cells(table) if (cell.arm.name, cell.seed) != ("plain", 1)]
+    row = next(r for r in summarise_arms(ARMS, table.seeds, made).rows if r.arm == "better")
+    one, other = (
+        np.mean([roc_auc_score(*c.predictions["north"][:2]) for c in made
+                 if c.arm.name == name and c.seed != 1])
+        for name in ("better", "plain")
+    )  # fmt: skip
+    assert row.seeds == 3 and row.differences["north"]["auroc"].seeds == 2
+    assert row.differences["north"]["auroc"].value == pytest.approx(one - other)
+
+
+def test_shards_make_the_page_and_finished_cells_are_kept(tmp_path: Path) -> None:
+    table = Coins()
+    make_arm_table(table, request(tmp_path, (1, 2)))
+    assert json.loads((tmp_path / "table.json").read_text())["cells"] == 4
+    made = make_arm_table(table, request(tmp_path, (2, 2)))
+    assert made.cells == made.wanted == 9 == len(set(table.runs)) == len(table.runs)
+    page = (tmp_path / "README.md").read_text()
+    assert "| better | 3 | 65.6 | " in page and "9 of 9 cells" in page
+    assert b"<svg" in (tmp_path / "differences.svg").read_bytes()
+    with (tmp_path / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * 3 * 3
+    assert {line["difference"] for line in lines if line["arm"] == "plain"} == {""}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["data"] == {"north": "digest"} and manifest["seeds"] == [0, 1, 2]
+    assert manifest["versions"]["torch"] and manifest["machine"]["cores"] >= 1
+
+
+def test_an_interrupted_table_writes_what_has_finished(tmp_path: Path) -> None:
+    def stop(event: dict[str, object]) -> None:
+        if event.get("task") == "cells" and event["done"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_arm_table(Coins(), request(tmp_path, events=Events(listeners=[stop])))
+    assert "**2 of 9 cells have run**" in (tmp_path / "README.md").read_text()
+
+
+def test_every_table_has_a_maker_and_real_data_must_be_named(tmp_path: Path) -> None:
+    assert all(callable(maker(name)) for name in TABLES)
+    with pytest.raises(DataMissingError, match="table coins uses real data"):
+        _ = request(tmp_path).real_data
+    with pytest.raises(ConfigurationError, match="3/2"):
+        make_arm_table(Coins(), request(tmp_path, (3, 2)))
