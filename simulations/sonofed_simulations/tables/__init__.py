@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 TABLES = {
     "adaptation-selection": "adaptation_selection",
+    "pseudo-labels": "pseudo_labels",
+    "target-informed": "target_informed",
 }
 """What ``sonofed-lab table`` knows: a name, and the module here whose ``make`` makes the table."""
 
