@@ -680,7 +680,7 @@ def kill_within_a_round(workspace, sites, reached):
         process.stderr.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_killed_within_rounds_ends_with_the_same_bits(simulated, lab, workspace, tmp_path):
     broken, sites = lay_out(lab, tmp_path)
     # When a study started stands in what it signs; these two start at the same second.

@@ -56,7 +56,9 @@ def write(
     """A comparison over the tiny study, of a source trained at a rate; return its file."""
     scenario = tomllib.loads(TINY.read_text(encoding="utf-8"))
     scenario["source"]["segmentation"] |= {"epochs": 1, "learning_rate": rate}
+    scenario["source_phantoms"]["images"] = 20
     for hospital in scenario["hospitals"].values():
+        hospital["phantoms"]["images"] = 10
         hospital["test_fraction"] = test_fraction
     scenario["study"] |= {"pretraining": {"rounds": 1, "local_epochs": 1, "patch_size": 8}}
     (folder / "scenario.toml").write_text(tomli_w.dumps(scenario), encoding="utf-8")

@@ -9,8 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sonofed_common.monai import AffineTransform
-
 FLIP_PROBABILITY = 0.5
 LARGEST_ROTATION = math.radians(15)
 SCALES = (0.9, 1.1)
@@ -35,6 +33,8 @@ class Augmentation:
     """
 
     def __init__(self, seed: int, flips: bool = True) -> None:
+        from sonofed_common.monai import AffineTransform
+
         self._flip_probability = FLIP_PROBABILITY if flips else 0.0
         self._draws = np.random.default_rng(seed)
         self._warp, self._warp_nearest = (
