@@ -415,7 +415,7 @@ def widest(lab, tmp_path_factory):
         supervision={"branches": "per_site"},
         infusion={"rule": "gate", "calibration": "consensus"},
         pretraining={"rounds": 1, "local_epochs": 1},
-        pseudo_labels={"strategy": "tent", "rounds": 2},
+        pseudo_labels={"strategy": "tent", "rounds": 2, "local_epochs": 1},
         segmenter_batch_norm="mixed",
     )
     grid = Recording()

@@ -89,6 +89,13 @@ def spoil(site):
     site.write_text(tomli_w.dumps(values))
 
 
+BOTH = [
+    pytest.param("short", SHORT, marks=pytest.mark.slow),
+    pytest.param("inline", {}, marks=pytest.mark.long),
+]
+"""Fixtures of studies that ran to their end, and what makes the tiny study one of them."""
+
+
 @pytest.fixture(scope="module")
 def inline(laboratory, tmp_path_factory):
     """The tiny study, run to its end in this process."""
@@ -190,9 +197,12 @@ def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
     assert before.digest() == checkpoint(workspace).digest()
 
 
-def test_the_same_study_anew_ends_bit_for_bit_the_same(inline, laboratory, tmp_path):
-    workspace, sites, results = inline
-    second, other = lay_out(laboratory, tmp_path)
+@pytest.mark.parametrize(("first", "changes"), BOTH)
+def test_the_same_study_anew_ends_bit_for_bit_the_same(
+    request, laboratory, tmp_path, first, changes
+):
+    workspace, sites, results = request.getfixturevalue(first)
+    second, other = lay_out(laboratory, tmp_path, **changes)
     again = run_inline(second, other, Events())
     assert checkpoint(second).digest() == checkpoint(workspace).digest()
     assert [selection(s) for s in other] == [selection(s) for s in sites]
@@ -707,7 +717,10 @@ def test_a_site_that_does_not_connect_is_waited_for_until_the_deadline(laborator
 
 def test_without_reconstruction(laboratory, tmp_path):
     phases = [p for p in ACTIVE_LEARNING if p != "reconstruct"]
-    workspace, sites = lay_out(laboratory, tmp_path, phases=phases)
+    once = {"embedding": {"rounds": 1}, "finetuning": {"rounds": 1}}
+    workspace, sites = lay_out(
+        laboratory, tmp_path, phases=phases, selection={"budgets": [0.5]}, **once
+    )
     results = run_inline(workspace, sites, Events())
     assert [phase.name for phase in results.phases] == phases
     for site in results.sites.values():
@@ -782,13 +795,7 @@ def temporary(processes):
     return {path for path in own if path.name.startswith(PREFIX) and path.exists()} | sessions
 
 
-@pytest.mark.parametrize(
-    ("by_inline", "changes"),
-    [
-        pytest.param("short", SHORT, marks=pytest.mark.slow),
-        pytest.param("inline", {}, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize(("by_inline", "changes"), BOTH)
 def test_flower_and_inline_do_the_same(request, laboratory, tmp_path, by_inline, changes):
     workspace, sites, results = request.getfixturevalue(by_inline)
     other, others = lay_out(laboratory, tmp_path, **changes)
