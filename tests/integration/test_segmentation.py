@@ -946,7 +946,7 @@ def run_reduced(values, data, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.long
 def test_outlines_of_real_lesions_across_countries(data, tmp_path):
     values = reduced("breast_segmentation", ["rio-aplio"])
     once = {"rounds": 1, "local_epochs": 1, "batch_size": 32}
@@ -960,7 +960,7 @@ def test_outlines_of_real_lesions_across_countries(data, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_lesions_are_classified_across_countries(data, tmp_path):
     hospitals = ["rio-aplio", "poland"]
     values = reduced("breast_three_countries", hospitals, diffusion={"kind": "none"})
