@@ -5,6 +5,7 @@ tests that use them.
 """
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = (TINY.parent, TINY.parent.parent / "simulations", TINY.parent.parent)
     order = {folder: number for number, folder in enumerate(long)}
     items.sort(key=lambda item: order.get(item.path.parent, len(long)))
+
+
+@pytest.fixture(autouse=True)
+def no_late_counts(tmp_path):
+    """Have enclaves of this process write their counts while the test's folder is there."""
+    yield
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+            thread.function(*thread.args, **thread.kwargs)
 
 
 def trained(root) -> Laboratory:
