@@ -86,11 +86,11 @@ def similarity_densities(views: Sequence[SiteView], source: SourceView) -> str:
         for axes in grid.flat[len(views) :]:
             axes.set_visible(False)
         for axes, view in zip(grid.flat, views, strict=False):
-            _density(axes, own, SOURCE, "source images", filled=True)
-            _density(axes, similarity(view.features, source), CHOSEN, "this site's images")
+            density(axes, own, SOURCE, "source images", filled=True)
+            density(axes, similarity(view.features, source), CHOSEN, "this site's images")
             if view.reconstruction_features is not None:
                 redrawn = similarity(view.reconstruction_features, source)
-                _density(axes, redrawn, "#0b6aa8", "their reconstructions")
+                density(axes, redrawn, "#0b6aa8", "their reconstructions")
             axes.set(yticks=[], ylim=(0, None), title=view.name)
             axes.spines["left"].set_visible(False)
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -99,7 +99,8 @@ def similarity_densities(views: Sequence[SiteView], source: SourceView) -> str:
         return data_uri(figure)
 
 
-def _density(axes: Axes, values: Points, colour: str, label: str, filled: bool = False) -> None:
+def density(axes: Axes, values: Points, colour: str, label: str, filled: bool = False) -> None:
+    """Draw the kernel density of values (N,), or a line where they hardly differ."""
     if len(values) < 3 or np.ptp(values) < 1e-9:
         axes.axvline(float(np.mean(values)) if len(values) else 0.0, color=colour, label=label)
         return

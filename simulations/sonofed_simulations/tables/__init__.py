@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from sonofed_simulations.tables.request import Made, Request
 
 TABLES = {
+    "adaptation-ablation": "adaptation_ablation",
+    "adaptation-homogenisation": "adaptation_homogenisation",
+    "adaptation-reconstruction": "adaptation_reconstruction",
     "adaptation-selection": "adaptation_selection",
     "pseudo-labels": "pseudo_labels",
     "target-informed": "target_informed",

@@ -1,0 +1,265 @@
+"""Images redrawn by the source's diffusion stack: what two tables of ADAptation are measured on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from sonofed_client.adaptation.reconstruction import quality, reconstruct
+from sonofed_client.adaptation.spacing import evenly_spaced
+from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.study import PRESETS, Reconstruction
+from sonofed_common.data.sample import Sample
+from sonofed_common.models.stack import DiffusionStack
+from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
+from sonofed_server.source.data import load_source
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.paired import Floats
+from sonofed_simulations.report.clouds import similarity
+from sonofed_simulations.report.view import SourceView
+from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.tables.cells import read_records
+from sonofed_simulations.tables.features import Start, features_of, read_hospitals, read_start
+from sonofed_simulations.tables.request import Request
+
+THREADS = 1
+IMAGE_SIZE = 64
+IMAGES = 60
+SEEDS = (0, 1, 2)
+SOURCE = "source, held out"
+BLUR = "blur, no diffusion"
+BLUR_WIDTH = 1.0
+"""Standard deviation in pixels: a filter that knows nothing of the source."""
+WAYS: dict[str, Reconstruction | None] = {
+    "default": Reconstruction(),
+    BLUR: None,
+    "as published": Reconstruction(**PRESETS["paper"]["reconstruction"]),
+}
+"""How images are redrawn; None blurs them, which takes no seed."""
+MEASURES = ("ssim", "psnr", "feature_distance")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Images of one site that the source's models never saw."""
+
+    site: str
+    images: Tensor
+    samples: tuple[Sample, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """One site's images redrawn one way under one seed.
+
+    Attributes
+    ----------
+    site, way, seed
+        Which cell it is.
+    patients : tuple of str (N,)
+        Patient of each image.
+    quality : dict of str to ndarray (N,)
+        By `MEASURES`, an image each: SSIM in [-1, 1], PSNR in dB, and one minus the cosine of
+        the features of image and reconstruction, in [0, 2].
+    before, after : ndarray (N,)
+        Similarity to the source of the images and of their reconstructions.
+    """
+
+    site: str
+    way: str
+    seed: int
+    patients: tuple[str, ...]
+    quality: Mapping[str, Floats]
+    before: Floats
+    after: Floats
+
+
+Cells = Mapping[tuple[str, str], Sequence[Redrawn]]
+"""Finished cells by way and site, a seed each."""
+
+
+def quick_scenario() -> Scenario:
+    """The three countries at 64 px, with the scenario's own few epochs."""
+    scenario = read_scenario("breast_three_countries")
+    source = scenario.source.model_copy(update={"threads": THREADS, "image_size": IMAGE_SIZE})
+    return scenario.model_copy(update={"threads": THREADS, "source": source})
+
+
+@dataclass(frozen=True)
+class Redrawing:
+    """The source's models and the images of every site.
+
+    Attributes
+    ----------
+    laboratory : Laboratory
+        Its folder gets the source and, in ``redrawn``, the cells.
+    shown : tuple of Shown
+        The source's held-out images first.
+    start : Start
+        The source's classifier, with its own normalisation statistics.
+    """
+
+    laboratory: Laboratory
+    shown: tuple[Shown, ...]
+    start: Start
+
+    @classmethod
+    def prepare(cls, request: Request) -> Redrawing:
+        """Train the source's models unless that is done, and choose the images.
+
+        Raises
+        ------
+        ConfigurationError
+            The full form was asked for.
+        DataMissingError
+            A data set is not there.
+        """
+        if not request.quick:
+            raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+        set_threads(THREADS)
+        work = request.out / "work"
+        laboratory = Laboratory(quick_scenario(), work, request.real_data, request.events)
+        scenario = laboratory.scenario
+        with laboratory.alone():
+            start = read_start(laboratory.prepare_source(), scenario.study.classifiers[0])
+            hospitals = read_hospitals(laboratory, IMAGE_SIZE)
+        source = load_source(scenario.source, laboratory.source_data)
+        parts = [(SOURCE, source.test.images, source.test.samples, source.provenance.digest)]
+        parts += [(h.name, h.images, h.samples, h.provenance.digest) for h in hospitals]
+        return cls(laboratory, tuple(_spread(*part) for part in parts), start)
+
+    @property
+    def wanted(self) -> list[tuple[int, str, Shown]]:
+        """Seed, way and images of every cell, the quick ways first."""
+        return [
+            (seed, way, shown)
+            for way, settings in WAYS.items()
+            for seed in (SEEDS if settings is not None else SEEDS[:1])
+            for shown in self.shown
+        ]
+
+    def run(self, shard: tuple[int, int]) -> None:
+        """Redraw one shard's cells that are not there yet.
+
+        Raises
+        ------
+        ConfigurationError
+            The shard is out of range.
+        """
+        number, total = shard
+        if not 1 <= number <= total:
+            raise ConfigurationError(
+                f"shard {number}/{total} does not exist; count from 1 to {total}"
+            )
+        wanted = self.wanted
+        first, last = ((n * len(wanted)) // total for n in (number - 1, number))
+        for done, (seed, way, shown) in enumerate(wanted[first:last], start=1):
+            path, origin = self._place(seed, way, shown)
+            if read_records(path, origin) is None:
+                write_atomically(path, to_bytes(self._redraw(seed, way, shown, origin)))
+            self._events.progress("cells", done, last - first, site=shown.site, way=way, seed=seed)
+
+    def finished(self) -> Cells:
+        """Finished cells, of all shards, that still are what the tables ask for."""
+        found: dict[tuple[str, str], list[Redrawn]] = {}
+        for seed, way, shown in self.wanted:
+            records = read_records(*self._place(seed, way, shown))
+            if records is not None:
+                values = {name: array.astype(np.float64) for name, array in records.arrays.items()}
+                before, after = values.pop("before"), values.pop("after")
+                patients = tuple(records.config["patients"])
+                cell = Redrawn(shown.site, way, seed, patients, values, before, after)
+                found.setdefault((way, shown.site), []).append(cell)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        source = self.laboratory.scenario.source
+        return {
+            "source": {
+                "bundle": self.start.bundle,
+                "settings": source.model_dump(mode="json", exclude_none=True),
+            },
+            "data": {shown.site: shown.digest for shown in self.shown},
+            "images": {shown.site: len(shown.images) for shown in self.shown},
+            "ways": {way: _settings(way) for way in WAYS},
+            "seeds": list(SEEDS),
+        }
+
+    @property
+    def _events(self) -> Events:
+        return self.laboratory.events
+
+    @cached_property
+    def _stack(self) -> DiffusionStack:
+        bundle = Bundle.open(self.laboratory.root / "source")
+        with tempfile.TemporaryDirectory() as folder:
+            for path in bundle.manifest.files:
+                if path.startswith("diffusion/"):
+                    target = Path(folder) / path.removeprefix("diffusion/")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(bundle.read(path))
+            return DiffusionStack.load(Path(folder)).eval().requires_grad_(False)
+
+    @cached_property
+    def _source(self) -> SourceView:
+        """Features of the images that the source was trained on."""
+        pool = load_source(self.laboratory.scenario.source, self.laboratory.source_data).pool
+        return SourceView(features_of(self.start.model(), pool.images))
+
+    def _place(self, seed: int, way: str, shown: Shown) -> tuple[Path, dict[str, Any]]:
+        origin = {
+            "bundle": self.start.bundle,
+            "data": shown.digest,
+            "images": len(shown.images),
+            "way": _settings(way),
+            "seed": seed,
+        }
+        folder = self.laboratory.root / "redrawn" / f"seed-{seed}" / way
+        return folder / f"{shown.site}.safetensors", origin
+
+    def _redraw(self, seed: int, way: str, shown: Shown, origin: Mapping[str, Any]) -> Records:
+        settings, images = WAYS[way], shown.images
+        if settings is None:
+            blurred = gaussian_filter(images.numpy(), BLUR_WIDTH, axes=(2, 3))
+            redrawn = torch.from_numpy(blurred)
+        else:
+            seeds = [derive_seed(seed, way, sample.name) for sample in shown.samples]
+            redrawn = reconstruct(self._stack, images, settings, seeds)
+        model = self.start.model()
+        features, after = (features_of(model, x) for x in (images, redrawn))
+        pairs = (torch.from_numpy(features), torch.from_numpy(after))
+        # An image at a time: the intervals need each image's own value.
+        measured = [
+            quality(*(part[n : n + 1] for part in (images, redrawn, *pairs)))
+            for n in range(len(images))
+        ]
+        arrays = {name: np.array([found[name] for found in measured]) for name in MEASURES}
+        arrays["before"] = similarity(features, self._source)
+        arrays["after"] = similarity(after, self._source)
+        config = {"origin": dict(origin), "patients": [s.group for s in shown.samples]}
+        return Records(arrays, config)
+
+
+def _settings(way: str) -> dict[str, Any]:
+    settings = WAYS[way]
+    if settings is None:
+        return {"blur": BLUR_WIDTH}
+    return settings.model_dump(mode="json", exclude={"batch_size"})
+
+
+def _spread(site: str, images: Tensor, samples: Sequence[Sample], digest: str) -> Shown:
+    chosen = evenly_spaced(torch.arange(len(images)), IMAGES)
+    return Shown(site, images[chosen], tuple(samples[n] for n in chosen), digest)
