@@ -21,6 +21,7 @@ from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import PRESETS, Reconstruction
 from sonofed_common.data.sample import Sample
+from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
 from sonofed_server.source.data import load_source
@@ -204,14 +205,7 @@ class Redrawing:
 
     @cached_property
     def _stack(self) -> DiffusionStack:
-        bundle = Bundle.open(self.laboratory.root / "source")
-        with tempfile.TemporaryDirectory() as folder:
-            for path in bundle.manifest.files:
-                if path.startswith("diffusion/"):
-                    target = Path(folder) / path.removeprefix("diffusion/")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(bundle.read(path))
-            return DiffusionStack.load(Path(folder)).eval().requires_grad_(False)
+        return read_stack(self.laboratory.root / "source")
 
     @cached_property
     def _source(self) -> SourceView:
@@ -238,19 +232,54 @@ class Redrawing:
         else:
             seeds = [derive_seed(seed, way, sample.name) for sample in shown.samples]
             redrawn = reconstruct(self._stack, images, settings, seeds)
-        model = self.start.model()
-        features, after = (features_of(model, x) for x in (images, redrawn))
-        pairs = (torch.from_numpy(features), torch.from_numpy(after))
-        # An image at a time: the intervals need each image's own value.
-        measured = [
-            quality(*(part[n : n + 1] for part in (images, redrawn, *pairs)))
-            for n in range(len(images))
-        ]
-        arrays = {name: np.array([found[name] for found in measured]) for name in MEASURES}
-        arrays["before"] = similarity(features, self._source)
-        arrays["after"] = similarity(after, self._source)
+        arrays = measure(images, redrawn, self.start.model(), self._source)
         config = {"origin": dict(origin), "patients": [s.group for s in shown.samples]}
         return Records(arrays, config)
+
+
+def measure(
+    images: Tensor, redrawn: Tensor, model: Classifier, source: SourceView
+) -> dict[str, Floats]:
+    """Measure reconstructions, an image at a time.
+
+    Parameters
+    ----------
+    images, redrawn : Tensor of float32 (N, 1, S, S)
+        In [0, 1].
+    model : Classifier
+        In evaluation mode; gives the features.
+    source : SourceView
+        Its features of the source's training images.
+
+    Returns
+    -------
+    dict of str to ndarray (N,)
+        `MEASURES`, and ``before`` and ``after`` as `Redrawn` has them.
+    """
+    features, after = (features_of(model, x) for x in (images, redrawn))
+    pairs = (torch.from_numpy(features), torch.from_numpy(after))
+    # The intervals need each image's own value, where `quality` tells means.
+    found = [
+        quality(*(part[n : n + 1] for part in (images, redrawn, *pairs)))
+        for n in range(len(images))
+    ]
+    return {
+        **{name: np.array([one[name] for one in found]) for name in MEASURES},
+        "before": similarity(features, source),
+        "after": similarity(after, source),
+    }
+
+
+def read_stack(folder: Path) -> DiffusionStack:
+    """Read the frozen diffusion stack from the source's bundle."""
+    bundle = Bundle.open(folder)
+    with tempfile.TemporaryDirectory() as place:
+        for path in bundle.paths:
+            if path.startswith("diffusion/"):
+                target = Path(place) / path.removeprefix("diffusion/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(bundle.read(path))
+        return DiffusionStack.load(Path(place)).eval().requires_grad_(False)
 
 
 def _settings(way: str) -> dict[str, Any]:

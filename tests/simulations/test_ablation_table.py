@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.study import Embedding
+from sonofed_common.models.classifiers import build_classifier
+from sonofed_common.runtime import SILENT
+from sonofed_simulations.tables import maker
+from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of, select
+from sonofed_simulations.tables.adaptation_ablation import ABOUT, FULL, PARTS, PUBLISHED
+from sonofed_simulations.tables.features import Start
+from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
+from sonofed_simulations.tables.request import Request
+
+SMALL = Embedding(rounds=1, dimension=8, batch_size=4)
+
+
+def start() -> Start:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_classifier("resnet18", pretrained=False)
+    centroids = np.eye(2, model.feature_dim, dtype=np.float32)
+    return Start("0" * 64, "resnet18", dict(model.state_dict()), centroids, 0.5)
+
+
+def pools() -> dict[str, Pooled]:
+    draws = torch.Generator().manual_seed(1)
+    return {
+        name: Pooled(*torch.rand(2, count, 1, 32, 32, generator=draws))
+        for name, count in (("north", 5), ("south", 4))
+    }
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_images_between_clusters_and_near_the_source_are_chosen(flat: bool) -> None:
+    # Two bundles of directions, and two images half-way: only the first of these is source-like.
+    turns = np.concatenate([np.linspace(0, 0.2, 20), np.linspace(1.4, 1.6, 20), [0.8, 0.79]])
+    z = np.stack([np.cos(turns), np.sin(turns)], axis=1).astype(np.float32)
+    r = np.full(42, 0.5, np.float32)
+    r[40] = 0.1
+    found = select(Points(z, r), 2, 0.05, flat, 0)
+    assert found[0] == 40 and 41 in found and len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "stage", ["full", "without reconstruction", "without hypersphere", "without contrast"]
+)
+def test_a_stage_maps_every_image_of_every_site(stage: Stage) -> None:
+    found = points_of(stage, start(), pools(), SMALL, 0, SILENT)
+    assert len(found.z) == len(found.r) == 9
+    lengths = np.linalg.norm(found.z, axis=1)
+    assert (np.abs(lengths - 1).max() < 1e-5) == (stage != "without hypersphere")
+    assert np.isfinite(found.r).all() and found.r.min() >= 0
+    if stage != "without reconstruction":
+        same = {name: Pooled(pool.images, pool.images) for name, pool in pools().items()}
+        near = points_of(stage, start(), same, SMALL, 0, SILENT)
+        assert near.r.max() == pytest.approx(0, abs=1e-3) and found.r.min() > 1e-3
+
+
+def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
+    student, predictor = FlatEncoder(start().model(), 8, 0), FlatPredictor(8, 0)
+    pool = pools()["north"]
+
+    def gap() -> float:
+        student.train()
+        with torch.no_grad():
+            return float((predictor(student(pool.redrawn)) - student(pool.images)).square().mean())
+
+    before = gap()
+    settings = Embedding(rounds=1, local_epochs=8, batch_size=8, teacher_momentum=1.0)
+    train_flat_round(student, predictor, pool.images, pool.redrawn, settings, 0, 0)
+    assert gap() < 0.7 * before
+
+
+def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:
+    assert PARTS[FULL] == ("full", 4)
+    claimed = {arm for claim in ABOUT.claims for arm in claim.arms}
+    assert claimed == PARTS.keys() - {FULL} and PUBLISHED.keys() <= PARTS.keys()
+    # One thing at a time: another stage at the same k, or another k of the same stage.
+    for name, part in PARTS.items():
+        if part is not None and name != FULL:
+            assert (part[0] == "full") != (part[1] == 4)
+
+
+def test_the_full_form_and_missing_data_are_refused(tmp_path: Path) -> None:
+    make = maker("adaptation-ablation")
+    with pytest.raises(ConfigurationError, match="add --quick"):
+        make(Request("adaptation-ablation", False, tmp_path, None, (1, 1), SILENT))
+    with pytest.raises(DataMissingError, match="--data"):
+        make(Request("adaptation-ablation", True, tmp_path, None, (1, 1), SILENT))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import gaussian_kde, wasserstein_distance
+
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.models.classifiers import build_classifier
+from sonofed_common.runtime import SILENT
+from sonofed_simulations.report.view import SourceView
+from sonofed_simulations.tables import maker
+from sonofed_simulations.tables.adaptation_homogenisation import found_text as said_of_moves
+from sonofed_simulations.tables.adaptation_homogenisation import moves_of
+from sonofed_simulations.tables.adaptation_reconstruction import drops_of, means_of
+from sonofed_simulations.tables.adaptation_reconstruction import found_text as said_of_drops
+from sonofed_simulations.tables.article import Article, write_article
+from sonofed_simulations.tables.distances import overlap, wasserstein
+from sonofed_simulations.tables.redrawn import BLUR, SOURCE, Cells, Redrawn, measure
+from sonofed_simulations.tables.request import Request
+
+VALUES = st.lists(st.floats(-1, 1), min_size=3, max_size=12)
+
+
+@given(VALUES, VALUES, st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_the_distance_of_weighted_samples_is_scipys(
+    one: list[float], two: list[float], seed: int
+) -> None:
+    draws = np.random.default_rng(seed)
+    weights = [draws.integers(1, 4, (3, len(x))).astype(np.float64) for x in (one, two)]
+    found = wasserstein(np.array(one), weights[0], np.array(two), weights[1])
+    expected = [wasserstein_distance(one, two, u, v) for u, v in zip(*weights, strict=True)]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_overlap_is_the_area_under_both_densities() -> None:
+    draws = np.random.default_rng(0)
+    one, two = draws.normal(0, 1, 60), draws.normal(1, 2, 50)
+    ones = np.ones((1, 60)), np.ones((1, 50))
+    grid = np.linspace(-15, 15, 6000)
+    low = np.minimum(gaussian_kde(one)(grid), gaussian_kde(two)(grid))
+    assert overlap(one, ones[0], two, ones[1])[0] == pytest.approx(
+        np.trapezoid(low, grid), abs=1e-3
+    )
+    assert overlap(one, ones[0], one, ones[0])[0] == pytest.approx(1, abs=1e-3)
+    assert overlap(one, ones[0], two + 50, ones[1])[0] == pytest.approx(0, abs=1e-6)
+    # A sample without its second half is as if that were not there, at the same bandwidth.
+    half = np.repeat([[1.0, 0.0]], 30, axis=1)
+    assert overlap(one, half, one[:30], np.ones((1, 30)))[0] > 0.9
+
+
+def cell(
+    site: str,
+    way: str,
+    seed: int,
+    quality: float,
+    before: Sequence[float],
+    after: Sequence[float],
+) -> Redrawn:
+    count = len(before)
+    spread = np.linspace(-0.05, 0.05, count)
+    values = {
+        "ssim": quality + spread,
+        "psnr": 20 + 10 * quality + spread,
+        "feature_distance": 1 - quality + spread,
+    }
+    patients = tuple(f"{site}-{n // 2}" for n in range(count))
+    return Redrawn(site, way, seed, patients, values, np.array(before), np.array(after))
+
+
+def cells(north_quality: float, north_after: float) -> Cells:
+    source = np.linspace(0.7, 0.9, 40).tolist()
+    before, after = (np.linspace(x - 0.1, x + 0.1, 40).tolist() for x in (0.4, north_after))
+    found: dict[tuple[str, str], list[Redrawn]] = {}
+    for way, seeds in (("default", (0, 1)), (BLUR, (0,))):
+        for seed in seeds:
+            moved = after if way == "default" else before
+            for one in (
+                cell(SOURCE, way, seed, 0.8, source, source),
+                cell("north", way, seed, north_quality, before, moved),
+            ):
+                found.setdefault((way, one.site), []).append(one)
+    return found
+
+
+def test_quality_is_compared_with_the_source_way_by_way() -> None:
+    means = means_of(cells(0.6, 0.8))
+    drops = drops_of(means)
+    assert means["default", "north", "ssim"][0] == pytest.approx(0.6)
+    assert drops["default", "north", "psnr"].value == pytest.approx(-2)
+    assert drops["default", "north", "feature_distance"].value == pytest.approx(0.2)
+    assert all(found.p_holm < 0.05 for found in drops.values())
+    said = said_of_drops(drops)
+    assert "SSIM is worse at 1 of 1 (north -0.200" in said
+    assert "feature distance is worse at 1 of 1 (north +0.200" in said
+    assert "Of the 3 drops under diffusion, 3 stand under the blur too" in said
+    assert "as published**: no hospital has run" in said
+
+
+def test_quality_that_does_not_differ_is_level() -> None:
+    said = said_of_drops(drops_of(means_of(cells(0.8, 0.8))))
+    assert "SSIM is level at 1 of 1" in said and "is worse" not in said
+    assert "Of the 0 drops" in said
+
+
+def test_a_hospital_that_lands_on_the_source_came_nearer() -> None:
+    moves = moves_of(cells(0.8, 0.8))
+    near = moves["default", "north", "Wasserstein-1"]
+    assert near.before.value == pytest.approx(0.4) and near.after.value == pytest.approx(0)
+    assert near.change.value == pytest.approx(-0.4) and near.change.high < -0.3
+    assert near.both.value == pytest.approx(0)
+    shares = moves["default", "north", "overlap"]
+    assert shares.before.value < 0.05 and shares.after.value == pytest.approx(1, abs=1e-3)
+    still = moves[BLUR, "north", "Wasserstein-1"].change
+    assert (still.value, still.low, still.high) == (0, 0, 0)
+    said = said_of_moves(moves)
+    assert "larger than its interval at 1 of 1 (north -0.400" in said
+    assert "it is not told from 0 at 1 of 1 (north +0.000" in said
+    assert "Of the 2 approaches under diffusion, 0 stand under the blur too" in said
+
+
+def test_a_hospital_that_drifts_off_is_told_as_reversed() -> None:
+    assert "reversed, beyond its interval, at 1 of 1" in said_of_moves(moves_of(cells(0.8, 0.1)))
+
+
+def test_a_way_without_the_sources_cells_has_no_distance() -> None:
+    found = dict(cells(0.8, 0.8))
+    del found["default", SOURCE]
+    assert {way for way, _, _ in moves_of(found)} == {BLUR}
+
+
+def test_each_image_is_measured_by_itself() -> None:
+    model = build_classifier("resnet18", pretrained=False).eval()
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    redrawn = images.clone()
+    redrawn[2] = 1 - redrawn[2]
+    source = SourceView(model.features(images).detach().numpy())
+    found = measure(images, redrawn, model, source)
+    assert found["ssim"][:2] == pytest.approx([1, 1]) and found["ssim"][2] < 0.5
+    error = float((images[2] - redrawn[2]).square().mean())
+    assert found["psnr"][2] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    assert found["feature_distance"][:2] == pytest.approx([0, 0], abs=1e-5)
+    assert found["before"][:2] == pytest.approx(found["after"][:2])
+    assert found["before"][2] != found["after"][2]
+
+
+def test_a_page_holds_its_numbers_and_figures(tmp_path: Any) -> None:
+    rows = [{"site": "north", "value": 0.25}, {"site": "south", "value": None}]
+    article = Article(
+        "Title", "a work", "It holds.", {"Numbers": ["| a |"]}, ("so",), ("that",), rows,
+        {"one.svg": b"<svg/>"},
+    )  # fmt: skip
+    write_article(article, tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert page.startswith("# Title\n\nAfter a work.\n\nIt holds.\n\n## Numbers\n\n| a |\n")
+    assert page.index("- so") < page.index("## What is adapted") < page.index("- that")
+    assert (tmp_path / "table.csv").read_text() == "site,value\nnorth,0.25000\nsouth,\n"
+    assert (tmp_path / "one.svg").read_bytes() == b"<svg/>"
+
+
+@pytest.mark.parametrize("name", ["adaptation-reconstruction", "adaptation-homogenisation"])
+def test_the_full_form_and_missing_data_are_refused(name: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigurationError, match="add --quick"):
+        maker(name)(Request(name, False, tmp_path, None, (1, 1), SILENT))
+    with pytest.raises(DataMissingError, match="--data"):
+        maker(name)(Request(name, True, tmp_path, None, (1, 1), SILENT))
