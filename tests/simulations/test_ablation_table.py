@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,20 @@ SMALL = Embedding(rounds=1, dimension=8, batch_size=4)
 def start() -> Start:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_classifier("resnet18", pretrained=False)
+        model = build_classifier("shufflenet_v2", pretrained=False)
     centroids = np.eye(2, model.feature_dim, dtype=np.float32)
-    return Start("0" * 64, "resnet18", dict(model.state_dict()), centroids, 0.5)
+    return Start("0" * 64, "shufflenet_v2", dict(model.state_dict()), centroids, 0.5)
 
 
 def pools() -> dict[str, Pooled]:
     draws = torch.Generator().manual_seed(1)
-    return {
-        name: Pooled(*torch.rand(2, count, 1, 32, 32, generator=draws))
-        for name, count in (("north", 5), ("south", 4))
-    }
+    found = {}
+    for name, count in (("north", 5), ("south", 4)):
+        images, redrawn = torch.rand(2, count, 1, 32, 32, generator=draws)
+        # The first image of each site is redrawn as it is.
+        redrawn[0] = images[0]
+        found[name] = Pooled(images, redrawn)
+    return found
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -57,24 +61,25 @@ def test_a_stage_maps_every_image_of_every_site(stage: Stage) -> None:
     assert (np.abs(lengths - 1).max() < 1e-5) == (stage != "without hypersphere")
     assert np.isfinite(found.r).all() and found.r.min() >= 0
     if stage != "without reconstruction":
-        same = {name: Pooled(pool.images, pool.images) for name, pool in pools().items()}
-        near = points_of(stage, start(), same, SMALL, 0, SILENT)
-        assert near.r.max() == pytest.approx(0, abs=1e-3) and found.r.min() > 1e-3
+        assert found.r[[0, 5]].max() < np.delete(found.r, [0, 5]).min()
 
 
 def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
     student, predictor = FlatEncoder(start().model(), 8, 0), FlatPredictor(8, 0)
-    pool = pools()["north"]
+    pool, teacher = pools()["north"], copy.deepcopy(student).train()
 
     def gap() -> float:
         student.train()
         with torch.no_grad():
-            return float((predictor(student(pool.redrawn)) - student(pool.images)).square().mean())
+            predicted = predictor(student(pool.redrawn))
+            return float((predicted - teacher(pool.images)).square().mean())
 
     before = gap()
-    settings = Embedding(rounds=1, local_epochs=8, batch_size=8, teacher_momentum=1.0)
+    settings = Embedding(
+        rounds=1, local_epochs=12, batch_size=8, learning_rate=1e-3, teacher_momentum=1.0
+    )
     train_flat_round(student, predictor, pool.images, pool.redrawn, settings, 0, 0)
-    assert gap() < 0.7 * before
+    assert gap() < 0.5 * before
 
 
 def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:

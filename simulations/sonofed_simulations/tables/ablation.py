@@ -103,15 +103,14 @@ def points_of(
     predictor = predicting(settings.dimension, own)
     for number in range(settings.rounds):
         means = FedAvg(), FedAvg()
-        for name, pool in events.track(pools, f"{stage}, round {number + 1}", len(pools)):
-            local = copy.deepcopy((student, predictor))
-            facts = (pools[name].images, settings, number, derive_seed(seed, name, "embed", number))
-            images, *rest = facts
+        for name in events.track(pools, f"{stage}, round {number + 1}", len(pools)):
+            local, own_seed = copy.deepcopy((student, predictor)), derive_seed(seed, name, number)
+            images, redrawn = pools[name].images, pools[name].redrawn
             if flat:
-                train_flat_round(*local, images, pool.redrawn, *rest, events)
+                train_flat_round(*local, images, redrawn, settings, number, own_seed, events)
             else:
-                partners = pool.redrawn if stage == "full" else None
-                train_round(*local, images, partners, *rest, events)
+                partners = redrawn if stage == "full" else None
+                train_round(*local, images, partners, settings, number, own_seed, events)
             for mean, network in zip(means, local, strict=True):
                 mean.add(weights_of(network), len(images))
         for network, mean in zip((student, predictor), means, strict=True):

@@ -99,8 +99,10 @@ def moves_of(cells: Cells) -> dict[Key, Moved]:
                 both = [measure(c.after, at, s.after, source) for c, s in pairs]
                 found[site] = (before, np.mean(after, axis=0), np.mean(both, axis=0))
             changes = holm({site: contrast(after, b) for site, (b, after, _) in found.items()})
-            for site, values in found.items():
-                moves[way, site, name] = Moved(*map(interval, values), changes[site])
+            for site, (before, moved, redrawn) in found.items():
+                moves[way, site, name] = Moved(
+                    interval(before), interval(moved), interval(redrawn), changes[site]
+                )
     return moves
 
 

@@ -28,6 +28,8 @@ WORSE = {"ssim": -1, "psnr": -1, "feature_distance": 1}
 """Sign of a difference that means a worse reconstruction."""
 LEVEL = 0.05
 FIGURE = "differences.svg"
+COLUMNS = {"value": "", "low": "_low", "high": "_high", "p": "_p", "p_holm": "_p_holm"}
+"""Parts of a difference, and how the columns that hold them end."""
 
 Means = Mapping[tuple[str, str, str], Floats]
 """Means over images and seeds (1 + R,) by way, site and measure; the estimate first."""
@@ -211,11 +213,10 @@ def _rows(means: Means, drops: Drops, order: Sequence[str], cells: Cells) -> lis
                     "seeds": len(cells[way, site]),
                     "measure": measure,
                     **value.model_dump(),
-                    "over_source": drop and drop.value,
-                    "over_source_low": drop and drop.low,
-                    "over_source_high": drop and drop.high,
-                    "p": drop and drop.p,
-                    "p_holm": drop and drop.p_holm,
+                    **{
+                        f"over_source{end}": None if drop is None else getattr(drop, name)
+                        for name, end in COLUMNS.items()
+                    },
                 }
             )
     return rows
