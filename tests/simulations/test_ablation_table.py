@@ -79,7 +79,7 @@ def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
         rounds=1, local_epochs=12, batch_size=8, learning_rate=1e-3, teacher_momentum=1.0
     )
     train_flat_round(student, predictor, pool.images, pool.redrawn, settings, 0, 0)
-    assert gap() < 0.5 * before
+    assert gap() < 0.85 * before
 
 
 def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:
@@ -92,7 +92,7 @@ def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms()
             assert (part[0] == "full") != (part[1] == 4)
 
 
-def test_the_full_form_and_missing_data_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_made_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     make = maker("adaptation-ablation")
     with pytest.raises(ConfigurationError, match="add --quick"):
         make(Request("adaptation-ablation", False, tmp_path, None, (1, 1), SILENT))

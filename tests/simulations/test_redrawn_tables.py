@@ -165,8 +165,12 @@ def test_a_page_holds_its_numbers_and_figures(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["adaptation-reconstruction", "adaptation-homogenisation"])
-def test_the_full_form_and_missing_data_are_refused(name: str, tmp_path: Any) -> None:
+def test_what_cannot_be_made_is_refused_before_anything_is_trained(
+    name: str, tmp_path: Any
+) -> None:
     with pytest.raises(ConfigurationError, match="add --quick"):
         maker(name)(Request(name, False, tmp_path, None, (1, 1), SILENT))
+    with pytest.raises(ConfigurationError, match="count from 1 to 2"):
+        maker(name)(Request(name, True, tmp_path, None, (3, 2), SILENT))
     with pytest.raises(DataMissingError, match="--data"):
         maker(name)(Request(name, True, tmp_path, None, (1, 1), SILENT))

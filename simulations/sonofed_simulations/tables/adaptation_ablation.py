@@ -13,7 +13,6 @@ from scipy.special import softmax
 from torch import Tensor
 
 from sonofed_client.adaptation.reconstruction import reconstruct
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.contract.study import Embedding, Reconstruction
@@ -137,12 +136,11 @@ def make(request: Request) -> Made:
     Raises
     ------
     ConfigurationError
-        The full form was asked for, or the shard is out of range.
+        See `Request.check_quick`.
     DataMissingError
         A data set is not there.
     """
-    if not request.quick:
-        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+    request.check_quick()
     return make_arm_table(Ablation.prepare(request), request)
 
 

@@ -43,7 +43,7 @@ def make(request: Request) -> Made:
     Raises
     ------
     ConfigurationError, DataMissingError
-        See `Redrawing.prepare` and `Redrawing.run`.
+        See `Redrawing.prepare`.
     """
     redrawing = Redrawing.prepare(request)
     try:

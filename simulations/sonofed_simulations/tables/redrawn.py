@@ -17,7 +17,6 @@ from torch import Tensor
 from sonofed_client.adaptation.reconstruction import quality, reconstruct
 from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import PRESETS, Reconstruction
 from sonofed_common.data.sample import Sample
@@ -123,12 +122,11 @@ class Redrawing:
         Raises
         ------
         ConfigurationError
-            The full form was asked for.
+            See `Request.check_quick`.
         DataMissingError
             A data set is not there.
         """
-        if not request.quick:
-            raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+        request.check_quick()
         set_threads(THREADS)
         work = request.out / "work"
         laboratory = Laboratory(quick_scenario(), work, request.real_data, request.events)
@@ -152,18 +150,8 @@ class Redrawing:
         ]
 
     def run(self, shard: tuple[int, int]) -> None:
-        """Redraw one shard's cells that are not there yet.
-
-        Raises
-        ------
-        ConfigurationError
-            The shard is out of range.
-        """
+        """Redraw one shard's cells that are not there yet."""
         number, total = shard
-        if not 1 <= number <= total:
-            raise ConfigurationError(
-                f"shard {number}/{total} does not exist; count from 1 to {total}"
-            )
         wanted = self.wanted
         first, last = ((n * len(wanted)) // total for n in (number - 1, number))
         for done, (seed, way, shown) in enumerate(wanted[first:last], start=1):

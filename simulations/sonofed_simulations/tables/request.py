@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sonofed_common.contract.errors import DataMissingError
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.runtime import Events
 
 
@@ -50,6 +50,22 @@ class Request:
         if self.data is None:
             raise DataMissingError(f"table {self.name} uses real data; give its folder with --data")
         return self.data
+
+    def check_quick(self) -> None:
+        """Check what a table in its quick form alone can make, before anything is trained.
+
+        Raises
+        ------
+        ConfigurationError
+            The full form was asked for, or the shard is out of range.
+        """
+        if not self.quick:
+            raise ConfigurationError(f"table {self.name} has no full form yet; add --quick")
+        number, total = self.shard
+        if not 1 <= number <= total:
+            raise ConfigurationError(
+                f"shard {number}/{total} does not exist; count from 1 to {total}"
+            )
 
 
 @dataclass(frozen=True)
