@@ -117,9 +117,9 @@ def found_text(moves: Mapping[Key, Moved]) -> str:
                 parts.append(f"{name} {_verdict(own, name)}")
         said.append(f"**{way}**: {'; '.join(parts) or 'no hospital has run'}.")
     return (
-        "The work's Figure 1 shows three target domains apart from the source, and upon it once "
-        "they are reconstructed. Here, the change of each hospital's distance to the source's "
-        f"held-out images: {' '.join(said)} {_shared(moves)}"
+        "The work reports that reconstruction homogenises three target domains with the source. "
+        "Here, the change of each hospital's distance to the source's held-out images: "
+        f"{' '.join(said)} {_shared(moves)}"
     )
 
 
