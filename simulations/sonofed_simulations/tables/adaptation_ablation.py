@@ -279,7 +279,7 @@ class Ablation:
                 found = points_of(stage, self.start, pools, EMBEDDING, seed, events)
                 kept = Records({"z": found.z, "r": found.r}, {"origin": origin})
                 write_atomically(path, to_bytes(kept))
-        return Points(kept.arrays["z"], kept.arrays["r"])
+        return Points(np.array(kept.arrays["z"]), np.array(kept.arrays["r"]))
 
     def _points_origin(self, stage: Stage, seed: int) -> dict[str, Any]:
         return {
