@@ -108,11 +108,18 @@ def to_bytes(records: Records) -> bytes:
     ----------
     records : Records
         Non-finite metrics are allowed; arrays are copied to C order.
+
+    Raises
+    ------
+    ParameterError
+        An array holds no numbers.
     """
     arrays = {name: _little(np.asarray(v, order="C")) for name, v in records.arrays.items()}
     # Wide values first, so that all are aligned; names next, for digests must repeat.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     parts = json.dumps({"config": records.config, "metrics": records.metrics})
+    if any(array.dtype not in _NAMES for array in arrays.values()):
+        raise ParameterError("an array of the records holds no numbers; send text in the config")
     header: dict[str, Any] = {"__metadata__": {"records": parts}}
     end = 0
     for name in order:
