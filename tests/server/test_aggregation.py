@@ -20,7 +20,7 @@ CURVATURES = [np.diag([1.0, 3.0]), np.diag([4.0, 0.5]), np.array([[2.0, 0.3], [0
 OPTIMA = [np.array([1.0, -1.0]), np.array([-2.0, 0.5]), np.array([0.0, 2.0])]
 SIZES = {"north": 30.0, "south": 10.0, "west": 20.0}
 SHARES = np.array(list(SIZES.values())) / sum(SIZES.values())
-STEPS, RATE, MU = 5, 0.1, 0.7
+STEPS, RATE, MU = 5, 0.2, 0.7
 ITEMS = 2 * STEPS
 
 
@@ -164,10 +164,9 @@ def test_scaffold_ends_at_the_pooled_optimum_and_fedavg_elsewhere():
         np.tensordot(SHARES, CURVATURES, 1),
         sum(p * a @ b for p, a, b in zip(SHARES, CURVATURES, OPTIMA, strict=True)),
     )
-    ends = {name: federate(name, 80)[0] for name in ("scaffold", "fedavg")}
-    # The cosine ends both at rest; half of the way FedAvg has come to its own fixed point.
-    assert np.linalg.norm(ends["scaffold"][40] - pooled) < 1e-3
-    assert np.linalg.norm(ends["fedavg"][40] - pooled) > 0.05
+    ends = {name: federate(name, 24)[0][-1] for name in ("scaffold", "fedavg")}
+    assert np.linalg.norm(ends["scaffold"] - pooled) < 0.01
+    assert np.linalg.norm(ends["fedavg"] - pooled) > 0.03
 
 
 def test_scaffold_refuses_a_reply_without_control_variate():
