@@ -231,8 +231,9 @@ def _network(
 
 
 def _strategy(parameters: Parameters) -> str:
-    is_trained = isinstance(parameters, actions.TrainClassifier)
-    return parameters.aggregation.strategy if is_trained else "fedavg"
+    if isinstance(parameters, actions.TrainClassifier):
+        return parameters.aggregation.strategy
+    return "fedavg"
 
 
 @lru_cache(maxsize=2)

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sonofed_client.adaptation.drift import proximal, scaffold
 from sonofed_client.adaptation.evaluation import evaluate
-from sonofed_client.adaptation.finetuning import draw_replay, finetune_round, mean_loss
+from sonofed_client.adaptation.finetuning import draw_replay
+from sonofed_client.adaptation.local_round import local_round
 from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_client.enclave.handlers.control import Control
+from sonofed_client.enclave.handlers.control import keep_variate, to_arrays, variates
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
-from sonofed_common.contract.names import RECEIVED_LOSS, TRAINED_LOSS
 from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.sampling import SYNTHETIC_IMAGES
@@ -47,38 +46,27 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
     replay = _replay(site, parameters, len(index), seed)
-    settings, aggregation = parameters.settings, parameters.aggregation
-    control, correct = None, None
-    if aggregation.strategy == "fedprox":
-        correct = proximal(model, aggregation.proximal_weight)
-    elif aggregation.strategy == "scaffold":
-        control = Control.of(site, parameters, request, model)
-        correct = scaffold(model, control.common, control.own)
-
-    def loss_by(name: str) -> dict[str, float]:
-        if aggregation.strategy != "feddg_ga":
-            return {}
-        return {name: mean_loss(model, images[index], targets, settings.balanced)}
-
-    metrics = loss_by(RECEIVED_LOSS)
+    common, own = variates(site, parameters, request, model)
     with site.checkpoint(parameters, request, labels) as checkpoint:
-        report = finetune_round(
+        update = local_round(
             model,
             images[index],
             targets,
-            settings,
+            parameters.settings,
+            parameters.aggregation,
             parameters.round,
             seed,
+            common,
+            own,
             site.events,
             replay,
             checkpoint,
-            correct,
         )
-    metrics |= {"loss": report["loss"], **loss_by(TRAINED_LOSS)}
     arrays = grouped("weights", weights_of(model))
-    if control is not None:
-        arrays |= grouped("control", control.end(site, parameters, model, report["total_rate"]))
-    return Records(arrays, config={"examples": len(index)}, metrics=metrics)
+    if update.variate:
+        keep_variate(site, parameters, update.variate)
+        arrays |= grouped("control", to_arrays(update.change))
+    return Records(arrays, config={"examples": len(index)}, metrics=dict(update.metrics))
 
 
 def _replay(

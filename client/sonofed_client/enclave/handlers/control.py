@@ -1,80 +1,64 @@
-"""SCAFFOLD at a site: its control variate, kept in its store from round to round."""
+"""SCAFFOLD's control variates at a site: its own one is kept in its store from round to round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sonofed_client.adaptation.drift import Variate, next_variate, trained, zeros
+from sonofed_client.adaptation.drift import Variate
 from sonofed_client.enclave.rounds import keep, kept_before
 from sonofed_client.enclave.site import Site
 from sonofed_common.contract.actions import TrainClassifier
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, Records
-from sonofed_common.models.classifiers import Classifier
 
 
-@dataclass(frozen=True)
-class Control:
-    """Control variates of one round.
+def variates(
+    site: Site, parameters: TrainClassifier, request: Records, model: nn.Module
+) -> tuple[Variate | None, Variate | None]:
+    """Return the common and the site's own control variate of a round; None where one is 0.
 
-    Attributes
-    ----------
-    common, own : mapping of str to Tensor
-        The mean of all sites', and this site's.
-    start : mapping of str to Tensor
-        The weights that the round starts from.
+    Raises
+    ------
+    ParameterError
+        The common one does not fit the model, or holds a value that is not finite.
     """
+    if parameters.aggregation.strategy != "scaffold":
+        return None, None
+    kept = kept_before(site, parameters.study, _name(parameters), parameters.round)
+    common = request.group("control")
+    return (
+        _tensors(common, model) if common else None,
+        None if kept is None else _tensors(kept.arrays, model),
+    )
 
-    common: Variate
-    own: Variate
-    start: Variate
 
-    @classmethod
-    def of(
-        cls, site: Site, parameters: TrainClassifier, request: Records, model: Classifier
-    ) -> Control:
-        """Find the control variates that a round starts with.
+def keep_variate(site: Site, parameters: TrainClassifier, variate: Variate) -> None:
+    """Keep the site's control variate for the next round."""
+    records = Records(to_arrays(variate))
+    keep(site, parameters.study, _name(parameters), parameters.round, records)
 
-        Raises
-        ------
-        ParameterError
-            Those of the request do not fit the model, or hold a value that is not finite.
-        """
-        kept = kept_before(site, parameters.study, _name(parameters), parameters.round)
-        start = zeros(model)
-        common, own = request.group("control"), {} if kept is None else kept.arrays
-        return cls(
-            _tensors(common, start) if common else start,
-            _tensors(own, start) if own else start,
-            trained(model),
-        )
 
-    def end(
-        self, site: Site, parameters: TrainClassifier, model: Classifier, total_rate: float
-    ) -> dict[str, Array]:
-        """Keep the site's next control variate and return its change."""
-        after = next_variate(self.common, self.own, self.start, trained(model), total_rate)
-        arrays = {name: tensor.cpu().numpy() for name, tensor in after.items()}
-        keep(site, parameters.study, _name(parameters), parameters.round, Records(arrays))
-        return {name: (after[name] - self.own[name]).cpu().numpy() for name in after}
+def to_arrays(variate: Variate) -> dict[str, Array]:
+    """Return a control variate as arrays."""
+    return {name: tensor.cpu().numpy() for name, tensor in variate.items()}
 
 
 def _name(parameters: TrainClassifier) -> str:
     return f"control/{parameters.classifier}/{parameters.budget}"
 
 
-def _tensors(arrays: Mapping[str, Array], like: Variate) -> dict[str, Tensor]:
-    shapes = {name: (tuple(tensor.shape), np.dtype(np.float32)) for name, tensor in like.items()}
-    if {name: (array.shape, array.dtype) for name, array in arrays.items()} != shapes:
+def _tensors(arrays: Mapping[str, Array], model: nn.Module) -> dict[str, Tensor]:
+    weights = dict(model.named_parameters())
+    wanted = {name: (tuple(weight.shape), "float32") for name, weight in weights.items()}
+    if {name: (array.shape, array.dtype.name) for name, array in arrays.items()} != wanted:
         raise ParameterError("the control variates do not fit the model; check the aggregation")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ParameterError("the control variates are not finite; the round was not started")
     return {
-        name: torch.from_numpy(np.array(arrays[name])).to(tensor.device)
-        for name, tensor in like.items()
+        name: torch.from_numpy(np.array(arrays[name])).to(weight.device)
+        for name, weight in weights.items()
     }
