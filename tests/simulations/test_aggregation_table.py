@@ -17,27 +17,24 @@ from sonofed_simulations.tables.features import read_hospitals, read_start
 @pytest.fixture(scope="module")
 def table(laboratory: Laboratory) -> AggregationTable:
     start = read_start(laboratory.prepare_source(), "shufflenet_v2")
-    return AggregationTable(start, read_hospitals(laboratory, 32), {}, (0,))
+    return AggregationTable(start, read_hospitals(laboratory, 32), {}, (0,), rounds=1)
 
 
-def test_a_cell_of_fedavg_is_its_rounds_and_their_means(table: AggregationTable) -> None:
+def test_a_cell_of_fedavg_is_the_mean_of_the_sites_rounds(table: AggregationTable) -> None:
     sites = [site_images(hospital, 0) for hospital in table.hospitals]
     arm = next(arm for arm in table.arms if arm.name == "FedAvg")
     outcome = table.run(arm, 0)
     assert outcome.facts == {"labels": sum(len(site.chosen) for site in sites)} == {"labels": 6}
-    state = table.start.weights
-    for number in range(ADAM.rounds):
-        ends = []
-        for site in sites:
-            model, seed = table.start.model(), derive_seed(0, site.name, number)
-            model.load_state_dict(state)
-            torch.manual_seed(seed)
-            finetune_round(model, site.pool[site.chosen], site.labels, ADAM, number, seed)
-            ends.append({k: v.double() for k, v in model.state_dict().items()})
-        mean = {k: torch.stack([end[k] for end in ends]).mean(0) for k in state}
-        state = {k: v.to(state[k].dtype) for k, v in mean.items()}
+    settings = ADAM.model_copy(update={"rounds": 1})
+    ends = []
+    for site in sites:
+        model, seed = table.start.model(), derive_seed(0, site.name, 0)
+        torch.manual_seed(seed)
+        finetune_round(model, site.pool[site.chosen], site.labels, settings, 0, seed)
+        ends.append({name: value.double() for name, value in model.state_dict().items()})
+    mean = {name: torch.stack([end[name] for end in ends]).mean(0) for name in ends[0]}
     model = table.start.model()
-    model.load_state_dict(state)
+    model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in mean.items()})
     for site in sites:
         labels, probabilities, _ = outcome.predictions[site.name]
         np.testing.assert_allclose(probabilities, predict(model, site.test), atol=1e-3)

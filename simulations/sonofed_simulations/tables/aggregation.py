@@ -66,6 +66,7 @@ class AggregationTable:
     hospitals: Sequence[HospitalImages]
     source: Mapping[str, Any]
     seeds: Sequence[int] = (0, 1, 2)
+    rounds: int = ADAM.rounds
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -75,15 +76,16 @@ class AggregationTable:
     @property
     def about(self) -> About:
         """What the page says."""
-        return about(VARIANTS[1].settings, SGD, BUDGET, IMAGE_SIZE)
+        return about(ADAM, SGD, self.rounds, BUDGET, IMAGE_SIZE)
 
     @cached_property
-    def _variants(self) -> dict[str, Variant]:
-        return {variant.arm.name: variant for variant in VARIANTS}
+    def _variants(self) -> dict[str, tuple[Finetuning, Aggregation]]:
+        update = {"rounds": self.rounds}
+        return {v.arm.name: (v.settings.model_copy(update=update), v.aggregation) for v in VARIANTS}
 
     def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
         """What a cell is made of."""
-        variant = self._variants[arm.name]
+        settings, aggregation = self._variants[arm.name]
         return {
             "arm": arm.name,
             "seed": seed,
@@ -92,8 +94,8 @@ class AggregationTable:
             "image_size": IMAGE_SIZE,
             "budget": BUDGET,
             "test_fraction": TEST_FRACTION,
-            "settings": variant.settings.model_dump(mode="json"),
-            "aggregation": variant.aggregation.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json"),
+            "aggregation": aggregation.model_dump(mode="json"),
         }
 
     def facts(self) -> Mapping[str, Any]:
@@ -110,8 +112,7 @@ class AggregationTable:
 
     def run(self, arm: Arm, seed: int) -> Outcome:
         """Train and predict one cell."""
-        variant = self._variants[arm.name]
-        settings, aggregation = variant.settings, variant.aggregation
+        settings, aggregation = self._variants[arm.name]
         sites = [site_images(hospital, seed) for hospital in self.hospitals]
         cohorts = {LOCAL: [[site] for site in sites], POOLED: [[union(sites)]]}.get(
             arm.name, [sites]

@@ -22,7 +22,7 @@ CLAIMS = (
 )
 
 
-def about(adam: Finetuning, sgd: Finetuning, budget: float, image_size: int) -> About:
+def about(adam: Finetuning, sgd: Finetuning, rounds: int, budget: float, image_size: int) -> About:
     """Return what the page says of a table of these settings."""
     return About(
         title="Aggregation strategies",
@@ -39,7 +39,7 @@ def about(adam: Finetuning, sgd: Finetuning, budget: float, image_size: int) -> 
             "image, and a seed makes the patient-level split (20% test), the labelled images and "
             "the order, the same for all arms.",
             f"Labels: a random {budget:.0%} of each hospital's pool, the same images in all arms.",
-            f"{adam.rounds} rounds of {adam.local_epochs} local epochs, batches of "
+            f"{rounds} rounds of {adam.local_epochs} local epochs, batches of "
             f"{adam.batch_size}, Adam with a step of {adam.learning_rate:g} at the sites; local "
             "only and pooled take as many epochs. The sites' rounds and the coordinator's means "
             "are the product's own functions, called without the messages between them.",
