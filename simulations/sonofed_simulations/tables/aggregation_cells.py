@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def train(
     kept: dict[str, Variate] = {}
     for number in range(settings.rounds):
         strategy = STRATEGIES[aggregation.strategy](
-            Round(aggregation, number, settings.rounds, lambda now=weights: now, state)
+            Round(aggregation, number, settings.rounds, partial(dict, weights), state)
         )
         common = {
             name: torch.from_numpy(array)
