@@ -56,7 +56,15 @@ KEPT = {
 """Groups of arrays, and facts, that a strategy goes on from."""
 
 
-@pytest.mark.parametrize("strategy", KEPT)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "scaffold",
+        pytest.param("fedadam", marks=pytest.mark.long),
+        pytest.param("feddg_ga", marks=pytest.mark.long),
+    ],
+)
 def test_a_study_that_was_cut_off_ends_as_an_undisturbed_one(
     laboratory, tmp_path, monkeypatch, strategy
 ):
