@@ -70,12 +70,13 @@ def local_round(
     DivergenceError
         A loss or weight is not finite.
     """
-    strategy, correct = aggregation.strategy, None
-    common, own, start = common or zeros(model), own or zeros(model), trained(model)
+    strategy, correct, variates = aggregation.strategy, None, None
     if strategy == "fedprox":
         correct = proximal(model, aggregation.proximal_weight)
     elif strategy == "scaffold":
-        correct = scaffold(model, common, own)
+        variates = common or zeros(model), own or zeros(model)
+        correct = scaffold(model, *variates)
+    start = trained(model) if variates else {}
     metrics: dict[str, float] = {}
     if strategy == "feddg_ga":
         metrics[RECEIVED_LOSS] = mean_loss(model, images, labels, settings.balanced)
@@ -85,7 +86,7 @@ def local_round(
     metrics["loss"] = report["loss"]
     if strategy == "feddg_ga":
         metrics[TRAINED_LOSS] = mean_loss(model, images, labels, settings.balanced)
-    if strategy != "scaffold":
+    if variates is None:
         return Update(metrics, {}, {})
-    variate = next_variate(common, own, start, trained(model), report["total_rate"])
-    return Update(metrics, variate, {name: variate[name] - own[name] for name in variate})
+    after = next_variate(*variates, start, trained(model), report["total_rate"])
+    return Update(metrics, after, {name: after[name] - variates[1][name] for name in after})

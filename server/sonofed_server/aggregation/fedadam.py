@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.names import BUFFERS
 from sonofed_common.contract.records import Array, Records, grouped
 from sonofed_server.aggregation.fedavg import BLOCK
@@ -36,6 +37,8 @@ class FedAdam(Averaging):
         if not after:
             return {}, state
         before, eta = self.round.start(), self.round.settings.server_step
+        if {n: a.shape for n, a in after.items()} != {n: a.shape for n, a in before.items()}:
+            raise ParameterError("updates are not of the model that was sent; check the versions")
         first, second = state.group("m"), state.group("v")
         for name, array in after.items():
             if name.endswith(BUFFERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from tempfile import TemporaryFile
 
@@ -25,9 +26,9 @@ class FedDGGA(Averaging):
         a_i <- a_i + (G_i - mu) / max_j |G_j - mu| * STEP (1 - r / R)
 
     then clipped to [0, 1] and divided by their sum. They start as `weight_of` says. A site whose
-    losses did not come keeps its weight. What a round weighs is known with its last reply: replies
-    wait in a temporary file until then, so memory is one reply, but the disk holds all of them. The
-    state is ``shares`` and ``losses`` by site.
+    losses did not come, or are no numbers, keeps its weight. What a round weighs is known with its
+    last reply: replies wait in a temporary file until then, so memory is one reply, but the disk
+    holds all of them. The state is ``shares`` and ``losses`` by site.
     """
 
     def __init__(self, round: Round) -> None:
@@ -43,10 +44,11 @@ class FedDGGA(Averaging):
         """Keep a site's weights, and note its gap."""
         self._replies.put(Records(grouped("weights", reply.group("weights"))))
         self._weights[site] = weight
-        if site in self._before and RECEIVED_LOSS in reply.metrics:
-            self._gaps[site] = float(reply.metrics[RECEIVED_LOSS]) - self._before[site]
-        if TRAINED_LOSS in reply.metrics:
-            self._losses[site] = float(reply.metrics[TRAINED_LOSS])
+        received, trained = (reply.metrics.get(n, math.nan) for n in (RECEIVED_LOSS, TRAINED_LOSS))
+        if site in self._before and math.isfinite(received):
+            self._gaps[site] = received - self._before[site]
+        if math.isfinite(trained):
+            self._losses[site] = trained
 
     def finish(self) -> tuple[Weights, Records]:
         """Return the mean by the adjusted weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sonofed_common.contract.errors import ParameterError
+from sonofed_common.contract.names import BUFFERS
 from sonofed_common.contract.records import Records, grouped
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.aggregation.strategy import Averaging, Round, Weights
@@ -31,10 +32,11 @@ class Scaffold(Averaging):
 
     def add(self, site: str, reply: Records, weight: float) -> None:
         """Fold in a site's weights, and the change of its control variate."""
-        change = reply.group("control")
-        if not change:
+        change, weights = reply.group("control"), reply.group("weights")
+        wanted = {n: a.shape for n, a in weights.items() if not n.endswith(BUFFERS)}
+        if {n: a.shape for n, a in change.items()} != wanted:
             raise ParameterError(
-                f"site {site} sent no control variate; its policy must let control/* leave"
+                f"site {site} sent no control variate of its weights; check its version"
             )
         super().add(site, reply, weight)
         self.change.add(change, weight)
