@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.models.classifiers import CLASSIFIERS, build_classifier
+from sonofed_common.models.classifiers import (
+    CLASSIFIERS,
+    TwoViewClassifier,
+    build_classifier,
+    sees_lesions,
+)
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.models.shufflenet import ShuffleNetV2
 
@@ -21,7 +26,7 @@ PUBLISHED_MILLIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", PUBLISHED_MILLIONS)
 def test_every_classifier_has_the_interface_and_the_published_size(name):
     model = build_classifier(name, classes=1000)
     parameters = sum(p.numel() for p in model.parameters())
@@ -32,6 +37,31 @@ def test_every_classifier_has_the_interface_and_the_published_size(name):
         features = model.features(images)
         assert features.shape == (2, model.feature_dim)
         assert torch.allclose(model(images), model.head(features), atol=1e-5)
+
+
+def test_two_views_start_as_the_mean_of_two_classifiers():
+    whole, lesion = (build_classifier("resnet18", seed=n).eval() for n in range(2))
+    images = torch.rand(3, 2, 48, 48)
+    with torch.no_grad():
+        apart = [m(images[:, n : n + 1]) for n, m in enumerate((whole, lesion))]
+        both = TwoViewClassifier(whole, lesion).eval()
+        assert torch.allclose(both(images), (apart[0] + apart[1]) / 2, atol=1e-5)
+        assert both.features(images).shape == (3, both.feature_dim) == (3, 1024)
+        # The second view is looked at.
+        assert not torch.allclose(both(images), both(images.flip(1)), atol=1e-3)
+
+
+def test_two_views_are_known_by_their_name():
+    names = [name for name in CLASSIFIERS if sees_lesions(name)]
+    assert {*CLASSIFIERS} == {*PUBLISHED_MILLIONS, *names}
+    for name in names:
+        model = build_classifier(name, pretrained=False)
+        assert model.views == 2
+        again = build_classifier(name, pretrained=False)
+        again.load_state_dict(model.state_dict())
+        # Nothing but the networks and the common head travels.
+        single = build_classifier(name.removesuffix("_two_views"), pretrained=False)
+        assert len(model.state_dict()) == 2 * len(single.state_dict()) - 2
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "shufflenet_v2", "mobilenet_v2"])

@@ -13,8 +13,7 @@ from torch import Tensor
 from sonofed_client.adaptation.drift import Variate
 from sonofed_client.adaptation.evaluation import predict
 from sonofed_client.adaptation.local_round import local_round
-from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.handlers.control import to_arrays
 from sonofed_client.enclave.site import load_weights, weights_of
 from sonofed_common.batch_norm import adapt_batch_norm
