@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 TABLES = {
     "adaptation-selection": "adaptation_selection",
+    "aggregation": "aggregation",
     "pseudo-labels": "pseudo_labels",
     "target-informed": "target_informed",
 }

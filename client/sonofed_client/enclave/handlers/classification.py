@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sonofed_client.adaptation.evaluation import evaluate
-from sonofed_client.adaptation.finetuning import draw_replay, finetune_round
+from sonofed_client.adaptation.finetuning import draw_replay
+from sonofed_client.adaptation.local_round import local_round
 from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
+from sonofed_client.enclave.handlers.control import keep_variate, to_arrays, variates
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site, load_weights, weights_of
@@ -44,23 +46,27 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
     replay = _replay(site, parameters, len(index), seed)
+    common, own = variates(site, parameters, request, model)
     with site.checkpoint(parameters, request, labels) as checkpoint:
-        report = finetune_round(
+        update = local_round(
             model,
             images[index],
             targets,
             parameters.settings,
+            parameters.aggregation,
             parameters.round,
             seed,
+            common,
+            own,
             site.events,
             replay,
             checkpoint,
         )
-    return Records(
-        grouped("weights", weights_of(model)),
-        config={"examples": len(index)},
-        metrics={"loss": report["loss"]},
-    )
+    arrays = grouped("weights", weights_of(model))
+    if update.variate:
+        keep_variate(site, parameters, update.variate)
+        arrays |= grouped("control", to_arrays(update.change))
+    return Records(arrays, config={"examples": len(index)}, metrics=dict(update.metrics))
 
 
 def _seen(
