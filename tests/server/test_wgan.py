@@ -34,11 +34,11 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_images_are_of_the_size_and_every_layer_of_the_critic_has_norm_one(size: int) -> None:
     generator, critic = WganGenerator(size, 32), WganCritic(size, 32)
-    drawn = generator(torch.randn(3, 128))
+    drawn = generator(torch.randn(3, 128)).detach()
     assert drawn.shape == (3, 1, size, size) and 0 <= float(drawn.min()) <= float(drawn.max()) <= 1
     for _ in range(40):
         # Each pass in training brings the estimate nearer to the largest singular value.
-        scores = critic(drawn.detach())
+        scores = critic(drawn)
     assert scores.shape == (3,)
     layers = [module for module in critic.modules() if isinstance(module, nn.Conv2d)]
     assert len(layers) == len(critic.shrink) + 1

@@ -125,7 +125,7 @@ def _step(
             loss = relu(1 - real).mean() + relu(1 + drawn).mean()
         else:
             loss = drawn.mean() - real.mean()
-        gap = float(real.mean() - drawn.mean())
+        gap = float((real.mean() - drawn.mean()).detach())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

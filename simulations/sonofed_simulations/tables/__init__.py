@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 TABLES = {
     "adaptation-selection": "adaptation_selection",
+    "synthetic-ratios": "synthetic_ratios",
 }
 """What ``sonofed-lab table`` knows: a name, and the module here whose ``make`` makes the table."""
 
