@@ -44,7 +44,7 @@ def test_images_are_of_the_size_and_every_layer_of_the_critic_has_norm_one(size:
     assert len(layers) == len(critic.shrink) + 1
     for layer in layers:
         norms = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
-        assert float(norms) == pytest.approx(1, abs=0.05)
+        assert float(norms.detach()) == pytest.approx(1, abs=0.05)
 
 
 def test_a_critic_is_as_steep_as_its_layers_at_most() -> None:
@@ -65,13 +65,12 @@ def test_a_size_that_cannot_be_doubled_to_is_refused() -> None:
 
 
 def test_a_generator_learns_what_its_images_look_like(images: torch.Tensor) -> None:
-    settings = WganTraining(steps=150, batch_size=16, width=32, learning_rate=1e-3)
-    drawing = WganDrawing([train_wgan(images, settings, seed=0)])
+    settings = WganTraining(steps=300, batch_size=16, width=16, learning_rate=2e-3)
+    drawing = WganDrawing([train_wgan(images[:, :, 4:12, 4:12], settings, seed=0)])
     drawn = drawing.draw([Wanted(0, 0, n) for n in range(32)])
-    halves = torch.stack((drawn[..., :8].mean((1, 2, 3)), drawn[..., 8:].mean((1, 2, 3))))
-    brighter, darker = halves.amax(0), halves.amin(0)
-    # One half bright, the other dark; which one differs between images.
-    assert float((brighter - darker).mean()) > 0.4
+    halves = torch.stack((drawn[..., :4].mean((1, 2, 3)), drawn[..., 4:].mean((1, 2, 3))))
+    # One half is bright, the other dark, and which one differs between images.
+    assert float((halves.amax(0) - halves.amin(0)).mean()) > 0.4
     assert 4 < int((halves[0] > halves[1]).sum()) < 28
 
 

@@ -63,6 +63,7 @@ def synthesise(
     per_class: Sequence[int],
     seed: int,
     events: Events = SILENT,
+    least: float = 0.5,
 ) -> tuple[Records, dict[str, Any]]:
     """Draw labelled images, and keep those that pass the gate.
 
@@ -78,6 +79,8 @@ def synthesise(
         Each image has its own seeds, so that drawing anew after an interruption gives the same.
     events : Events
         Gets the progress.
+    least : float
+        Share of each class's images that must pass, in [0, 1]; one must in any case.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def synthesise(
     Raises
     ------
     ConfigurationError
-        Of a class fewer than half of the wanted images passed the gate, each tried five times.
+        Of a class fewer images than must passed the gate, each tried five times.
     DivergenceError
         The generator gives values that are not finite.
     """
@@ -121,7 +124,7 @@ def synthesise(
         events.progress("synthetic images", total - len(wanted), total)
     counts = [labels.count(label) for label in range(len(CLASSES))]
     for count, asked in zip(counts, per_class, strict=True):
-        if 2 * count < asked:
+        if asked and count < max(1, least * asked):
             raise ConfigurationError(
                 f"only {count} of {asked} synthetic images of a class pass the memorisation gate, "
                 "the others are too near to a real image or to each other; train the generator "

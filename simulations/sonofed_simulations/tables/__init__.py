@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 TABLES = {
     "adaptation-selection": "adaptation_selection",
+    "synthetic-domains": "synthetic_domains",
     "synthetic-ratios": "synthetic_ratios",
+    "synthetic-all": "synthetic_all",
 }
 """What ``sonofed-lab table`` knows: a name, and the module here whose ``make`` makes the table."""
 

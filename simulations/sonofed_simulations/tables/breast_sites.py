@@ -38,7 +38,7 @@ class Site:
     Attributes
     ----------
     name : str
-        A key of `SITES`.
+        As the pages call it.
     whole : Part
         All its images.
     provenance : DataProvenance
@@ -62,15 +62,14 @@ class Site:
         return Part(samples, self.whole.images[chosen], self.whole.labels[chosen])
 
 
-def read_site(name: str, data: Path, image_size: int) -> Site:
-    """Read one of `SITES`, in images of ``image_size`` px.
+def read_site(name: str, wanted: SourceData, data: Path, image_size: int) -> Site:
+    """Read one site's set below the data folder, in images of ``image_size`` px.
 
     Raises
     ------
     DataMissingError
         The set is not there.
     """
-    wanted = SITES[name]
     samples = [
         sample
         for sample in read(wanted.kind, data / wanted.path).samples

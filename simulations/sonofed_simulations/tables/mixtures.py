@@ -14,10 +14,10 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.runtime import derive_seed
 from sonofed_server.source.classifiers import probabilities
 from sonofed_server.source.data import Part, SourceSet
-from sonofed_server.source.settings import WganTraining
+from sonofed_server.source.settings import SourceData, WganTraining
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arms import Arm, Outcome, Prediction
-from sonofed_simulations.tables.breast_sites import Site, parts_facts, patients, read_site
+from sonofed_simulations.tables.breast_sites import SITES, Site, parts_facts, patients, read_site
 from sonofed_simulations.tables.equal_steps import Steps, train_steps
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.synthetic_sets import (
@@ -42,7 +42,7 @@ class Mixture:
     Attributes
     ----------
     network : str
-        A key of `NETWORKS`.
+        One of `CLASSIFIERS`.
     real : int or None
         Real images of the source; None is its whole pool.
     synthetic : int
@@ -86,6 +86,8 @@ class MixtureTable:
         The page's words.
     request : Request
         Names the data and the folder.
+    sites : mapping of str to SourceData
+        Where the source and the target are.
 
     Notes
     -----
@@ -99,11 +101,12 @@ class MixtureTable:
         settings: MixtureSettings,
         about: About,
         request: Request,
+        sites: Mapping[str, SourceData] = SITES,
     ) -> None:
         self.about, self.seeds, self.arms = about, settings.seeds, tuple(mixtures)
         self._mixtures, self._settings, self._request = dict(mixtures), settings, request
         self._sites = {
-            name: read_site(name, request.real_data, settings.image_size)
+            name: read_site(name, sites[name], request.real_data, settings.image_size)
             for name in (SOURCE, TARGET)
         }
         self._source = cache(self._split)
@@ -135,13 +138,12 @@ class MixtureTable:
             drawn, classes = released.first(mixture.synthetic)
             images, labels = torch.cat((images, drawn)), torch.cat((labels, classes))
             facts |= gate_facts(released) | {"synthetic images": len(classes)}
-        network = NETWORKS[mixture.network]
         model = train_steps(
-            network,
+            mixture.network,
             images,
             labels,
             self._settings.training,
-            derive_seed(seed, network),
+            derive_seed(seed, mixture.network),
             flips=mixture.flips,
         )
         tests = {SOURCE: source.test, TARGET: self._sites[TARGET].whole}

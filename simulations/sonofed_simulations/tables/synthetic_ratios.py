@@ -31,7 +31,7 @@ QUICK = MixtureSettings(
     image_size=64,
     seeds=(0, 1, 2),
     training=Steps(steps=80, batch_size=8),
-    wgan=WganTraining(steps=400, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
+    wgan=WganTraining(steps=1500, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
     synthetic=max(RATIOS),
 )
 FULL = MixtureSettings(
@@ -47,23 +47,23 @@ def make(request: Request) -> Made:
     """Make the table; see `make_arm_table`."""
     settings = QUICK if request.quick else FULL
     mixtures = arms()
-    return make_arm_table(MixtureTable(mixtures, settings, _about(settings), request), request)
+    return make_arm_table(MixtureTable(mixtures, settings, about(settings), request), request)
 
 
 def arms() -> dict[Arm, Mixture]:
     """Of each network: the ratios, and flips and twice the real images as controls."""
     rows = {}
-    for network in NETWORKS:
+    for network, name in NETWORKS.items():
         source, *target = PUBLISHED[network]
         base = Arm(f"{network}, {REAL} real", None, f"{target[0]} (source {source})", SOURCE)
-        rows[base] = Mixture(network, REAL)
+        rows[base] = Mixture(name, REAL)
         for count, accuracy in zip(RATIOS, target[1:], strict=True):
             arm = Arm(_with(network, count), base.name, str(accuracy), SOURCE)
-            rows[arm] = Mixture(network, REAL, count)
+            rows[arm] = Mixture(name, REAL, count)
         rows[Arm(f"{network}, {REAL} real, flips", base.name, "", SOURCE)] = Mixture(
-            network, REAL, flips=True
+            name, REAL, flips=True
         )
-        rows[Arm(f"{network}, {2 * REAL} real", base.name, "", SOURCE)] = Mixture(network, 2 * REAL)
+        rows[Arm(f"{network}, {2 * REAL} real", base.name, "", SOURCE)] = Mixture(name, 2 * REAL)
     return rows
 
 
@@ -71,7 +71,8 @@ def _with(network: str, count: int) -> str:
     return f"{network}, {REAL} real + {count} synthetic"
 
 
-def _about(settings: MixtureSettings) -> About:
+def about(settings: MixtureSettings) -> About:
+    """What the page says beside the numbers."""
     claims = [
         Claim(
             f"With {network} the study reports {PUBLISHED[network][1]}% of target accuracy without "

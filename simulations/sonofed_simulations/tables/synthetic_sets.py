@@ -61,7 +61,7 @@ def synthetic_set(
     folder: Path,
     events: Events,
 ) -> SyntheticSet:
-    """Return ``count`` images in the class shares of the pool, made unless they are there.
+    """Return up to ``count`` images in the class shares of the pool, made unless they are there.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def synthetic_set(
     Raises
     ------
     ConfigurationError
-        Of a class fewer than half of the wanted images pass the gate.
+        Of a class no image passes the gate.
     """
     origin = synthetic_origin(source, count, generator, seed)
     # Sets of several counts share one generator.
@@ -93,7 +93,13 @@ def synthetic_set(
         drawing = _trained(source.pool, generator, seed, checkpoints, events)
         malignant = round(count * float(source.pool.labels.float().mean()))
         made, facts = synthesise(
-            drawing, source, (count - malignant, malignant), derive_seed(seed, "draw"), events
+            drawing,
+            source,
+            (count - malignant, malignant),
+            derive_seed(seed, "draw"),
+            events,
+            # The page tells how many passed.
+            least=0.0,
         )
         records = Records(made.arrays, {"origin": origin, "facts": facts})
         write_atomically(path, to_bytes(records))
