@@ -307,6 +307,8 @@ def main() -> None:
     # Whoever ends this ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    # Flower's SuperNode looks for its own programs there.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # Flower's processes find `round_apps` there.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     try:

@@ -169,6 +169,17 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
             start_detached(tmp_path, command, "the test")
 
 
+def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
+    never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
+    command = [sys.executable, "-c", never, str(tmp_path), str(free_port())]
+    try:
+        status = start_detached(tmp_path, command, "the test", {"nest": lambda: False})
+        assert status.supervisor.alive and not status.healthy
+        assert status.programs["plain"].state == "running"
+    finally:
+        stop(tmp_path)
+
+
 def test_a_later_process_of_the_same_number_is_another(tmp_path):
     process = subprocess.Popen(["sleep", "1000"])
     identity = Identity.of(process.pid)

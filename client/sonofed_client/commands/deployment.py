@@ -11,10 +11,17 @@ from sonofed_client.commands.provisioning import Folder
 from sonofed_client.metrics_file import read_metrics
 from sonofed_client.provisioning import preflight
 from sonofed_client.provisioning.place import Hospital
-from sonofed_client.provisioning.programs import beside, installed_kit, programs, socket_of
+from sonofed_client.provisioning.programs import (
+    SUPERNODE,
+    beside,
+    installed_kit,
+    programs,
+    socket_of,
+)
 from sonofed_common import log
 from sonofed_common.cli import tell
 from sonofed_common.supervision.control import describe, start_detached, stop
+from sonofed_common.supervision.program import answers
 from sonofed_common.supervision.supervisor import read_status, supervise
 
 DEFAULT = Path("site")
@@ -23,7 +30,7 @@ DEFAULT = Path("site")
 def up(
     folder: Folder = DEFAULT,
     detach: Annotated[
-        bool, typer.Option("--detach", help="In the background; return when all works.")
+        bool, typer.Option("--detach", help="In the background; return when all works that can.")
     ] = False,
     relay: Annotated[
         bool, typer.Option("--relay", help="Without the enclave, which another account runs.")
@@ -43,9 +50,14 @@ def up(
         return
     command = [str(beside("sonofed-site")), "up", "--folder", str(hospital.root)]
     command += ["--relay"] if relay else []
-    for line in describe(start_detached(hospital.run, command, title)):
+    address = installed_kit(hospital).address
+    host, _, port_there = address.rpartition(":")
+    there = {SUPERNODE: lambda: answers(int(port_there), host)}
+    found = start_detached(hospital.run, command, title, there)
+    for line in describe(found):
         print(line)
-    print(f"{title} is up")
+    later = f"; it connects as soon as the coordinator at {address} answers"
+    print(f"{title} is up{'' if found.healthy else later}")
 
 
 def down(folder: Folder = DEFAULT) -> None:

@@ -16,6 +16,8 @@ from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.log import told
 from sonofed_common.supervision.program import Program, answers_on
 
+SUPERNODE = "supernode"
+
 
 def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
     """Return the hospital's programs, in the order of their start.
@@ -70,8 +72,8 @@ def _supernode(hospital: Hospital, socket: Path) -> Program:
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
         *("--connected", str(connected)),
     )
-    environment = {**_environment(hospital), **told("supernode", site=kit.site)}
-    return Program("supernode", command, connected.exists, environment)
+    environment = {**_environment(hospital), **told(SUPERNODE, site=kit.site)}
+    return Program(SUPERNODE, command, connected.exists, environment)
 
 
 def installed_kit(hospital: Hospital) -> Kit:

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.log import last_words
@@ -18,8 +19,25 @@ START_SECONDS, END_SECONDS = 180.0, 120.0
 POLL_SECONDS = 0.1
 
 
-def start_detached(folder: Path, command: Sequence[str], title: str) -> Status:
+def start_detached(
+    folder: Path,
+    command: Sequence[str],
+    title: str,
+    elsewhere: Mapping[str, Callable[[], bool]] = MappingProxyType({}),
+) -> Status:
     """Start a supervisor that outlives this process, and wait until all its programs work.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    command : sequence of str
+        Starts it in the foreground.
+    title : str
+        What its programs are together.
+    elsewhere : mapping of str to callable, optional
+        Of programs that need another machine: whether that one answers. Without it nothing is
+        waited for: the program goes on trying.
 
     Raises
     ------
@@ -40,8 +58,10 @@ def start_detached(folder: Path, command: Sequence[str], title: str) -> Status:
             said = last_words(log.read_text(encoding="utf-8", errors="replace"))[-500:]
             raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
         status = read_status(folder)
-        if status is not None and status.supervisor.pid == process.pid and status.healthy:
-            return status
+        if status is not None and status.supervisor.pid == process.pid:
+            idle = [name for name, p in status.programs.items() if p.state != "running"]
+            if all(name in elsewhere and not elsewhere[name]() for name in idle):
+                return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
     stop(folder)

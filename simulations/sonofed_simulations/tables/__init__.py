@@ -14,6 +14,9 @@ TABLES = {
     "synthetic-domains": "synthetic_domains",
     "synthetic-ratios": "synthetic_ratios",
     "synthetic-all": "synthetic_all",
+    "synthetic-federated": "synthetic_federated",
+    "pseudo-labels": "pseudo_labels",
+    "target-informed": "target_informed",
 }
 """What ``sonofed-lab table`` knows: a name, and the module here whose ``make`` makes the table."""
 

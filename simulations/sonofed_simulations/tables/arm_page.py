@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.table import Table
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.report.figures import CHOSEN, SITE_COLOURS, SOFT, drawing
 from sonofed_simulations.tables.arm_findings import NAMES, Claim, findings
 from sonofed_simulations.tables.arm_summary import METRICS, ArmRow, ArmSummary
+from sonofed_simulations.tables.forest import forest
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 
 FIGURE = "differences.svg"
@@ -174,26 +174,12 @@ def _compared(summary: ArmSummary, about: About) -> list[ArmRow]:
 
 
 def _figure(summary: ArmSummary, about: About) -> bytes:
-    """Draw a forest plot: accuracy and AUROC differences at the focus, an arm a line."""
     rows = _compared(summary, about)
-    buffer = io.BytesIO()
-    with drawing(8.6, 1.1 + 0.24 * len(rows)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, metric in zip(panels, ("accuracy", "auroc"), strict=True):
-            for n, row in enumerate(rows):
-                found = row.differences[about.focus][metric]
-                clear = not found.low <= 0 <= found.high
-                colour = CHOSEN if clear else SITE_COLOURS[0]
-                axes.plot((found.low, found.high), (n, n), color=colour, linewidth=1.4)
-                axes.plot(found.value, n, "o", color=colour, markersize=4)
-            axes.axvline(0, color=SOFT, linewidth=0.8)
-            axes.set(title=f"{NAMES[metric]}, {about.focus}", xlabel="difference (95%)")
-            axes.grid(axis="x")
-        labels = [f"{row.arm}  -  {row.against}" for row in rows]
-        panels[0].set_yticks(range(len(rows)), labels)
-        panels[0].invert_yaxis()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    panels = {
+        f"{NAMES[metric]}, {about.focus}": [row.differences[about.focus][metric] for row in rows]
+        for metric in ("accuracy", "auroc")
+    }
+    return forest([f"{row.arm}  -  {row.against}" for row in rows], panels, 8.6)
 
 
 def _csv(summary: ArmSummary) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -56,9 +58,37 @@ def train_steps(
     Classifier
         In evaluation mode.
     """
-    weights = class_weights(labels).to(device())
     model = build_classifier(name, pretrained=False, seed=derive_seed(seed, "weights"))
-    model.to(device())
+    fit_steps(model.to(device()), images, labels, settings, seed, flips=flips, events=events)
+    return model.eval()
+
+
+def fit_steps(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    settings: Steps,
+    seed: int,
+    *,
+    flips: bool,
+    penalty: Callable[[], Tensor] | None = None,
+    part: tuple[int, int] = (0, 1),
+    events: Events = SILENT,
+) -> None:
+    """Train a classifier in place, as `train_steps` does.
+
+    Parameters
+    ----------
+    model : Classifier
+        On its device.
+    images, labels, settings, seed, flips, events
+        As in `train_steps`.
+    penalty : callable or None
+        Added to the loss, for example a proximal term.
+    part : tuple of int
+        Number of this training, from 0, and how many there are: the cosine goes through all.
+    """
+    weights = class_weights(labels).to(device())
     items = settings.steps * settings.batch_size
     draws = torch.Generator().manual_seed(derive_seed(seed, "order"))
     passes = -(-items // len(labels))
@@ -70,8 +100,15 @@ def train_steps(
         if flips:
             mirrored = (torch.rand(len(chosen)) < 0.5).view(-1, 1, 1, 1)
             batch = torch.where(mirrored, batch.flip(-1), batch)
-        return cross_entropy(model(batch.to(device())), labels[chosen].to(device()), weights)
+        value = cross_entropy(model(batch.to(device())), labels[chosen].to(device()), weights)
+        return value if penalty is None else value + penalty()
 
-    training = Training(1, settings.learning_rate, settings.batch_size, seed)
-    fit(model, items, loss, training, events=events, task=f"train {name}")
-    return model.eval()
+    training = Training(
+        1,
+        settings.learning_rate,
+        settings.batch_size,
+        seed,
+        first_epoch=part[0],
+        last_epoch=part[1],
+    )
+    fit(model, items, loss, training, events=events, task="train classifier")

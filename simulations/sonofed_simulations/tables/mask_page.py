@@ -1,0 +1,203 @@
+"""The page of a table of outlines: README.md, table.csv, table.json and the figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sonofed_common.runtime import write_atomically
+from sonofed_simulations.paired import Contrast
+from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
+from sonofed_simulations.tables.forest import forest
+from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
+
+FIGURE = "differences.svg"
+
+
+@dataclass(frozen=True)
+class MaskClaim:
+    """An effect on Dice that the work reports.
+
+    Attributes
+    ----------
+    text : str
+        One sentence with the published number, without the full stop.
+    rows : tuple of str
+        Rows that are to show it, each over the baseline, or over its start with ``plug_in``.
+    least : float
+        The smallest published effect, as a share; its sign is the effect's.
+    plug_in : bool
+        Whether the effect is over the row that the method started from.
+    """
+
+    text: str
+    rows: tuple[str, ...]
+    least: float
+    plug_in: bool = False
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """What one table shows of the comparison.
+
+    Attributes
+    ----------
+    title, work : str
+        Of the page, and what it is after.
+    published : dict of str to str
+        The rows in order, each with what the work printed for it.
+    unit : str
+        Of the published numbers.
+    claims : tuple of MaskClaim
+        What the page's paragraph judges.
+    adapted : tuple of str
+        List items: what differs from the work.
+    """
+
+    title: str
+    work: str
+    published: Mapping[str, str]
+    unit: str
+    claims: tuple[MaskClaim, ...]
+    adapted: tuple[str, ...]
+
+
+def write_mask_page(table: MaskTable, summary: MaskSummary, out: Path) -> None:
+    """Write the page, its numbers and its figure.
+
+    Parameters
+    ----------
+    table : MaskTable
+        What to show.
+    summary : MaskSummary
+        Of a comparison that has its rows.
+    out : Path
+        Folder of the page.
+    """
+    rows = [row for row in summary.rows if row.name in table.published]
+    values = json.dumps([row.model_dump(mode="json") for row in rows], indent=1)
+    write_atomically(out / "table.json", f"{values}\n".encode())
+    write_atomically(out / "table.csv", _csv(table, rows).encode())
+    write_atomically(out / FIGURE, _figure(summary.baseline, rows))
+    write_atomically(out / "README.md", ("\n".join(_page(table, summary, rows)) + "\n").encode())
+
+
+def _page(table: MaskTable, summary: MaskSummary, rows: Sequence[MaskSummaryRow]) -> list[str]:
+    machine = summary.machine
+    header = ("row", "seeds", table.unit, "Dice (95%)", "worst site", "NSD", "HD95, pixels",
+              f"Dice over {summary.baseline} (95%), p Holm", "way to supervised")  # fmt: skip
+    lines = [
+        f"# {table.title}",
+        "",
+        f"After {table.work}.",
+        "",
+        " ".join(_judged(claim, summary) for claim in table.claims),
+        "",
+        "## Beside the published numbers",
+        "",
+        *markdown(header, [_cells(table, row) for row in rows]),
+        "",
+        "Means over sites and seeds, with intervals from 2,000 bootstrap samples of the test "
+        "patients: they cover the choice of patients, not of seeds. Differences are in the same "
+        "samples; p is two-sided, with Holm's correction over all rows of the comparison. Dice of "
+        "an image whose two masks are both empty counts 1.",
+        "",
+        "## Dice by site",
+        "",
+        *markdown(
+            ("row", *summary.tested),
+            [[row.name, *(interval_text(row.sites[s]) for s in summary.tested)] for row in rows],
+        ),
+        "",
+        "## Differences",
+        "",
+        f"![Differences]({FIGURE})",
+    ]
+    gained = [p for p in summary.plug_in if {p.method, p.start} <= table.published.keys()]
+    if gained:
+        starts = ("method", "over its start", "Dice gained (95%), p Holm")
+        lines += ["", "## Over the model that a method started from", ""]
+        lines += markdown(starts, [[p.method, p.start, contrast_text(p)] for p in gained])
+    tests = ", ".join(f"{site} {'/'.join(map(str, n))}" for site, n in summary.tested.items())
+    return [
+        *lines,
+        "",
+        "## How it was made",
+        "",
+        f"- Rows of the comparison `{summary.name}`: every seed has a source training, a "
+        "patient-level split and adaptations of its own. No target label is used but by the row "
+        "supervised; nothing was chosen on the hospitals' masks.",
+        f"- Test images by site, a number a seed: {tests}.",
+        f"- {machine.cpu}, {machine.cores} cores, {machine.device}.",
+        "",
+        "## What is adapted",
+        "",
+        *(f"- {item}" for item in table.adapted),
+    ]
+
+
+def _judged(claim: MaskClaim, summary: MaskSummary) -> str:
+    found: dict[str, Contrast] = {}
+    for row in summary.rows:
+        if not claim.plug_in and row.name in claim.rows and row.over_baseline is not None:
+            found[f"{row.name} over {summary.baseline}"] = row.over_baseline
+    for gain in summary.plug_in:
+        if claim.plug_in and gain.method in claim.rows:
+            found[f"{gain.method} over {gain.start}"] = gain
+    said = []
+    for name, effect in found.items():
+        near, far = sorted((effect.low, effect.high), key=lambda v: v / claim.least)
+        if near / claim.least > 0:
+            size = "as large as published" if near / claim.least >= 1 else "smaller than published"
+            if far / claim.least >= 1 > near / claim.least:
+                size = "as large as published or smaller"
+            verdict = f"holds and is {size}"
+        elif far / claim.least < 0:
+            verdict = "is reversed"
+        else:
+            verdict = "is not told from 0"
+        said.append(f"{name} {interval_text(effect, '+.3f')}: the effect {verdict}")
+    return f"{claim.text}. Here: {'; '.join(said) or 'no such row has run'}."
+
+
+def _cells(table: MaskTable, row: MaskSummaryRow) -> list[str]:
+    way = row.way_to_supervised
+    return [
+        row.name,
+        str(len(row.seeds)),
+        table.published[row.name],
+        interval_text(row.dice),
+        f"{row.worst_site_dice:.3f}, {row.worst_site}",
+        f"{row.nsd.value:.3f}",
+        f"{row.hd95.value:.1f}",
+        contrast_text(row.over_baseline),
+        "" if way is None else f"{way.value:.0%} ({way.low:.0%} to {way.high:.0%})",
+    ]
+
+
+def _figure(baseline: str, rows: Sequence[MaskSummaryRow]) -> bytes:
+    compared = {row.name: row.over_baseline for row in rows if row.over_baseline is not None}
+    panels = {f"Dice over {baseline}": list(compared.values())}
+    return forest(list(compared), panels, 6.4)
+
+
+def _csv(table: MaskTable, rows: Sequence[MaskSummaryRow]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    measures = ("dice", "nsd", "hd95", "ece", "over_baseline")
+    columns = [f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")]
+    writer.writerow(["row", "seeds", "published", *columns, "p", "p_holm"])
+    for row in rows:
+        line: list[object] = [row.name, len(row.seeds), table.published[row.name]]
+        for found in (row.dice, row.nsd, row.hd95, row.ece):
+            line += [found.value, found.low, found.high]
+        gain = row.over_baseline
+        line += (
+            [None] * 5 if gain is None else [gain.value, gain.low, gain.high, gain.p, gain.p_holm]
+        )
+        writer.writerow([f"{v:.5f}" if isinstance(v, float) else v for v in line])
+    return buffer.getvalue()

@@ -1,0 +1,72 @@
+"""Tables of outlines: rows of the segmentation comparison beside published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_server.study.report import this_machine
+from sonofed_simulations.comparison import built_in
+from sonofed_simulations.segmentation_comparison import (
+    SegmentationComparison,
+    finished_scores,
+    read_mask_comparison,
+    run_mask_comparison,
+)
+from sonofed_simulations.segmentation_rows import CONTROL
+from sonofed_simulations.segmentation_summary import summarise_masks
+from sonofed_simulations.segmentation_tables import mask_table
+from sonofed_simulations.tables.manifest import write_facts
+from sonofed_simulations.tables.mask_page import MaskTable, write_mask_page
+from sonofed_simulations.tables.request import Made, Request
+
+COMPARISON = "breast_segmentation"
+
+
+def make_mask_table(table: MaskTable, request: Request) -> Made:
+    """Run one shard's seeds where they are not there yet, and write the page of what has finished.
+
+    Parameters
+    ----------
+    table : MaskTable
+        What to show.
+    request : Request
+        ``out`` gets README.md, table.csv, table.json, differences.svg and manifest.json, and the
+        studies in ``work``; a shard is some of the seeds.
+
+    Raises
+    ------
+    ConfigurationError
+        The full form was asked for, or the shard is out of range.
+    """
+    if not request.quick:
+        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+    comparison, scenario = read_mask_comparison(built_in()[COMPARISON])
+    comparison = restricted(comparison, table.published)
+    number, total = request.shard
+    if not 1 <= number <= total:
+        raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
+    first, last = ((n * len(comparison.seeds)) // total for n in (number - 1, number))
+    work, data = request.out / "work", request.real_data
+    seeds = comparison.seeds[first:last]
+    run_mask_comparison(comparison, scenario, work, data, seeds, request.events)
+    scores = finished_scores(comparison, scenario, work, request.events)
+    summary = summarise_masks(comparison, scores, this_machine())
+    write_mask_page(table, summary, request.out)
+    facts = {
+        "comparison": comparison.model_dump(mode="json"),
+        "scenario": scenario.model_dump(mode="json", exclude_none=True),
+        "tested": summary.tested,
+    }
+    write_facts(request.out, facts)
+    done = sum(len(row.seeds) for row in summary.rows)
+    return Made(mask_table(summary), done, len(comparison.rows) * len(comparison.seeds))
+
+
+def restricted(comparison: SegmentationComparison, rows: Iterable[str]) -> SegmentationComparison:
+    """Leave out of a comparison what some of its rows do not need."""
+    shown = {name: comparison.rows[name] for name in rows}
+    needed = {where.partition("/")[0] for where in shown.values()} - {CONTROL}
+    starts = {m: s for m, s in comparison.plug_in.items() if m in shown and s in shown}
+    variants = {name: v for name, v in comparison.variants.items() if name in needed}
+    return comparison.model_copy(update={"rows": shown, "variants": variants, "plug_in": starts})
