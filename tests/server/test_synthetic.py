@@ -164,6 +164,30 @@ def test_drawing_goes_on_after_an_interruption_without_training_again(root, tmp_
     assert from_bytes(bundle.read(SYNTHETIC_IMAGES)).arrays["images"].shape == (4, SIZE, SIZE)
 
 
+def test_a_gan_draws_through_the_same_gate_and_goes_on_after_an_interruption(root, tmp_path):
+    def interrupt(event: dict[str, Any]) -> None:
+        if event.get("task") == "wgan malignant":
+            raise KeyboardInterrupt
+
+    settings = settings_of(
+        diffusion={"kind": "none"},
+        synthetic={"generator": "wgan", "per_class": 1},
+        wgan={"steps": 100, "batch_size": 8, "width": 16, "learning_rate": 2e-3, "critic_steps": 1},
+    )
+    out, whole = tmp_path / "cut", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        train_source(settings, root, out, KEY, Events(listeners=[interrupt]))
+    seen: list[dict[str, Any]] = []
+    train_source(settings, root, out, KEY, Events(listeners=[seen.append]))
+    assert not any(event.get("task") in ("wgan benign", "train shufflenet_v2") for event in seen)
+    train_source(settings, root, whole, KEY)
+    bundle, expected = Bundle.open(out), Bundle.open(whole)
+    assert bundle.read(SYNTHETIC_IMAGES) == expected.read(SYNTHETIC_IMAGES)
+    facts = bundle.manifest.facts["synthetic"]
+    assert facts == expected.manifest.facts["synthetic"] and facts["generator"] == "wgan"
+    assert facts["per_class"] == {"benign": 1, "malignant": 1} and facts["limit"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
