@@ -49,8 +49,11 @@ class _Effect:
 
 
 def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
-    """Return one paragraph: which claims hold here, and which effects exceed their intervals."""
-    said = [_claim(summary, claim) for claim in claims]
+    """Return one paragraph: which claims hold here, and which effects exceed their intervals.
+
+    Claims that no finished cell speaks to are left out.
+    """
+    said = [text for claim in claims if (text := _claim(summary, claim))]
     if summary.cells < summary.wanted:
         said.insert(
             0, f"**{summary.cells} of {summary.wanted} cells have run**, so this may change."
@@ -60,8 +63,8 @@ def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
 
 def _claim(summary: ArmSummary, claim: Claim) -> str:
     rows = [row for row in summary.rows if row.arm in claim.arms]
-    texts = [_metric(rows, claim, metric) for metric in claim.metrics]
-    return f"{claim.text}. Here: {'; '.join(text for text in texts if text)}."
+    texts = [text for metric in claim.metrics if (text := _metric(rows, claim, metric))]
+    return f"{claim.text}. Here: {'; '.join(texts)}." if texts else ""
 
 
 def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
@@ -69,7 +72,7 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
     where = "gap" if claim.quantity == "gap" else f"at {claim.site}"
     subject = f"**{NAMES[metric]}** {where}"
     if not effects:
-        return f"{subject}, no pair of arms has run"
+        return ""
     parts = []
     for verdict, saying in (
         ("holds", "the effect holds and is larger than its interval in"),

@@ -49,10 +49,18 @@ class About:
 
 
 def summary_table(summary: ArmSummary, about: About) -> Table:
-    """Return the rows at the focus, for a terminal."""
-    table = Table(*_header(about))
+    """Return the rows at the focus, for a terminal: what the page has, less what is too wide."""
+    shown = ("accuracy", "auroc")
+    table = Table("arm", "seeds", *(NAMES[m] for m in shown), "AUROC over", "(95%), p Holm")
     for row in summary.rows:
-        table.add_row(*_cells(row, about))
+        values, gains = row.values[about.focus], row.differences.get(about.focus, {})
+        table.add_row(
+            row.arm,
+            str(row.seeds),
+            *(f"{values[m].value:.3f}" for m in shown),
+            row.against or "",
+            contrast_text(gains.get("auroc")),
+        )
     return table
 
 

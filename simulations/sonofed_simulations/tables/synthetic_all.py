@@ -27,7 +27,7 @@ PUBLISHED = {
 }
 """Accuracy in %: on the source, then on the target with 0, 400 and 1580 synthetic images."""
 QUICK = synthetic_ratios.QUICK.model_copy(
-    update={"training": Steps(steps=160, batch_size=8), "synthetic": max(COUNTS)}
+    update={"training": Steps(steps=100, batch_size=8), "synthetic": max(COUNTS)}
 )
 FULL = synthetic_ratios.FULL.model_copy(
     update={"training": Steps(steps=6000, batch_size=16), "synthetic": max(COUNTS)}
@@ -73,7 +73,7 @@ def about(settings: MixtureSettings) -> About:
     ]
     claims += [
         Claim(
-            "Flips are classical augmentation, at equal steps",
+            "A control: flips, classical augmentation, raise it at equal steps",
             tuple(f"{network}, all real, flips" for network in NETWORKS),
             TARGET,
         ),

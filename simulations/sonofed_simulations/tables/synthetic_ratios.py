@@ -86,10 +86,8 @@ def about(settings: MixtureSettings) -> About:
     flips = tuple(f"{network}, {REAL} real, flips" for network in NETWORKS)
     more = tuple(f"{network}, {2 * REAL} real" for network in NETWORKS)
     claims += [
-        Claim("Flips are classical augmentation, at equal steps", flips, TARGET),
-        Claim(
-            "As many real images more are what synthetic ones could be worth at best", more, TARGET
-        ),
+        Claim("A control: flips, classical augmentation, raise it at equal steps", flips, TARGET),
+        Claim("A control: as many real images more raise it", more, TARGET),
         Claim(
             "The study reports lower accuracy on the target than on the source "
             "(71.4, 70 and 76.4% on the source)",

@@ -13,15 +13,15 @@ ADAPTED = (
     "positive class, and counts the normals of BUSI as benign but those of BrEaST as malignant.",
     "Balanced accuracy and AUROC stand beside accuracy: with 60% of one class in the target, "
     "accuracy alone rewards a constant answer.",
-    "The source is split by group of near-duplicates, the target is tested whole; the study splits "
-    "by image.",
-    "All networks start from random weights and are trained with class-weighted cross-entropy. "
-    "The study does not tell its start weights; ImageNet weights would move every row. ViT-16 is "
-    "ViT-S; the CNN-Transformer, after TransMed, has two layers over 1024 places of 64 maps.",
+    "The source is split by group of near-duplicates, so that no image has its twin in the test; "
+    "the target is tested whole.",
+    "All networks start from random weights and are trained with class-weighted cross-entropy; "
+    "pretrained ones would move every row. ViT-16 is ViT-S; the CNN-Transformer, after TransMed, "
+    "has two layers over 1024 places of 64 maps.",
     "All arms of a network take the same number of optimiser steps, so that more images are not "
-    "more training. The study trains by epochs.",
-    "Every synthetic image passed the memorisation gate; the study has none. The critic has "
-    "spectral normalisation and no weight clipping, which together would cripple it.",
+    "more training.",
+    "Every synthetic image passed a memorisation gate, which is ours. The critic has spectral "
+    "normalisation and no weight clipping on top, which together would cripple it.",
 )
 
 
