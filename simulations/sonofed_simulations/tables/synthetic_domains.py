@@ -39,7 +39,7 @@ class DomainSettings(Model):
     training: Steps
 
 
-QUICK = DomainSettings(image_size=64, seeds=(0, 1, 2), training=Steps(steps=160, batch_size=8))
+QUICK = DomainSettings(image_size=64, seeds=(0, 1, 2), training=Steps(steps=100, batch_size=8))
 FULL = DomainSettings(
     image_size=128, seeds=(0, 1, 2, 3, 4), training=Steps(steps=6000, batch_size=16)
 )

@@ -31,7 +31,7 @@ QUICK = MixtureSettings(
     image_size=64,
     seeds=(0, 1, 2),
     training=Steps(steps=80, batch_size=8),
-    wgan=WganTraining(steps=1500, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
+    wgan=WganTraining(steps=1000, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
     synthetic=max(RATIOS),
 )
 FULL = MixtureSettings(
