@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo deploy-demo test faults fuzz test-demo check clean
+.PHONY: demo deploy-demo test test-long faults fuzz test-demo check clean
 
 demo: $(READY)
 	$(BIN)/sonofed-lab demo
@@ -15,9 +15,15 @@ deploy-demo: $(READY)
 
 # Four workers of one thread each, for half of the time is waiting for processes; a file stays
 # whole, so its fixtures are made once.
+WORKERS := --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder -m "not demo and not faults" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not demo and not faults and not long" $(PYTEST_ARGS)
+
+test-long: export OMP_NUM_THREADS := 1
+test-long: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m long $(PYTEST_ARGS)
 
 faults: export OMP_NUM_THREADS := 1
 faults: $(READY)

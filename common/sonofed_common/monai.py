@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
-    "AffineTransform",
     "DenseNet121",
     "DiceCELoss",
     "Down",
@@ -44,6 +43,5 @@ with _without("transformers", "matplotlib"):
     from monai.losses.dice import DiceCELoss
     from monai.metrics import PSNRMetric, SSIMMetric, compute_dice
     from monai.metrics.utils import get_edge_surface_distance
-    from monai.networks.layers import AffineTransform
     from monai.networks.nets import DenseNet121, EfficientNetBN, resnet18, resnet50
     from monai.networks.nets.basic_unet import Down, TwoConv, UpCat

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from monai.losses import ContrastiveLoss
 
 from sonofed_client.adaptation.contrastive import nt_xent, random_crops
 
@@ -19,6 +18,8 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_nt_xent_of_distinct_groups_is_monais(temperature):
+    from monai.losses import ContrastiveLoss
+
     one, two = torch.randn(2, 6, 5, generator=generator())
     expected = ContrastiveLoss(temperature)(one, two)
     assert torch.allclose(nt_xent(one, two, torch.arange(6), temperature), expected, atol=1e-5)

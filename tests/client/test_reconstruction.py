@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -111,6 +110,8 @@ def test_inversion_and_ddim_return_the_image(deviation: float, seed: int):
 
 
 def test_inversion_agrees_with_diffusers_where_that_one_is_right(images: Tensor):
+    from diffusers import DDIMInverseScheduler
+
     from sonofed_common.models.sampling import _invert
 
     class Constant(torch.nn.Module):

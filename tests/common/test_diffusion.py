@@ -5,10 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from scipy.fft import dctn
 from torch import Tensor
-from transformers import BertConfig, BertModel, BertTokenizer
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.models.codecs import MEAN, DctCodec
@@ -46,6 +44,9 @@ def one_thread():
 @pytest.fixture(scope="module")
 def sd15_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A miniature Stable Diffusion checkpoint and text tower, in the format of the real ones."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import BertConfig, BertModel, BertTokenizer
+
     torch.manual_seed(0)
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     UNet2DConditionModel(
@@ -233,6 +234,8 @@ def test_sd15_trains_only_its_controlnet(sd15_folders: tuple[Path, Path], tmp_pa
 
 
 def test_sd15_prompt_is_the_towers_token_features(sd15_folders: tuple[Path, Path]):
+    from transformers import BertModel
+
     checkpoint, tower = sd15_folders
     stack = load_sd15(checkpoint, tower, "Ultrasound of breast")
     bert = BertModel.from_pretrained(tower).eval()
@@ -265,6 +268,8 @@ def test_sd15_needs_every_folder(sd15_folders: tuple[Path, Path], tmp_path: Path
 
 
 def test_sd15_refuses_a_tower_of_another_width(sd15_folders: tuple[Path, Path], tmp_path: Path):
+    from transformers import BertConfig, BertModel
+
     checkpoint, tower = sd15_folders
     for file in tower.glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -198,6 +198,7 @@ def assert_same_bits(one, other):
     assert chosen == chosen_there
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
+        assert array.dtype == others[name].dtype, name
         assert array.tobytes() == others[name].tobytes(), name
 
 

@@ -7,21 +7,12 @@ import shutil
 import socket
 import ssl
 import subprocess
-import tempfile
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from deployed.deployment import (
-    CHANGES,
-    Deployment,
-    assert_same_bits,
-    needs_front,
-    run,
-    wait_for,
-)
-from deployed.deployment import undisturbed as in_one_process
+from deployed.deployment import CHANGES, assert_same_bits, needs_front, run, wait_for
 from deployed.strangers import REFUSED, Caller, number_of, refusals, try_to_enter, write_node_key
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
@@ -36,23 +27,6 @@ pytestmark = [
     pytest.mark.timeout(3000),
     needs_front,
 ]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(laboratory, tmp_path_factory):
-    return in_one_process(laboratory, tmp_path_factory.mktemp("undisturbed"))
-
-
-@pytest.fixture(scope="module")
-def deployment(laboratory):
-    # A short path: that of a socket may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="sonofed-", dir="/tmp") as folder:
-        deployment = Deployment(laboratory, Path(folder))
-        try:
-            deployment.up()
-            yield deployment
-        finally:
-            deployment.down()
 
 
 def test_a_study_gives_the_same_bits_as_in_one_process(deployment, undisturbed):

@@ -11,12 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deployed.deployment import assert_same_bits, outcome, tiny
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
 from sonofed_common.contract.errors import EngineError
-from sonofed_common.contract.records import from_bytes
-from sonofed_common.contract.study import Study
 from sonofed_common.runtime import Events
 from sonofed_simulations.enclaves import enclave_processes
 from sonofed_simulations.engines.inline import run_inline
@@ -27,32 +26,15 @@ SITE = Path(sys.executable).with_name("sonofed-site")
 
 
 def lay_out(laboratory, root):
-    sites = laboratory.prepare_sites(0, root / "sites")
-    study = Study.model_validate(laboratory.scenario.study.model_dump(mode="json"))
+    study, sites = tiny(laboratory), laboratory.prepare_sites(0, root / "sites")
     return laboratory.workspace(study, laboratory.root / "source", root / "study"), sites
-
-
-def outcome(workspace, sites):
-    """All weights and sums of a study, and which images each site selected."""
-    arrays = from_bytes(workspace.checkpoint.read_bytes()).arrays
-    chosen = [open_store(read_site(s)).get("study/tiny/selected").config["ids"] for s in sites]
-    return arrays, chosen
-
-
-def assert_same_bits(one, other):
-    (arrays, chosen), (others, chosen_there) = one, other
-    assert chosen == chosen_there
-    assert arrays.keys() == others.keys()
-    for name, array in arrays.items():
-        assert array.dtype == others[name].dtype, name
-        assert array.tobytes() == others[name].tobytes(), name
 
 
 @pytest.fixture(scope="module")
 def in_process(laboratory, tmp_path_factory):
     workspace, sites = lay_out(laboratory, tmp_path_factory.mktemp("in_process"))
     run_inline(workspace, sites, Events())
-    return outcome(workspace, sites), [actions_sent(site) for site in sites]
+    return outcome(workspace, sites, "tiny"), [actions_sent(site) for site in sites]
 
 
 def actions_sent(site):
@@ -104,7 +86,7 @@ def test_a_study_survives_the_death_of_an_enclave(laboratory, in_process, tmp_pa
     with enclave_processes(sites) as served, killing(served[0]) as killed:
         results = run_inline(workspace, served, Events())
     assert killed and results.missing_sites == ()
-    assert_same_bits(outcome(workspace, sites), in_process[0])
+    assert_same_bits(outcome(workspace, sites, "tiny"), in_process[0])
     for site, as_ever in zip(sites, in_process[1], strict=True):
         assert actions_sent(site) == as_ever
 

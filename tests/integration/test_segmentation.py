@@ -415,7 +415,7 @@ def widest(lab, tmp_path_factory):
         supervision={"branches": "per_site"},
         infusion={"rule": "gate", "calibration": "consensus"},
         pretraining={"rounds": 1, "local_epochs": 1},
-        pseudo_labels={"strategy": "tent", "rounds": 2},
+        pseudo_labels={"strategy": "tent", "rounds": 2, "local_epochs": 1},
         segmenter_batch_norm="mixed",
     )
     grid = Recording()
@@ -680,7 +680,7 @@ def kill_within_a_round(workspace, sites, reached):
         process.stderr.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_killed_within_rounds_ends_with_the_same_bits(simulated, lab, workspace, tmp_path):
     broken, sites = lay_out(lab, tmp_path)
     # When a study started stands in what it signs; these two start at the same second.
@@ -946,7 +946,7 @@ def run_reduced(values, data, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.long
 def test_outlines_of_real_lesions_across_countries(data, tmp_path):
     values = reduced("breast_segmentation", ["rio-aplio"])
     once = {"rounds": 1, "local_epochs": 1, "batch_size": 32}
@@ -960,7 +960,7 @@ def test_outlines_of_real_lesions_across_countries(data, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_lesions_are_classified_across_countries(data, tmp_path):
     hospitals = ["rio-aplio", "poland"]
     values = reduced("breast_three_countries", hospitals, diffusion={"kind": "none"})

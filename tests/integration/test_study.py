@@ -45,14 +45,25 @@ from sonofed_simulations.engines.inline import InlineGrid, run_inline
 from sonofed_simulations.simulation import simulate
 
 NETWORK = "shufflenet_v2"
+SHORT = {
+    "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
+    "selection": {"strategy": "random", "budgets": [0.5]},
+    "finetuning": {"rounds": 1},
+}
+"""What makes the tiny study one with few questions."""
+
+
+def study_like(laboratory, **changes):
+    """The tiny study with changes."""
+    values = laboratory.scenario.study.model_dump(mode="json")
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return Study.model_validate(values)
 
 
 def lay_out(laboratory, root, **changes):
     """A fresh workspace and fresh sites for the tiny study, or one like it."""
-    values = laboratory.scenario.study.model_dump(mode="json")
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    study = Study.model_validate(values)
+    study = study_like(laboratory, **changes)
     sites = laboratory.prepare_sites(0, root / "sites")
     return laboratory.workspace(study, laboratory.root / "source", root / "study"), sites
 
@@ -78,10 +89,24 @@ def spoil(site):
     site.write_text(tomli_w.dumps(values))
 
 
-@pytest.fixture(scope="session")
+BOTH = [
+    pytest.param("short", SHORT, marks=pytest.mark.slow),
+    pytest.param("inline", {}, marks=pytest.mark.long),
+]
+"""Fixtures of studies that ran to their end, and what makes the tiny study one of them."""
+
+
+@pytest.fixture(scope="module")
 def inline(laboratory, tmp_path_factory):
     """The tiny study, run to its end in this process."""
     workspace, sites = lay_out(laboratory, tmp_path_factory.mktemp("inline"))
+    return workspace, sites, run_inline(workspace, sites, Events())
+
+
+@pytest.fixture(scope="module")
+def short(laboratory, tmp_path_factory):
+    """A study with few questions, run to its end in this process."""
+    workspace, sites = lay_out(laboratory, tmp_path_factory.mktemp("short"), **SHORT)
     return workspace, sites, run_inline(workspace, sites, Events())
 
 
@@ -172,9 +197,12 @@ def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
     assert before.digest() == checkpoint(workspace).digest()
 
 
-def test_the_same_study_anew_ends_bit_for_bit_the_same(inline, laboratory, tmp_path):
-    workspace, sites, results = inline
-    second, other = lay_out(laboratory, tmp_path)
+@pytest.mark.parametrize(("first", "changes"), BOTH)
+def test_the_same_study_anew_ends_bit_for_bit_the_same(
+    request, laboratory, tmp_path, first, changes
+):
+    workspace, sites, results = request.getfixturevalue(first)
+    second, other = lay_out(laboratory, tmp_path, **changes)
     again = run_inline(second, other, Events())
     assert checkpoint(second).digest() == checkpoint(workspace).digest()
     assert [selection(s) for s in other] == [selection(s) for s in sites]
@@ -210,11 +238,24 @@ def kill_in(phase, workspace, sites, until):
         process.stderr.close()
 
 
-@pytest.mark.slow
-def test_a_killed_study_resumes_to_the_same_bits(inline, laboratory, tmp_path):
-    workspace, sites, results = inline
-    broken, other = lay_out(laboratory, tmp_path)
-    for phase, task in (("embed", "embed, round 2"), ("classifier", "classifier")):
+@pytest.mark.parametrize(
+    ("undisturbed", "changes", "deaths"),
+    [
+        pytest.param("short", SHORT, [("classifier", "classifier")], marks=pytest.mark.slow),
+        pytest.param(
+            "inline",
+            {},
+            [("embed", "embed, round 2"), ("classifier", "classifier")],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_killed_study_resumes_to_the_same_bits(
+    request, laboratory, tmp_path, undisturbed, changes, deaths
+):
+    workspace, sites, results = request.getfixturevalue(undisturbed)
+    broken, other = lay_out(laboratory, tmp_path, **changes)
+    for phase, task in deaths:
         kill_in(phase, broken, other, task)
         assert not broken.results.exists() and not broken.failure.exists()
         assert phase not in checkpoint(broken).config["done"]
@@ -222,7 +263,7 @@ def test_a_killed_study_resumes_to_the_same_bits(inline, laboratory, tmp_path):
     assert checkpoint(broken).digest() == checkpoint(workspace).digest()
     assert [selection(s) for s in other] == [selection(s) for s in sites]
     assert again.sites == results.sites
-    assert [phase.name for phase in again.phases] == list(ACTIVE_LEARNING)
+    assert [phase.name for phase in again.phases] == [phase.name for phase in results.phases]
     assert traffic(again) == traffic(results)
     assert not list(broken.root.glob(".*.tmp"))
 
@@ -254,13 +295,6 @@ def test_with_a_quorum_the_study_goes_on_and_names_the_missing_site(laboratory, 
     assert "[data-missing]" in results.sites["hillview"].missing_reason
     assert results.sites["riverside"].classifiers[NETWORK].adapted is not None
     assert not results.sites["hillview"].classifiers
-
-
-SHORT = {
-    "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
-    "selection": {"strategy": "random", "budgets": [0.5]},
-    "finetuning": {"rounds": 1},
-}
 
 
 class Failing(InlineGrid):
@@ -608,23 +642,17 @@ def test_a_site_that_comes_back_is_not_missing(laboratory, tmp_path, monkeypatch
     assert results.sites["riverside"].classifiers[NETWORK].adapted is not None
 
 
-def test_a_simulation_that_lost_a_site_still_writes_its_report(laboratory, tmp_path):
-    for part in ("phantoms", "source"):
-        shutil.copytree(laboratory.root / part, tmp_path / part)
-    shutil.copy(laboratory.key, tmp_path / "coordinator.pem")
-    study = laboratory.scenario.study
-    cohort = study.cohort.model_copy(update={"quorum": 1})
-    scenario = laboratory.scenario.model_copy(
-        update={"study": study.model_copy(update={"cohort": cohort})}
-    )
+def test_a_simulation_that_lost_a_site_still_writes_its_report(laboratory, prepared):
+    study = study_like(laboratory, cohort={"quorum": 1}, **SHORT)
+    scenario = laboratory.scenario.model_copy(update={"study": study})
 
     def lose(event):
-        if event["event"] == "phase-started" and event["phase"] == "embed":
-            damage(tmp_path / "sites" / "riverside" / "site-0.toml")
+        if event["event"] == "phase-started" and event["phase"] == "classifier":
+            damage(prepared / "sites" / "riverside" / "site-0.toml")
 
-    results = simulate(scenario, tmp_path, None, "inline", 0, Events(None, [lose]))
+    results = simulate(scenario, prepared, None, "inline", 0, Events(None, [lose]))
     assert results.missing_sites == ("riverside",)
-    assert (tmp_path / "report.html").is_file()
+    assert (prepared / "report.html").is_file()
 
 
 def test_changed_images_start_the_study_anew(laboratory, tmp_path):
@@ -689,16 +717,18 @@ def test_a_site_that_does_not_connect_is_waited_for_until_the_deadline(laborator
 
 def test_without_reconstruction(laboratory, tmp_path):
     phases = [p for p in ACTIVE_LEARNING if p != "reconstruct"]
-    workspace, sites = lay_out(laboratory, tmp_path, phases=phases)
+    once = {"embedding": {"rounds": 1}, "finetuning": {"rounds": 1}}
+    workspace, sites = lay_out(
+        laboratory, tmp_path, phases=phases, selection={"budgets": [0.5]}, **once
+    )
     results = run_inline(workspace, sites, Events())
     assert [phase.name for phase in results.phases] == phases
     for site in results.sites.values():
         assert site.reconstruction is None and site.classifiers[NETWORK].adapted is not None
 
 
-def test_random_selection_with_few_phases(laboratory, tmp_path):
-    workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
-    results = run_inline(workspace, sites, Events())
+def test_random_selection_with_few_phases(short):
+    *_, results = short
     assert [phase.name for phase in results.phases] == SHORT["phases"]
     assert results.clusters == ()
     pool = sum(site.images for site in results.sites.values())
@@ -765,10 +795,10 @@ def temporary(processes):
     return {path for path in own if path.name.startswith(PREFIX) and path.exists()} | sessions
 
 
-@pytest.mark.slow
-def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
-    workspace, sites, results = inline
-    other, others = lay_out(laboratory, tmp_path)
+@pytest.mark.parametrize(("by_inline", "changes"), BOTH)
+def test_flower_and_inline_do_the_same(request, laboratory, tmp_path, by_inline, changes):
+    workspace, sites, results = request.getfixturevalue(by_inline)
+    other, others = lay_out(laboratory, tmp_path, **changes)
     seen, met, kept = [], {}, set()
 
     def look(event):
@@ -787,7 +817,8 @@ def test_flower_and_inline_do_the_same(inline, laboratory, tmp_path):
         assert array.dtype == second[name].dtype
         np.testing.assert_allclose(second[name], array, rtol=0, atol=1e-6, err_msg=name)
     assert federated.engine == "flower" and federated.missing_sites == ()
-    assert [e["phase"] for e in seen if e["event"] == "phase-finished"] == list(ACTIVE_LEARNING)
+    finished = [e["phase"] for e in seen if e["event"] == "phase-finished"]
+    assert finished == [phase.name for phase in results.phases]
     assert [p.bytes_to_sites for p in federated.phases] == pytest.approx(
         [p.bytes_to_sites for p in results.phases], rel=0.01, abs=2000
     )

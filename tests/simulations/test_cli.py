@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,58 +156,48 @@ def test_the_program_is_installed_and_exits_with_the_code(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_corrupt_image_and_reports_it_on_site(tmp_path, laboratory):
-    out = tmp_path / "out"
-    for part in ("source", "phantoms"):
-        shutil.copytree(laboratory.root / part, out / part)
-    shutil.copy(laboratory.key, out / "coordinator.pem")
-    images = out / "phantoms" / "hillview" / "images"
+def test_a_run_survives_a_corrupt_image_and_reports_it_on_site(tmp_path, prepared):
+    images = prepared / "phantoms" / "hillview" / "images"
     bad = sorted(images.glob("*.png"))[2]
     bad.write_bytes(b"no image")
-    result = lab("run", TINY, "--out", out)
+    few = 'phases = ["enrol", "ship", "select", "annotate", "classifier"]'
+    scenario = tiny(
+        tmp_path,
+        "selection = { budgets = [0.3, 0.6] }",
+        f'{few}\nselection = {{ strategy = "random", budgets = [0.5] }}',
+    )
+    result = lab("run", scenario, "--out", prepared)
     assert result.exit_code == 0, result.output
-    store = Store(read_site(out / "sites" / "hillview" / "site-0.toml").store)
+    store = Store(read_site(prepared / "sites" / "hillview" / "site-0.toml").store)
     (skipped,) = store.get("intake").config["skipped"]
     assert skipped["name"] == f"images/{bad.name}"
-    results = read_results(out / "results.json")
+    results = read_results(prepared / "results.json")
     hillview = results.sites["hillview"]
     assert hillview.images + hillview.test_images == 19 and results.engine == "inline"
-    assert (out / "report.html").stat().st_size > 0
+    assert (prepared / "report.html").stat().st_size > 0
     events = [json.loads(line) for line in result.stderr.splitlines()]
     assert "study-completed" in {event["event"] for event in events}
     assert bad.name not in result.output
 
 
-def test_a_changed_bundle_ends_the_run_with_its_sentence(tmp_path, laboratory):
-    out = tmp_path / "out"
-    for part in ("source", "phantoms"):
-        shutil.copytree(laboratory.root / part, out / part)
-    shutil.copy(laboratory.key, out / "coordinator.pem")
-    blob = sorted((out / "source" / "blobs").iterdir())[0]
+def test_a_changed_bundle_ends_the_run_with_its_sentence(prepared):
+    blob = sorted((prepared / "source" / "blobs").iterdir())[0]
     blob.write_bytes(blob.read_bytes() + b"x")
-    line = sentence(lab("run", TINY, "--out", out), 30)
+    line = sentence(lab("run", TINY, "--out", prepared), 30)
     assert "delete the folder" in line and blob.exists()
 
 
-def test_an_empty_site_ends_the_run_with_its_sentence(tmp_path, laboratory):
-    out = tmp_path / "out"
-    for part in ("source", "phantoms"):
-        shutil.copytree(laboratory.root / part, out / part)
-    shutil.copy(laboratory.key, out / "coordinator.pem")
-    table = out / "phantoms" / "hillview" / "table.csv"
+def test_an_empty_site_ends_the_run_with_its_sentence(prepared):
+    table = prepared / "phantoms" / "hillview" / "table.csv"
     rows = table.read_text().splitlines()
     normals = [",".join([*(c := r.split(","))[:2], "normal", *c[3:]]) for r in rows[1:]]
     table.write_text("\n".join([rows[0], *normals]))
-    assert "hillview" in sentence(lab("run", TINY, "--out", out), 11)
+    assert "hillview" in sentence(lab("run", TINY, "--out", prepared), 11)
 
 
-def test_a_site_of_one_class_ends_the_run_with_its_sentence(tmp_path, laboratory):
-    out = tmp_path / "out"
-    for part in ("source", "phantoms"):
-        shutil.copytree(laboratory.root / part, out / part)
-    shutil.copy(laboratory.key, out / "coordinator.pem")
-    table = out / "phantoms" / "hillview" / "table.csv"
+def test_a_site_of_one_class_ends_the_run_with_its_sentence(prepared):
+    table = prepared / "phantoms" / "hillview" / "table.csv"
     rows = table.read_text().splitlines()
     table.write_text("\n".join([rows[0], *(r for r in rows[1:] if r.split(",")[2] == "0")]))
-    assert "hillview" in sentence(lab("run", TINY, "--out", out), 12)
-    assert not (out / "results.json").exists()
+    assert "hillview" in sentence(lab("run", TINY, "--out", prepared), 12)
+    assert not (prepared / "results.json").exists()

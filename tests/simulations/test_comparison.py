@@ -27,7 +27,12 @@ from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.segmentation_comparison import read_mask_comparison
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
-CHEAP = 'phases = ["enrol", "ship", "select", "annotate", "classifier"]'
+CHEAP = """
+phases = ["enrol", "ship", "select", "annotate", "classifier"]
+finetuning.rounds = 1
+selection.strategy = "random"
+selection.budgets = [0.5]
+"""
 
 
 def cell(variant: str, seed: int, shift: float, patients: int = 40) -> Cell:
@@ -180,45 +185,43 @@ def test_a_variant_of_another_preset_has_that_presets_values() -> None:
 
 
 @pytest.mark.slow
-def test_cells_run_once_and_again_after_a_change(tmp_path: Path) -> None:
+def test_cells_run_once_and_again_after_a_change(tmp_path: Path, prepared: Path) -> None:
     file = tmp_path / "small.toml"
     text = (
         f'name = "x"\nscenario = "{TINY}"\nseeds = [0, 1]\nreference = ["random-0"]\n'
-        f"[variants.random-0]\n{CHEAP}\nselection = {{ strategy = 'random' }}\n"
-        f"[variants.random-1]\n{CHEAP}\nselection = {{ strategy = 'random', draw = 1 }}\n"
+        f"[variants.random-0]\n{CHEAP}[variants.random-1]\n{CHEAP}selection.draw = 1\n"
     )
     file.write_text(text, encoding="utf-8")
-    out = tmp_path / "out"
     comparison, scenario = read_comparison(file)
-    run_comparison(comparison, scenario, out, None, (0, 1), SILENT)
-    kept = {p: p.stat().st_mtime_ns for p in out.rglob(PREDICTIONS)}
+    run_comparison(comparison, scenario, prepared, None, (0, 1), SILENT)
+    kept = {p: p.stat().st_mtime_ns for p in prepared.rglob(PREDICTIONS)}
     assert len(kept) == 8
-    run_comparison(comparison, scenario, out, None, (0,), SILENT)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob(PREDICTIONS)} == kept
-    cells, left_out = finished_cells(comparison, scenario, out, None)
+    run_comparison(comparison, scenario, prepared, None, (0,), SILENT)
+    assert {p: p.stat().st_mtime_ns for p in prepared.rglob(PREDICTIONS)} == kept
+    cells, left_out = finished_cells(comparison, scenario, prepared, None)
     assert len(cells) == 8 and left_out == []
     summary = summarise(comparison, cells)
-    write_summary(summary, out)
+    write_summary(summary, prepared)
     assert [row.variant for row in summary.rows] == [
         "source-only",
         "bn-adapted",
         "random-0",
         "random-1",
     ]
-    assert "bn-adapted over source-only" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert "bn-adapted over source-only" in (prepared / "comparison.md").read_text(encoding="utf-8")
 
     file.write_text(text.replace("draw = 1", "draw = 2"), encoding="utf-8")
     comparison, scenario = read_comparison(file)
-    run_comparison(comparison, scenario, out, None, (0,), SILENT)
-    changed = {p.relative_to(out) for p, t in kept.items() if p.stat().st_mtime_ns != t}
+    run_comparison(comparison, scenario, prepared, None, (0,), SILENT)
+    changed = {p.relative_to(prepared) for p, t in kept.items() if p.stat().st_mtime_ns != t}
     assert changed == {Path("seed-0/random-1") / PREDICTIONS}
-    cells, left_out = finished_cells(comparison, scenario, out, None)
+    cells, left_out = finished_cells(comparison, scenario, prepared, None)
     assert len(cells) == 7 and left_out == ["seed-1/random-1"]
     # Other test images: nothing of either seed is of the scenario as it is now.
     hillview = scenario.hospitals["hillview"].model_copy(update={"test_fraction": 0.3})
     hospitals = {**scenario.hospitals, "hillview": hillview}
     changed_scenario = scenario.model_copy(update={"hospitals": hospitals})
-    cells, left_out = finished_cells(comparison, changed_scenario, out, None)
+    cells, left_out = finished_cells(comparison, changed_scenario, prepared, None)
     assert cells == [] and len(left_out) == 8
     with pytest.raises(ConfigurationError, match="seed 7"):
-        run_comparison(comparison, scenario, out, None, (7,), SILENT)
+        run_comparison(comparison, scenario, prepared, None, (7,), SILENT)

@@ -56,7 +56,9 @@ def write(
     """A comparison over the tiny study, of a source trained at a rate; return its file."""
     scenario = tomllib.loads(TINY.read_text(encoding="utf-8"))
     scenario["source"]["segmentation"] |= {"epochs": 1, "learning_rate": rate}
+    scenario["source_phantoms"]["images"] = 20
     for hospital in scenario["hospitals"].values():
+        hospital["phantoms"]["images"] = 10
         hospital["test_fraction"] = test_fraction
     scenario["study"] |= {"pretraining": {"rounds": 1, "local_epochs": 1, "patch_size": 8}}
     (folder / "scenario.toml").write_text(tomli_w.dumps(scenario), encoding="utf-8")
@@ -128,12 +130,16 @@ def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path
     second = cells(out)
     assert {name for name in first if second[name] != first[name]} == short
 
-    run(write(tmp_path, "tent", rate=1e-3, full=False), out)
+    comparison, scenario = run(write(tmp_path, "tent", rate=1e-3, full=False), out)
     third = cells(out)
     assert {name for name in second if third[name] != second[name]} == short | control
 
+    assert finished_scores(comparison, scenario, out)
+    others = read_mask_comparison(write(tmp_path, "tent", 1e-3, False, test_fraction=0.6))
+    assert finished_scores(*others, out) == {}
 
-@pytest.mark.slow
+
+@pytest.mark.long
 def test_each_seed_has_a_source_of_its_own_and_no_score_of_other_images_counts(
     tmp_path: Path,
 ) -> None:

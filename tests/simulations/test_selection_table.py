@@ -11,10 +11,11 @@ import pytest
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.runtime import SILENT, Events
-from sonofed_simulations.rivals import STRATEGIES
+from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
 from sonofed_simulations.tables import cells as cells_module
 from sonofed_simulations.tables.adaptation_selection import run_selection_table
 from sonofed_simulations.tables.cells import Cell, fingerprint
+from sonofed_simulations.tables.preset import choose, preset_cells
 from sonofed_simulations.tables.selection_findings import findings
 from sonofed_simulations.tables.selection_summary import summarise
 from sonofed_simulations.tables.settings import (
@@ -206,6 +207,39 @@ def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> Non
     said = "\n".join(findings(summary))
     assert "better badge" in said and "2 of 3 strategies cannot be told from it" in said
     assert "dual-margin-near below" in said and "This is 60% of the table" in said
+
+
+def at_sites(strategy: str, split: SplitName, right: dict[str, float]) -> Cell:
+    """A cell that gets a share of each site's images right, spread over patients."""
+    predictions = {}
+    for site, share in right.items():
+        labels = np.arange(20) % 2
+        probabilities = np.where(np.arange(20) < 20 * share, labels, 1 - labels) * 0.8 + 0.1
+        predictions[site] = (labels, probabilities, np.array([f"{split.fold}-{n}" for n in labels]))
+    counts = {site: n for n, site in enumerate(right)}
+    chosen = {site: list(range(n)) for site, n in counts.items()}
+    return Cell(Chain(strategy, "federated", 0, split, (0.2,)), 0.2, chosen, counts, predictions, 1)
+
+
+def test_the_preset_is_chosen_at_the_other_sites_alone() -> None:
+    base = dict.fromkeys(("a", "b", "c"), 0.5)
+    rights = {name: dict(base) for name in TWO_VIEWS}
+    # The best at its own site, and poor elsewhere: no other site's test may choose it for "a".
+    rights["two-view-badge"] = {"a": 1.0, "b": 0.4, "c": 0.4}
+    rights["two-view-feal"] = {"a": 0.6, "b": 0.6, "c": 0.6}
+    rights["two-view-clue"] = {"a": 0.3, "b": 0.8, "c": 0.7}
+    splits = [SplitName(0, fold) for fold in range(2)]
+    made = [at_sites(name, split, right) for name, right in rights.items() for split in splits]
+    chosen = choose(made, tiny())
+    # Means over the others: at "a" clue .75, at "b" badge .70, at "c" badge .70.
+    assert chosen == {"a": "two-view-clue", "b": "two-view-badge", "c": "two-view-badge"}
+    one, two = preset_cells(made, tiny())
+    assert {one.chain.split, two.chain.split} == set(splits)
+    for site, name in chosen.items():
+        source = next(c for c in made if c.chain.strategy == name and c.chain.split == splits[0])
+        assert one.predictions[site] is source.predictions[site]
+        assert one.chosen[site] == source.chosen[site]
+    assert choose(made[:-2], tiny()) == {} and preset_cells(made[:-2], tiny()) == []
 
 
 def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:

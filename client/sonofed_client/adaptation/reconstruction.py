@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sonofed_common.models.sampling import reconstruct
-from sonofed_common.monai import PSNRMetric, SSIMMetric
 
 __all__ = ["quality", "reconstruct"]
 
@@ -32,6 +31,8 @@ def quality(
         Means over the images: ``ssim`` in [-1, 1], ``psnr`` in dB, and with features
         ``feature_distance``, one minus cosine, in [0, 2].
     """
+    from sonofed_common.monai import PSNRMetric, SSIMMetric
+
     ssim = SSIMMetric(spatial_dims=2, data_range=1.0)(reconstructions, originals)
     psnr = PSNRMetric(max_val=1.0)(reconstructions, originals)
     means = {"ssim": float(ssim.mean()), "psnr": float(psnr.mean())}

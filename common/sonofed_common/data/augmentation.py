@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from sonofed_common.monai import AffineTransform
+from torch.nn.functional import affine_grid, grid_sample
 
 FLIP_PROBABILITY = 0.5
 LARGEST_ROTATION = math.radians(15)
@@ -37,16 +36,6 @@ class Augmentation:
     def __init__(self, seed: int, flips: bool = True) -> None:
         self._flip_probability = FLIP_PROBABILITY if flips else 0.0
         self._draws = np.random.default_rng(seed)
-        self._warp, self._warp_nearest = (
-            AffineTransform(
-                normalized=True,
-                mode=mode,
-                padding_mode="zeros",
-                align_corners=False,
-                reverse_indexing=False,
-            )
-            for mode in ("bilinear", "nearest")
-        )
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Augment each image on its own.
@@ -63,7 +52,7 @@ class Augmentation:
         """
         if len(batch) == 0:
             return batch
-        return self._resample(batch, self._maps(len(batch)))
+        return _warp(batch, self._maps(len(batch)), "bilinear").clamp_(0, 1)
 
     def with_masks(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Augment each image, and its mask by the same map; they are also scaled by 0.9 to 1.1.
@@ -84,8 +73,8 @@ class Augmentation:
             return images, masks
         maps = self._maps(len(images))
         maps = maps / self._draws.uniform(*SCALES, len(images))[:, None, None]
-        moved = self._warp_nearest(masks.to(images.dtype), *self._arguments(images, maps))
-        return self._resample(images, maps), moved.to(masks.dtype)
+        moved = _warp(masks.to(images.dtype), maps, "nearest")
+        return _warp(images, maps, "bilinear").clamp_(0, 1), moved.to(masks.dtype)
 
     def _maps(self, count: int) -> NDArray[np.float64]:
         flip = np.where(self._draws.random(count) < self._flip_probability, -1.0, 1.0)
@@ -94,11 +83,8 @@ class Augmentation:
         rows = [[flip * cos, -flip * sin, zero], [sin, cos, zero]]
         return np.moveaxis(np.array(rows), -1, 0)
 
-    def _resample(self, batch: Tensor, maps: NDArray[np.float64]) -> Tensor:
-        warped: Tensor = self._warp(batch, *self._arguments(batch, maps))
-        return warped.clamp_(0, 1)
 
-    @staticmethod
-    def _arguments(batch: Tensor, maps: NDArray[np.float64]) -> tuple[Tensor, torch.Size]:
-        theta = torch.as_tensor(maps, dtype=batch.dtype)
-        return theta.to(batch.device), batch.shape[-2:]
+def _warp(batch: Tensor, maps: NDArray[np.float64], mode: str) -> Tensor:
+    theta = torch.as_tensor(maps, dtype=batch.dtype).to(batch.device)
+    grid = affine_grid(theta, list(batch.shape), align_corners=False)
+    return grid_sample(batch.contiguous(), grid, mode, "zeros", align_corners=False)

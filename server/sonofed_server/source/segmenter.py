@@ -16,7 +16,6 @@ from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.data.style import StyleAugmentation
 from sonofed_common.models.infusion import fit_temperature, lattice
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
-from sonofed_common.monai import DiceCELoss
 from sonofed_common.runtime import SILENT, Events, derive_seed, device
 from sonofed_common.segmentation_metrics import ImageScores, score_images, segmentation_metrics
 from sonofed_common.training import Training, fit
@@ -72,6 +71,8 @@ def train_segmenter(
     DivergenceError
         A loss or a weight is not finite.
     """
+    from sonofed_common.monai import DiceCELoss
+
     image_size = pool.images.shape[-1]
     model = build_segmenter(
         settings.encoder,

@@ -8,14 +8,18 @@ from sonofed_simulations.rivals.learned import LfOSA, Vaal
 from sonofed_simulations.rivals.ours import DualScore
 from sonofed_simulations.rivals.pool import Pool, Strategy
 from sonofed_simulations.rivals.random import Random
+from sonofed_simulations.rivals.two_views import TWO_VIEWS
 from sonofed_simulations.rivals.uncertainty import Bald, BatchBald, MaxEntropy
 
-OURS: dict[str, Strategy] = {
+DUAL_SCORES: dict[str, Strategy] = {
     f"dual-{uncertainty}-{order}": DualScore(uncertainty, order)
     for uncertainty in ("margin", "range")
     for order in ("near", "far", "both")
 }
 """The dual score in the variants that the table compares."""
+
+OURS: dict[str, Strategy] = {**DUAL_SCORES, **TWO_VIEWS}
+"""What is ours, by the names of the tables."""
 
 STRATEGIES: dict[str, Strategy] = {
     "random": Random(),
@@ -36,4 +40,4 @@ STRATEGIES: dict[str, Strategy] = {
 }
 """All strategies by the names of the tables."""
 
-__all__ = ["OURS", "STRATEGIES", "Pool", "Strategy"]
+__all__ = ["DUAL_SCORES", "OURS", "STRATEGIES", "TWO_VIEWS", "Pool", "Strategy"]

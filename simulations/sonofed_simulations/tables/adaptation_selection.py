@@ -12,15 +12,8 @@ from sonofed_server.source.settings import DiffusionTraining
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
 from sonofed_simulations.tables.cells import Cell, cell_origin, decode, read_records, run_chain
-from sonofed_simulations.tables.features import (
-    HospitalImages,
-    Start,
-    features_origin,
-    read_hospitals,
-    read_start,
-    site_features,
-)
 from sonofed_simulations.tables.manifest import write_manifest
+from sonofed_simulations.tables.material import Material
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.selection_page import summary_table, write_page
 from sonofed_simulations.tables.selection_summary import Summary, summarise
@@ -76,87 +69,55 @@ def run_selection_table(
         raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
     set_threads(THREADS)
     scenario = _scenario(table)
-    laboratory = Laboratory(scenario, out / "work", data, events)
-    with laboratory.alone():
-        bundle = laboratory.prepare_source()
-        hospitals = read_hospitals(laboratory, scenario.source.image_size)
-    start = read_start(bundle, scenario.study.classifiers[0])
+    material = Material.prepare(table, Laboratory(scenario, out / "work", data, events))
     everything = list(chains(table))
     # Contiguous shards: a machine extracts the features of few splits.
     first, last = ((n * len(everything)) // total for n in (number - 1, number))
     try:
-        _run(everything[first:last], table, laboratory, start, hospitals)
+        _run(everything[first:last], material)
     except KeyboardInterrupt:
-        _write(everything, table, laboratory, start, hospitals, out)
+        _write(everything, material, out)
         raise
-    return _write(everything, table, laboratory, start, hospitals, out)
+    return _write(everything, material, out)
 
 
-def _write(
-    everything: Sequence[Chain],
-    table: SelectionTable,
-    laboratory: Laboratory,
-    start: Start,
-    hospitals: Sequence[HospitalImages],
-    out: Path,
-) -> Summary:
-    cells, wanted = finished(everything, table, laboratory.root, start, hospitals)
-    laboratory.events.emit("table", cells=len(cells), wanted=wanted)
-    summary = summarise(table, cells, wanted, start.threshold)
-    write_page(summary, table, out)
-    write_manifest(out, table, laboratory.scenario, start, hospitals, cells)
+def _write(everything: Sequence[Chain], material: Material, out: Path) -> Summary:
+    cells, wanted = finished(everything, material)
+    material.laboratory.events.emit("table", cells=len(cells), wanted=wanted)
+    summary = summarise(material.table, cells, wanted, material.start.threshold)
+    write_page(summary, material.table, out)
+    write_manifest(out, material, cells)
     return summary
 
 
-def finished(
-    wanted: Sequence[Chain],
-    table: SelectionTable,
-    root: Path,
-    start: Start,
-    hospitals: Sequence[HospitalImages],
-) -> tuple[list[Cell], int]:
+def finished(wanted: Sequence[Chain], material: Material) -> tuple[list[Cell], int]:
     """Finished cells that still are what the table asks for, and how many it asks for."""
     found: list[Cell] = []
     count = 0
     for chain in wanted:
-        features = [features_origin(start, h, table, chain.split) for h in hospitals]
+        features = material.origins(chain)
         for budget in chain.budgets:
             count += 1
-            origin = cell_origin(chain, budget, table, features)
-            records = read_records(root / "cells" / chain.path(budget), origin)
+            origin = cell_origin(chain, budget, material.table, features)
+            records = read_records(material.cells / chain.path(budget), origin)
             if records is not None:
                 found.append(decode(chain, budget, records))
     return found, count
 
 
-def _run(
-    wanted: Sequence[Chain],
-    table: SelectionTable,
-    laboratory: Laboratory,
-    start: Start,
-    hospitals: Sequence[HospitalImages],
-) -> None:
+def _run(wanted: Sequence[Chain], material: Material) -> None:
     missing = []
     for chain in wanted:
-        found, count = finished([chain], table, laboratory.root, start, hospitals)
+        found, count = finished([chain], material)
         if len(found) < count:
             missing.append(chain)
     done = len(wanted) - len(missing)
-    for split, group in groupby(missing, key=lambda chain: chain.split):
-        folder = laboratory.root / "features" / str(split)
-        # Another shard may be extracting the same ones.
-        with laboratory.alone():
-            sites = [
-                site_features(
-                    start, h, table, split, folder / f"{h.name}.safetensors", laboratory.events
-                )
-                for h in hospitals
-            ]
-        origins = [features_origin(start, h, table, split) for h in hospitals]
+    for (split, two_views), group in groupby(missing, key=lambda c: (c.split, c.two_views)):
+        sites, begin = material.sites(split, two_views), material.begin(two_views)
         for chain in group:
-            run_chain(chain, table, start, sites, origins, laboratory.root / "cells")
+            run_chain(chain, material.table, begin, sites, material.origins(chain), material.cells)
             done += 1
-            laboratory.events.progress(
+            material.laboratory.events.progress(
                 "chains", done, len(wanted), strategy=chain.strategy, split=str(split)
             )
 

@@ -22,10 +22,9 @@ from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_common.security import sha256
 from sonofed_simulations.rivals import STRATEGIES, Pool, Strategy
 from sonofed_simulations.rivals.pool import UNLABELLED, united
-from sonofed_simulations.tables.features import SiteFeatures, Start
+from sonofed_simulations.tables.features import Begin, SiteFeatures
 from sonofed_simulations.tables.head import Head, Labelled, dropout_passes, logits, train_head
 from sonofed_simulations.tables.settings import (
-    ALL_LABELS,
     CONTROLS,
     SOURCE,
     Chain,
@@ -94,7 +93,7 @@ def cell_origin(
 def run_chain(
     chain: Chain,
     table: SelectionTable,
-    start: Start,
+    begin: Begin,
     sites: Sequence[SiteFeatures],
     origins: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -105,8 +104,8 @@ def run_chain(
     ----------
     chain, table
         What to run.
-    start : Start
-        The start model.
+    begin : Begin
+        The head that every cell starts from.
     sites : sequence of SiteFeatures
         Of the chain's split.
     origins : sequence of mapping
@@ -114,8 +113,7 @@ def run_chain(
     folder : Path
         Where the cells are.
     """
-    first = start.model()
-    head: Head = first.head.state_dict()
+    head: Head = begin.head
     chosen: Chosen = {site.name: [] for site in sites}
     for budget in chain.budgets:
         path = folder / chain.path(budget)
@@ -123,7 +121,7 @@ def run_chain(
         kept = read_records(path, origin)
         if kept is None:
             began = time.perf_counter()
-            worker = _Worker(chain, table, first.head.state_dict(), first.dropout.p, sites, start)
+            worker = _Worker(chain, table, begin, sites)
             chosen = worker.select(head, chosen, budget)
             head = worker.train(chosen)
             kept = worker.records(head, chosen, origin, time.perf_counter() - began)
@@ -159,10 +157,8 @@ def decode(chain: Chain, budget: float, records: Records) -> Cell:
 class _Worker:
     chain: Chain
     table: SelectionTable
-    start_head: Head
-    dropped: float
+    begin: Begin
     sites: Sequence[SiteFeatures]
-    start: Start
 
     @property
     def seed(self) -> int:
@@ -173,8 +169,10 @@ class _Worker:
         """Top the selection up to a budget."""
         sizes = {site.name: len(site.labels) for site in self.sites}
         if self.chain.strategy in CONTROLS:
-            everything = self.chain.strategy == ALL_LABELS
-            return {name: list(range(size)) if everything else [] for name, size in sizes.items()}
+            return {
+                name: list(range(size)) if self.chain.labels_everything else []
+                for name, size in sizes.items()
+            }
         strategy = STRATEGIES[self.chain.strategy]
         pools = [self._pool(site, head, chosen[site.name], strategy) for site in self.sites]
         # The budget is the sum of the sites' shares in both modes.
@@ -203,7 +201,9 @@ class _Worker:
         if self.chain.mode == "pooled":
             views = torch.cat([part.views for part in parts], dim=1)
             parts = [Labelled("pooled", views, torch.cat([part.labels for part in parts]))]
-        return train_head(self.start_head, parts, self.table.training, self.dropped, self.seed)
+        return train_head(
+            self.begin.head, parts, self.table.training, self.begin.dropped, self.seed
+        )
 
     def records(
         self, head: Head, chosen: Chosen, origin: Mapping[str, Any], seconds: float
@@ -224,6 +224,10 @@ class _Worker:
         }
         return Records(arrays, config, {"seconds": seconds})
 
+    def _train(self, parts: Sequence[Labelled]) -> Head:
+        settings, dropped = self.table.training, self.begin.dropped
+        return train_head(self.begin.head, parts, settings, dropped, self.seed)
+
     def _labelled(self, site: SiteFeatures, chosen: list[int]) -> Labelled:
         views, labels = site.views[:, chosen], site.labels[chosen]
         return Labelled(site.name, torch.from_numpy(views), torch.from_numpy(labels))
@@ -233,11 +237,13 @@ class _Worker:
         local = head
         if strategy.uses_local and chosen and self.chain.mode == "federated":
             part = [self._labelled(site, chosen)]
-            local = train_head(self.start_head, part, self.table.training, self.dropped, self.seed)
+            local = train_head(
+                self.begin.head, part, self.table.training, self.begin.dropped, self.seed
+            )
         labels = np.full(len(site.labels), UNLABELLED, dtype=np.int64)
         labels[chosen] = site.labels[chosen]
         passes = dropout_passes(
-            head, features, self.dropped, self.table.passes, derive_seed(self.seed, "passes")
+            head, features, self.begin.dropped, self.table.passes, derive_seed(self.seed, "passes")
         )
         return Pool(
             site.name,
@@ -246,5 +252,5 @@ class _Worker:
             logits(local, features),
             passes,
             labels,
-            self.start.centroids,
+            self.begin.centroids,
         )

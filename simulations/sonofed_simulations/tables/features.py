@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,25 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Begin:
+    """The head that every cell of one kind starts from, on features of F values.
+
+    Attributes
+    ----------
+    head : mapping of str to Tensor
+        State of the linear layer: ``weight`` (C, F) and ``bias`` (C,).
+    dropped : float
+        Share of the features that is dropped in training.
+    centroids : ndarray of float32 (k, F)
+        Unit vectors of the source's images; none where no strategy asks for them.
+    """
+
+    head: Mapping[str, Tensor]
+    dropped: float
+    centroids: Array
+
+
+@dataclass(frozen=True)
 class Start:
     """The source's classifier, as every cell starts from it.
 
@@ -64,6 +83,11 @@ class Start:
         model = build_classifier(self.name, pretrained=False)
         model.load_state_dict(self.weights)
         return model.eval()
+
+    def begin(self) -> Begin:
+        """Return the head that cells start from."""
+        model = self.model()
+        return Begin(model.head.state_dict(), model.dropout.p, self.centroids)
 
 
 @dataclass(frozen=True)
@@ -200,17 +224,17 @@ def site_features(
     task = f"features {hospital.name}"
     events.progress(task, 0, table.views, split=str(name))
     model = start.model()
-    unadapted = _features(model, test)
+    unadapted = features_of(model, test)
     adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))
     augmentation = Augmentation(derive_seed(name.seed, name.fold, hospital.name, "views"))
     views = []
     for view in range(table.views):
-        views.append(_features(model, pool, augmentation if view else None))
+        views.append(features_of(model, pool, augmentation if view else None))
         events.progress(task, view + 1, table.views, split=str(name))
     arrays = {
         "views": np.stack(views),
         "labels": np.array([s.label for s in split.pool], dtype=np.int64),
-        "test": _features(model, test),
+        "test": features_of(model, test),
         "unadapted": unadapted,
         "test_labels": np.array([s.label for s in split.test], dtype=np.int64),
     }
@@ -233,9 +257,10 @@ def _decode(name: str, records: Records) -> SiteFeatures:
 
 
 @torch.inference_mode()
-def _features(
+def features_of(
     model: Classifier, images: Tensor, shown: Callable[[Tensor], Tensor] | None = None
 ) -> Array:
+    """Features (N, F) of images (N, 1, S, S), or of what is shown of them."""
     parts = [
         model.features(batch if shown is None else shown(batch)).numpy()
         for batch in torch.split(images, BATCH)

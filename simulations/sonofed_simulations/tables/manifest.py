@@ -12,9 +12,9 @@ from typing import Any
 from sonofed_common.data.splits import Split
 from sonofed_common.runtime import write_atomically
 from sonofed_server.study.report import this_machine
-from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.tables.cells import Cell
-from sonofed_simulations.tables.features import HospitalImages, Start, split_of
+from sonofed_simulations.tables.features import HospitalImages, split_of
+from sonofed_simulations.tables.material import Material
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
 LIBRARIES = (
@@ -48,23 +48,18 @@ def split_facts(split: Split) -> dict[str, Any]:
     return {"pool": len(split.pool), "test": len(split.test), "test_patients": digest[:16]}
 
 
-def write_manifest(
-    out: Path,
-    table: SelectionTable,
-    scenario: Scenario,
-    start: Start,
-    hospitals: Sequence[HospitalImages],
-    cells: Sequence[Cell],
-) -> None:
+def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None:
     """Write the manifest of a selection table."""
+    table, source = material.table, material.laboratory.scenario.source
     facts = {
         "table": table.model_dump(mode="json"),
         "source": {
-            "bundle": start.bundle,
-            "settings": scenario.source.model_dump(mode="json", exclude_none=True),
+            "bundle": material.start.bundle,
+            "lesions": material.lesion.digest if material.lesion is not None else None,
+            "settings": source.model_dump(mode="json", exclude_none=True),
         },
-        "data": {h.name: h.provenance.model_dump(mode="json") for h in hospitals},
-        "splits": _splits(table, hospitals),
+        "data": {h.name: h.provenance.model_dump(mode="json") for h in material.hospitals},
+        "splits": _splits(table, material.hospitals),
         "seeds": list(table.seeds),
         "cells": len(cells),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sonofed_simulations.rivals import OURS
+from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_summary import RANDOM, Row, Summary
 from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS
@@ -33,7 +33,7 @@ def findings(summary: Summary) -> list[str]:
         judged = [row for row in strategies if metric in row.over_random]
         if judged:
             lines.append(f"- {_over_random(judged, metric, summary.main_budget)}")
-    ours = [row for row in strategies if row.strategy in OURS and row.over_best]
+    ours = [row for row in strategies if is_ours(row.strategy) and row.over_best]
     if ours:
         lines.append(f"- {_over_best(ours, summary)}")
     if {RANDOM, BASELINE, ALL_LABELS} <= rows.keys():
@@ -64,7 +64,7 @@ def _over_best(rows: Sequence[Row], summary: Summary) -> str:
         if names
     ]  # fmt: skip
     text = "; ".join(said) or "no variant's interval excludes 0"
-    return f"Our dual score against the best rival, `{summary.best_rival}`, by accuracy: {text}."
+    return f"Ours against the best rival, `{summary.best_rival}`, by accuracy: {text}."
 
 
 def _sure(row: Row, metric: str) -> bool:

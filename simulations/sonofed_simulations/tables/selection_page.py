@@ -13,13 +13,13 @@ from rich.table import Table
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.paired import Interval
 from sonofed_simulations.report.figures import REST, SITE_COLOURS, SITE_MARKERS, SOFT, drawing
-from sonofed_simulations.rivals import OURS
 from sonofed_simulations.tables.pages import (
     contrast_text,
     interval_text,
     markdown,
     number_text,
 )
+from sonofed_simulations.tables.preset import PRESET, is_ours
 from sonofed_simulations.tables.selection_findings import findings
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_summary import RANDOM, Curve, Row, Summary
@@ -94,6 +94,8 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
                 ([r.strategy, *(contrast_text(c.get(m)) for m in METRICS)] for r, c in best),
             ),
         ]
+    if summary.preset:
+        lines += ["", "## Ours: two views, and the preset", "", *_preset(summary)]
     lines += ["", "## Tests, effects and what was chosen", "", *_details(summary)]
     lines += ["", "## AUROC by site", "", *_by_site(summary)]
     if any(curve.mode == "federated" for curve in summary.curves):
@@ -116,11 +118,29 @@ def _method(table: SelectionTable) -> list[str]:
         "trained on the labels so far; then the head is trained anew from the source's head on all "
         f"labels: {training.rounds} rounds of federated averaging, {training.local_epochs} local "
         f"epochs each, Adam {training.learning_rate:g}, batch {training.batch_size}, the defaults "
-        "of a study. Start, budget, steps, order and augmentation are the same for every strategy.",
+        "of a study. Start, budget, steps, order and augmentation are the same for every strategy, "
+        "but for the start of the rows with two views.",
         "- Federated: each site selects from its own pool and has its share of the budget; the "
         "dual score ranks all sites' images together. Pooled: one site that has all pools.",
-        "- Nothing was chosen on target labels. What is adapted of each strategy stands in its "
-        "docstring, in `simulations/sonofed_simulations/rivals`.",
+        "- Nothing was chosen on target labels, but the preset's strategy, and that at other "
+        "hospitals. What is adapted of each strategy stands in its docstring, in "
+        "`simulations/sonofed_simulations/rivals`.",
+    ]
+
+
+def _preset(summary: Summary) -> list[str]:
+    chosen = "; ".join(f"at {site} `{name}`" for site, name in summary.preset.items())
+    return [
+        "Rows `two-view-...` have another start than the rivals: beside the whole image a second "
+        "network of the same kind sees the lesion, cut out around what a segmenter outlines. Both "
+        "come from the source alone, from its labels and masks; at a hospital their statistics are "
+        "re-estimated like the first one's. The head is on the features of both, and starts as the "
+        "mean of the two heads' logits. So `two-view-random` is what the second view is worth, and "
+        "the others over it what their strategy adds.",
+        "",
+        f"`{PRESET}` is put together of these rows, a hospital each: the strategy with the best "
+        f"mean accuracy at the *other* hospitals at {summary.main_budget:.0%} of the labels: "
+        f"{chosen}. No label of a hospital's test had a part in what stands for it.",
     ]
 
 
@@ -139,7 +159,7 @@ def _control(row: Row) -> bool:
 
 def _cells(row: Row) -> list[str]:
     return [
-        f"{row.strategy} (ours)" if row.strategy in OURS else row.strategy,
+        f"{row.strategy} (ours)" if is_ours(row.strategy) else row.strategy,
         str(row.splits),
         f"{row.labels:.0f}",
         interval_text(row.accuracy),

@@ -12,7 +12,6 @@ from sonofed_common.contract.results import Machine
 from sonofed_common.metrics import classification_metrics
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, holm, interval
-from sonofed_simulations.rivals import OURS
 from sonofed_simulations.statistics import (
     budget_area,
     delong,
@@ -21,6 +20,7 @@ from sonofed_simulations.statistics import (
     sign_permutation,
 )
 from sonofed_simulations.tables.cells import Cell
+from sonofed_simulations.tables.preset import choose, is_ours, preset_cells
 from sonofed_simulations.tables.selection_replicates import (
     METRICS,
     Key,
@@ -102,6 +102,7 @@ class Summary(Model):
     seconds: float
     main_budget: float
     best_rival: str | None
+    preset: dict[str, str] = Field(default={}, description="by site: the candidate of sonofed")
     rows: tuple[Row, ...]
     curves: tuple[Curve, ...]
 
@@ -122,7 +123,7 @@ def summarise(
     threshold : float
         Operating point found on the source's held-out images.
     """
-    replicates = selection_replicates(cells)
+    replicates = selection_replicates([*cells, *preset_cells(cells, table)])
     rows = [_row(key, replicates, threshold) for key in replicates.by_key]
     rows = [_against_random(row, replicates) for row in rows]
     rival = _best_rival(rows, table.main_budget)
@@ -139,6 +140,7 @@ def summarise(
         seconds=sum(cell.seconds for cell in cells),
         main_budget=table.main_budget,
         best_rival=rival,
+        preset=choose(cells, table),
         rows=tuple(rows),
         curves=tuple(curve for curve in curves if curve is not None),
     )
@@ -229,7 +231,8 @@ def _best_rival(rows: Sequence[Row], budget: float) -> str | None:
         for row in rows
         if row.budget == budget
         and row.mode == "federated"
-        and row.strategy not in (RANDOM, *CONTROLS, *OURS)
+        and row.strategy not in (RANDOM, *CONTROLS)
+        and not is_ours(row.strategy)
     ]
     return max(rivals, key=lambda row: row.accuracy.value).strategy if rivals else None
 

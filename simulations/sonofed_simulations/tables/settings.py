@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +11,18 @@ from pydantic import Field, field_validator
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.study import Finetuning
-from sonofed_simulations.rivals import STRATEGIES
+from sonofed_server.source.settings import SegmenterTraining
+from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
 
 Mode = Literal["federated", "pooled"]
 
-SOURCE, BASELINE, ALL_LABELS = CONTROLS = ("source-only", "bn-adapted", "all-labels")
+DRAWN = ("random", "two-view-random")
+
+SOURCE, BASELINE, ALL_LABELS = "source-only", "bn-adapted", "all-labels"
 """Weights as shipped, with normalisation re-estimated on site, and trained on every label."""
+TWO_VIEW_BASELINE, TWO_VIEW_ALL_LABELS = "two-view-bn-adapted", "two-view-all-labels"
+"""The last two with both views of an image."""
+CONTROLS = (SOURCE, BASELINE, ALL_LABELS, TWO_VIEW_BASELINE, TWO_VIEW_ALL_LABELS)
 
 
 class SelectionTable(Model):
@@ -34,11 +40,14 @@ class SelectionTable(Model):
     budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
     main_budget: float = 0.2
     strategies: tuple[str, ...] = tuple(STRATEGIES)
-    draws: int = Field(default=10, ge=1, description="of strategy random")
+    draws: int = Field(default=10, ge=1, description="of the strategies that draw at random")
     pooled: bool = Field(default=True, description="also with all sites' pools as one")
     views: int = Field(default=4, ge=1, description="augmentations of each image, the plain one in")
     passes: int = Field(default=10, ge=2, description="draws of dropout that BALD sees")
     training: Finetuning = Finetuning()
+    lesions: SegmenterTraining | None = Field(
+        default=None, description="outlines the lesions for two views; default: no such rows"
+    )
 
     @field_validator("strategies")
     @classmethod
@@ -48,7 +57,10 @@ class SelectionTable(Model):
         return names
 
 
-QUICK = SelectionTable(scenario="breast_three_countries")
+QUICK = SelectionTable(
+    scenario="breast_three_countries",
+    lesions=SegmenterTraining(epochs=12, learning_rate=1e-3, batch_size=8),
+)
 """One classifier, 128 px, three seeds, five folds: hours on two cores."""
 
 
@@ -75,7 +87,7 @@ class Chain:
         ``federated``: each site selects and trains, heads are averaged. ``pooled``: one site that
         has all sites' pools.
     draw : int
-        Of strategy random; 0 for the others.
+        Of a strategy that draws at random; 0 for the others.
     split : SplitName
         Which images are in the pools.
     budgets : tuple of float
@@ -88,9 +100,19 @@ class Chain:
     split: SplitName
     budgets: tuple[float, ...]
 
+    @property
+    def two_views(self) -> bool:
+        """Whether it sees the lesion beside the image."""
+        return self.strategy in (*TWO_VIEWS, TWO_VIEW_BASELINE, TWO_VIEW_ALL_LABELS)
+
+    @property
+    def labels_everything(self) -> bool:
+        """Whether it is a control that is trained on every label."""
+        return self.strategy in (ALL_LABELS, TWO_VIEW_ALL_LABELS)
+
     def path(self, budget: float) -> Path:
         """Where the cell of a budget is kept, under the folder of the cells."""
-        name = f"{self.strategy}-{self.draw}" if self.strategy == "random" else self.strategy
+        name = f"{self.strategy}-{self.draw}" if self.strategy in DRAWN else self.strategy
         return Path(str(self.split)) / self.mode / name / f"{budget:g}.safetensors"
 
 
@@ -105,8 +127,11 @@ def chains(table: SelectionTable) -> Iterator[Chain]:
                 continue
             if mode == "federated":
                 for name in CONTROLS:
-                    share = 1.0 if name == ALL_LABELS else 0.0
-                    yield Chain(name, mode, 0, split, (share,))
+                    chain = Chain(name, mode, 0, split, (0.0,))
+                    if table.lesions or not chain.two_views:
+                        yield replace(chain, budgets=(1.0,)) if chain.labels_everything else chain
             for name in table.strategies:
-                for draw in range(table.draws if name == "random" else 1):
+                if name in TWO_VIEWS and (mode == "pooled" or not table.lesions):
+                    continue
+                for draw in range(table.draws if name in DRAWN else 1):
                     yield Chain(name, mode, draw, split, budgets)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Resize, SpatialPad
 from PIL import Image
 
 from sonofed_common.contract.errors import DataUnreadableError
@@ -33,6 +32,8 @@ def truncate(path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100), (33, 64), (64, 64), (20, 13)])
 def test_equals_monai(shape: tuple[int, int], tmp_path: Path) -> None:
+    from monai.transforms import Compose, Resize, SpatialPad
+
     pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     images, _, _ = load_images([sample(save(tmp_path / "a.png", pixels))], 32)
     mode = "area" if max(shape) > 32 else "bilinear"

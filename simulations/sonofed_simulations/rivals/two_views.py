@@ -1,0 +1,19 @@
+"""Our own method: the image and its lesion seen by two networks, under a known strategy."""
+
+from __future__ import annotations
+
+from sonofed_simulations.rivals.diversity import Badge, Clue, TypiClust
+from sonofed_simulations.rivals.federated import Feal
+from sonofed_simulations.rivals.pool import Strategy
+from sonofed_simulations.rivals.random import Random
+from sonofed_simulations.rivals.uncertainty import MaxEntropy
+
+TWO_VIEWS: dict[str, Strategy] = {
+    "two-view-random": Random(),
+    "two-view-max-entropy": MaxEntropy(),
+    "two-view-clue": Clue(),
+    "two-view-badge": Badge(),
+    "two-view-feal": Feal(),
+    "two-view-typiclust": TypiClust(),
+}
+"""The candidates of the preset: what chooses the images whose two views are learnt from."""
