@@ -263,10 +263,12 @@ def _drawing(
     events: Events,
 ) -> Drawing:
     """Return what draws the synthetic images; a GAN is trained for it, the stack is there."""
-    if wanted.generator == "diffusion" and stack is not None:
-        return EdgeDrawing(stack, source.pool, wanted)
-    seed = derive_seed(settings.seed, "wgan")
-    return train_drawing(source.pool, settings.wgan, seed, checkpoints, events)
+    if wanted.generator == "wgan":
+        seed = derive_seed(settings.seed, "wgan")
+        return train_drawing(source.pool, settings.wgan, seed, checkpoints, events)
+    # The settings refuse a section `synthetic` that has no model to draw with.
+    assert stack is not None
+    return EdgeDrawing(stack, source.pool, wanted)
 
 
 def _build(settings: SourceSettings, data_root: Path) -> DiffusionStack:
