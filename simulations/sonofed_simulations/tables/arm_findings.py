@@ -56,7 +56,9 @@ def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
     said = [text for claim in claims if (text := _claim(summary, claim))]
     if summary.cells < summary.wanted:
         said.insert(
-            0, f"**{summary.cells} of {summary.wanted} cells have run**, so this may change."
+            0,
+            f"**{summary.cells} of {summary.wanted} cells have run**: a row of one or two seeds "
+            "tells nothing of the chance of training, which no interval here holds.",
         )
     return " ".join(said)
 
