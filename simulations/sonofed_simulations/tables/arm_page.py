@@ -51,7 +51,7 @@ class About:
 def summary_table(summary: ArmSummary, about: About) -> Table:
     """Return the rows at the focus, for a terminal: what the page has, less what is too wide."""
     shown = ("accuracy", "auroc")
-    table = Table("arm", "seeds", *(NAMES[m] for m in shown), "AUROC over", "(95%), p Holm")
+    table = Table("arm", "seeds", *(NAMES[m] for m in shown), "against", "AUROC over it")
     for row in summary.rows:
         values, gains = row.values[about.focus], row.differences.get(about.focus, {})
         table.add_row(
