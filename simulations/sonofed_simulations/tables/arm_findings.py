@@ -86,9 +86,8 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
     undecided = [effect for effect in effects if effect.verdict == "open"]
     if undecided:
         largest = max(undecided, key=lambda effect: abs(effect.found.value))
-        count = "all" if len(undecided) == len(effects) else f"{len(undecided)} of"
         parts.append(
-            f"in {count} {len(effects)} it is not told from 0"
+            f"in {len(undecided)} of {len(effects)} it is not told from 0"
             f" (the largest such: {_list([largest])})"
         )
     return f"{subject}, {', '.join(parts)}"

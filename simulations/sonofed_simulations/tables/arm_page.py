@@ -87,7 +87,7 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
         "",
         *markdown(_header(about), (_cells(row, about) for row in summary.rows)),
         "",
-        f"Our numbers are at {about.focus}: means over seeds, with intervals from 2,000 bootstrap "
+        f"Our numbers ({about.focus}) are means over seeds, with intervals from 2,000 bootstrap "
         "samples of the test patients. Differences are in the same samples, on the seeds that both "
         "arms have; p is two-sided, and Holm's correction is over the column. d: Cohen's d of the "
         "seeds' AUROC differences, from three seeds on; higher: seeds in which the arm's AUROC is "
