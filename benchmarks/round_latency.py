@@ -97,6 +97,7 @@ def light_site(hospital: Hospital, site: int) -> None:
             reply = echo.perform(message.metadata.message_type, from_recorddict(message.content))
             return Message(to_recorddict(reply), reply_to=message)
 
+    supernode.be_patient()
     key = supernode.load_ssh_private_key(hospital.node_key.read_bytes(), None)
     address, certificates = installed_kit(hospital).address, hospital.authority.read_bytes()
     with http_request_response(address, False, certificates, (key, key.public_key())) as connection:

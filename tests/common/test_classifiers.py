@@ -4,13 +4,20 @@ import pytest
 import torch
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.models.classifiers import CLASSIFIERS, build_classifier
+from sonofed_common.models.classifiers import (
+    CLASSIFIERS,
+    TwoViewClassifier,
+    build_classifier,
+    sees_lesions,
+)
 from sonofed_common.models.cnn_transformer import CnnTransformer
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.models.shufflenet import ShuffleNetV2
 
 torch.set_num_threads(1)
 
+OURS = ("cnn_transformer", "cnn_transformer_channel")
+"""Of these, after TransMed, no size was published."""
 PUBLISHED_MILLIONS = {
     "resnet18": 11.7,
     "resnet50": 25.6,
@@ -23,12 +30,11 @@ PUBLISHED_MILLIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [*PUBLISHED_MILLIONS, *OURS])
 def test_every_classifier_has_the_interface_and_the_published_size(name):
     model = build_classifier(name, classes=1000)
     parameters = sum(p.numel() for p in model.parameters())
-    # Of ours after TransMed no size was published.
-    if not name.startswith("cnn_transformer"):
+    if name not in OURS:
         assert round(parameters / 1e6, 1) == pytest.approx(PUBLISHED_MILLIONS[name], abs=0.11)
     model.eval()
     images = torch.rand(2, 1, 48, 48)
@@ -36,6 +42,31 @@ def test_every_classifier_has_the_interface_and_the_published_size(name):
         features = model.features(images)
         assert features.shape == (2, model.feature_dim)
         assert torch.allclose(model(images), model.head(features), atol=1e-5)
+
+
+def test_two_views_start_as_the_mean_of_two_classifiers():
+    whole, lesion = (build_classifier("resnet18", seed=n).eval() for n in range(2))
+    images = torch.rand(3, 2, 48, 48)
+    with torch.no_grad():
+        apart = [m(images[:, n : n + 1]) for n, m in enumerate((whole, lesion))]
+        both = TwoViewClassifier(whole, lesion).eval()
+        assert torch.allclose(both(images), (apart[0] + apart[1]) / 2, atol=1e-5)
+        assert both.features(images).shape == (3, both.feature_dim) == (3, 1024)
+        # The second view is looked at.
+        assert not torch.allclose(both(images), both(images.flip(1)), atol=1e-3)
+
+
+def test_two_views_are_known_by_their_name():
+    names = [name for name in CLASSIFIERS if sees_lesions(name)]
+    assert {*CLASSIFIERS} == {*PUBLISHED_MILLIONS, *OURS, *names}
+    for name in names:
+        model = build_classifier(name, pretrained=False)
+        assert model.views == 2
+        again = build_classifier(name, pretrained=False)
+        again.load_state_dict(model.state_dict())
+        # Nothing but the networks and the common head travels.
+        single = build_classifier(name.removesuffix("_two_views"), pretrained=False)
+        assert len(model.state_dict()) == 2 * len(single.state_dict()) - 2
 
 
 @pytest.mark.parametrize(

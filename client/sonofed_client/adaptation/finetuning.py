@@ -33,7 +33,7 @@ def finetune_round(
     ----------
     model : Module
         Maps (B, 1, S, S) to logits (B, C).
-    images : Tensor (N, 1, S, S)
+    images : Tensor (N, V, S, S)
         Labelled images in [0, 1]. Without any nothing is trained; with a single one the
         normalisation statistics are kept.
     labels : Tensor (N,)

@@ -89,6 +89,8 @@ ClassifierName = Literal[
     "vit16",
     "cnn_transformer",
     "cnn_transformer_channel",
+    "efficientnet_lite0_two_views",
+    "shufflenet_v2_two_views",
 ]
 """Classifiers that sites can build."""
 
@@ -473,6 +475,12 @@ class Study(Model):
             raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
         if len(set(self.classifiers)) != len(self.classifiers):
             raise ValueError("name each classifier once")
+        seeing = [name for name in self.classifiers if name.endswith("_two_views")]
+        if seeing and self.finetuning.replay:
+            raise ValueError(
+                f"classifier '{seeing[0]}' sees lesions, which synthetic images have no masks of; "
+                "set finetuning.replay to 0"
+            )
         return self
 
     @model_validator(mode="after")

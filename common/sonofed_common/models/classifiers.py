@@ -36,6 +36,9 @@ class Classifier(nn.Module):
     trains depthwise networks faster on CPU and convolutions faster on GPU.
     """
 
+    views = 1
+    """Channels of an image: the whole, or that and the lesion cut out of it."""
+
     mean: Tensor
     std: Tensor
 
@@ -61,6 +64,41 @@ class Classifier(nn.Module):
         """Map images (B, 1, S, S) in [0, 1] to logits (B, classes)."""
         logits: Tensor = self.head(self.dropout(self.features(x)))
         return logits
+
+
+class TwoViewClassifier(Classifier):
+    """Two networks of one kind, of which one sees the image and the other its lesion.
+
+    Parameters
+    ----------
+    whole, lesion : Classifier
+        Each with a head of its own. The common head starts as the mean of their logits.
+
+    Notes
+    -----
+    Images are (B, 2, S, S): the whole, and what `cut_out` gives of it.
+    """
+
+    views = 2
+
+    def __init__(self, whole: Classifier, lesion: Classifier) -> None:
+        nn.Module.__init__(self)
+        heads = [whole.head, lesion.head]
+        self.feature_dim = whole.feature_dim + lesion.feature_dim
+        self.dropout = nn.Dropout(whole.dropout.p)
+        self.head = nn.Linear(self.feature_dim, heads[0].out_features, device="meta")
+        self.head = self.head.to_empty(device=heads[0].weight.device)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.cat([head.weight for head in heads], dim=1) / 2)
+            self.head.bias.copy_(torch.stack([head.bias for head in heads]).mean(0))
+        self.whole, self.lesion = whole, lesion
+        for part in (whole, lesion):
+            # Nothing reads it any more, and what is no weight is not sent.
+            part.head = nn.Identity()  # type: ignore[assignment]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images (B, 2, S, S) in [0, 1] to pooled features (B, 2 F)."""
+        return torch.cat([self.whole.features(x[:, :1]), self.lesion.features(x[:, 1:])], dim=1)
 
 
 class _LastMaps(nn.Module):
@@ -215,8 +253,18 @@ _BACKBONES: dict[str, Callable[[bool], tuple[nn.Module, int, float]]] = {
     "cnn_transformer_channel": _cnn_transformer_channel,
 }
 
-CLASSIFIERS: tuple[str, ...] = tuple(_BACKBONES)
+TWO_VIEWS = "_two_views"
+CLASSIFIERS: tuple[str, ...] = (
+    *_BACKBONES,
+    f"efficientnet_lite0{TWO_VIEWS}",
+    f"shufflenet_v2{TWO_VIEWS}",
+)
 """Names that `build_classifier` knows."""
+
+
+def sees_lesions(name: str) -> bool:
+    """Whether a classifier wants the lesion of an image beside the whole."""
+    return name.endswith(TWO_VIEWS)
 
 
 def build_classifier(
@@ -241,10 +289,14 @@ def build_classifier(
     ConfigurationError
         Unknown name; the nearest known one is given.
     """
-    if name not in _BACKBONES:
+    if name not in CLASSIFIERS:
         nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.4)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(CLASSIFIERS)}"
         raise ConfigurationError(f"unknown classifier '{name}'; {hint}")
+    if sees_lesions(name):
+        kind = name.removesuffix(TWO_VIEWS)
+        parts = (build_classifier(kind, classes, pretrained, seed + n) for n in range(2))
+        return TwoViewClassifier(*parts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone, feature_dim, dropout = _BACKBONES[name](pretrained)

@@ -160,6 +160,16 @@ class SourceSettings(Model):
         return tuple(_one_of(name, CLASSIFIERS) for name in names)
 
     @model_validator(mode="after")
+    def _outlined(self) -> Self:
+        seeing = [name for name in self.classifiers if name.endswith("_two_views")]
+        if seeing and self.segmentation is None:
+            raise ValueError(
+                f"classifier '{seeing[0]}' sees lesions, which a segmenter must outline at the "
+                "sites; add the section 'segmentation'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.classifiers and self.segmentation is None:
             raise ValueError("name a classifier in 'classifiers', or give a section 'segmentation'")

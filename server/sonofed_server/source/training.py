@@ -23,13 +23,26 @@ from sonofed_common.contract.bundle import (
 from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
+from sonofed_common.models.classifiers import sees_lesions
 from sonofed_common.models.diffusion import build_tiny, load_sd15
 from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex
-from sonofed_server.source.classifiers import classifier_facts, features, train_classifier
-from sonofed_server.source.data import CLASSES, Part, SourceSet, load_source, read_data
+from sonofed_server.source.classifiers import (
+    classifier_facts,
+    features,
+    train_classifier,
+    train_two_views,
+)
+from sonofed_server.source.data import (
+    CLASSES,
+    Part,
+    SourceSet,
+    lesions_beside,
+    load_source,
+    read_data,
+)
 from sonofed_server.source.diffusion import train_diffusion
 from sonofed_server.source.segmentation_data import (
     SegmentationPart,
@@ -180,10 +193,13 @@ def _add_classifier(
 ) -> dict[str, Any]:
     seed = derive_seed(settings.seed, "classifier", name)
     checkpoint = checkpoints / f"{name}.safetensors"
-    model = train_classifier(name, source.pool, settings.training, seed, checkpoint, events)
-    facts = classifier_facts(model, source.test)
+    pool, test, train = source.pool, source.test, train_classifier
+    if sees_lesions(name):
+        pool, test, train = lesions_beside(pool), lesions_beside(test), train_two_views
+    model = train(name, pool, settings.training, seed, checkpoint, events)
+    facts = classifier_facts(model, test)
     events.emit("source classifier", classifier=name, **facts["metrics"])
-    statistics = feature_statistics(features(model, source.pool.images), seed)
+    statistics = feature_statistics(features(model, pool.images), seed)
     writer.add(f"classifiers/{name}.safetensors", weights_bytes(model))
     arrays = {key: tensor.numpy() for key, tensor in statistics.items()}
     writer.add(f"source/{name}.safetensors", to_bytes(Records(arrays)))

@@ -18,6 +18,7 @@ from sonofed_client.adaptation.embedding import (
 from sonofed_client.adaptation.scoring import distance_to_centroids, representativeness
 from sonofed_client.enclave.handlers.reconstruction import reconstructions
 from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_client.enclave.views import redrawn_as_seen_by, seen_by
 from sonofed_common.contract.actions import Cluster, Embed, Encode
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped
@@ -31,7 +32,9 @@ UNIT_LENGTH_TOLERANCE = 1e-3
 
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     """One federated round of hypersphere contrastive learning on the pool."""
-    rows, images = site.images("pool", parameters.image_size)
+    rows, images = seen_by(
+        parameters.classifier, site, "pool", parameters.bundle, parameters.image_size
+    )
     student, predictor = networks(site, parameters)
     if student_weights := request.group("student"):
         load_weights(student, student_weights)
@@ -40,7 +43,7 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     scale = _merge(site, parameters, student) if fedema else None
     partners = None
     if parameters.pairs == "reconstruction":
-        partners = reconstructions(site, parameters, parameters.reconstruction)
+        partners = _redrawn(site, parameters)
     seed = derive_seed(parameters.seed, site.settings.name, "embed", parameters.round)
     with site.checkpoint(parameters, request) as checkpoint:
         report = train_round(
@@ -145,7 +148,9 @@ def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, A
     key = sha256(" ".join(facts).encode())
     before = site.store.get(f"embedding/{key}")
     if before is None:
-        _, images = site.images("pool", parameters.image_size)
+        _, images = seen_by(
+            parameters.classifier, site, "pool", parameters.bundle, parameters.image_size
+        )
         student, _ = networks(site, parameters)
         load_weights(student, request.group("student"))
         embedding = embed(student, images)
@@ -166,12 +171,16 @@ def networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predic
     return student, Predictor(dimension, seed).to(site.device)
 
 
+def _redrawn(site: Site, parameters: Encode) -> Tensor:
+    redrawn = reconstructions(site, parameters, parameters.reconstruction)
+    return redrawn_as_seen_by(parameters.classifier, site, redrawn, parameters.bundle)
+
+
 def _representativeness(
     site: Site, parameters: Cluster, student: HypersphereEncoder, images: Tensor, embedding: Tensor
 ) -> Tensor:
     if parameters.pairs == "reconstruction":
-        redrawn = reconstructions(site, parameters, parameters.reconstruction)
-        return representativeness(embedding, embed(student, redrawn))
+        return representativeness(embedding, embed(student, _redrawn(site, parameters)))
     path = f"source/{parameters.classifier}.safetensors"
     centroids = from_bytes(site.blob(parameters.bundle, path)).arrays.get("centroids")
     if centroids is None:
