@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,12 +150,10 @@ def fit(
     optimizer = kinds[training.optimizer](
         weights, lr=training.learning_rate, weight_decay=training.weight_decay
     )
-    shapes = [list(tensor.shape) for tensor in model.state_dict().values()]
-    run = {"count": count, "task": task, "shapes": shapes, **asdict(training)}
-    fingerprint = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    fingerprint = run_fingerprint(model, {"count": count, "task": task, **asdict(training)})
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
-        losses = _restore(checkpoint, model, weights, optimizer, fingerprint, task)
+        losses = restore_checkpoint(checkpoint, model, weights, optimizer, fingerprint, task)
 
     on_cuda = weights[0].device.type == "cuda"
     steps = len(batches(count, training.batch_size, 0))
@@ -199,7 +197,7 @@ def fit(
             with torch.random.fork_rng():
                 losses.append(run_epoch(epoch))
             if checkpoint is not None and (saves_last or epoch + 1 < end):
-                _save(checkpoint, model, weights, optimizer, fingerprint, losses)
+                save_checkpoint(checkpoint, model, weights, optimizer, fingerprint, losses)
     finally:
         trained.train(was_training)
     return losses
@@ -212,7 +210,14 @@ def _diverged(task: str, epoch: int) -> DivergenceError:
     )
 
 
-def _save(
+def run_fingerprint(model: nn.Module, run: Mapping[str, Any]) -> str:
+    """Digest a network's shapes and a run's settings (JSON values), to know its checkpoint by."""
+    shapes = [list(tensor.shape) for tensor in model.state_dict().values()]
+    text = json.dumps({**run, "shapes": shapes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_checkpoint(
     path: Path,
     model: nn.Module,
     weights: list[nn.Parameter],
@@ -220,6 +225,7 @@ def _save(
     fingerprint: str,
     losses: list[float],
 ) -> None:
+    """Write a training's state: ``weights`` are the optimiser's, ``losses`` those so far."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for index, weight in enumerate(weights):
         # A weight that got no gradient (an unused head) has no optimiser state.
@@ -233,7 +239,7 @@ def _save(
     write_atomically(path, save(plain, {"run": fingerprint, "losses": json.dumps(losses)}))
 
 
-def _restore(
+def restore_checkpoint(
     path: Path,
     model: nn.Module,
     weights: list[nn.Parameter],
@@ -241,6 +247,13 @@ def _restore(
     fingerprint: str,
     task: str,
 ) -> list[float]:
+    """Load what `save_checkpoint` wrote into model and optimiser, and return the losses so far.
+
+    Raises
+    ------
+    ConfigurationError
+        The file is unreadable, or of a run with another network or other settings.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -86,6 +86,9 @@ ClassifierName = Literal[
     "efficientnet_b0",
     "efficientnet_lite0",
     "resnet18",
+    "vit16",
+    "cnn_transformer",
+    "cnn_transformer_channel",
     "efficientnet_lite0_two_views",
     "shufflenet_v2_two_views",
 ]

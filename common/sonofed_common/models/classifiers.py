@@ -112,6 +112,18 @@ class _LastMaps(nn.Module):
         return cast(Tensor, self.network(x).last_hidden_state)
 
 
+class _ClassToken(nn.Module):
+    """Class token of a ViT of the `transformers` library, for images of any size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.network(x, interpolate_pos_encoding=True)
+        return cast(Tensor, read.last_hidden_state[:, 0])
+
+
 class _Maps(nn.Module):
     """Feature maps of a network of the EfficientNet-lite package."""
 
@@ -200,6 +212,34 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
     return weights
 
 
+def _vit16(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from transformers import ViTConfig, ViTModel
+
+    # ViT-S/16: the base model has four times the weights, which few hundred images cannot train.
+    settings = ViTConfig(
+        hidden_size=384,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=128,
+        patch_size=16,
+    )
+    return _ClassToken(ViTModel(settings, add_pooling_layer=False)), 384, 0.0
+
+
+def _cnn_transformer(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from sonofed_common.models.cnn_transformer import CnnTransformer
+
+    network = CnnTransformer("spatial")
+    return network, network.dimension, 0.0
+
+
+def _cnn_transformer_channel(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from sonofed_common.models.cnn_transformer import CnnTransformer
+
+    network = CnnTransformer("channel")
+    return network, network.dimension, 0.0
+
+
 _BACKBONES: dict[str, Callable[[bool], tuple[nn.Module, int, float]]] = {
     "resnet50": _resnet50,
     "mobilenet_v2": _mobilenet_v2,
@@ -208,6 +248,9 @@ _BACKBONES: dict[str, Callable[[bool], tuple[nn.Module, int, float]]] = {
     "efficientnet_b0": _efficientnet_b0,
     "efficientnet_lite0": _efficientnet_lite0,
     "resnet18": _resnet18,
+    "vit16": _vit16,
+    "cnn_transformer": _cnn_transformer,
+    "cnn_transformer_channel": _cnn_transformer_channel,
 }
 
 TWO_VIEWS = "_two_views"

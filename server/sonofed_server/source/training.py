@@ -36,6 +36,7 @@ from sonofed_server.source.classifiers import (
     train_two_views,
 )
 from sonofed_server.source.data import (
+    CLASSES,
     Part,
     SourceSet,
     lesions_beside,
@@ -50,9 +51,10 @@ from sonofed_server.source.segmentation_data import (
     united_provenance,
 )
 from sonofed_server.source.segmenter import segmentation_facts, segmenter_facts, train_segmenter
-from sonofed_server.source.settings import SegmenterTraining, SourceSettings
+from sonofed_server.source.settings import SegmenterTraining, SourceSettings, SyntheticImages
 from sonofed_server.source.statistics import feature_statistics
-from sonofed_server.source.synthetic import synthesise
+from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
+from sonofed_server.source.wgan import train_drawing
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("sonofed", "torch", "monai", "diffusers", "transformers")
@@ -145,12 +147,14 @@ def train_source(
         if stack is None or images is None
         else _add_diffusion(writer, settings, stack, images.pool, checkpoints, events)
     )
-    if stack is not None and source is not None and settings.synthetic is not None:
+    if source is not None and settings.synthetic is not None:
+        wanted = [settings.synthetic.per_class] * len(CLASSES)
+        drawing = _drawing(settings, settings.synthetic, source, stack, checkpoints, events)
         seed = derive_seed(settings.seed, "synthetic")
-        records, facts = synthesise(stack, source, settings.synthetic, seed, events)
+        records, facts = synthesise(drawing, source, wanted, seed, events)
         writer.add(SYNTHETIC_IMAGES, to_bytes(records))
-        writer.facts["synthetic"] = facts
-        events.emit("synthetic source images", **facts)
+        writer.facts["synthetic"] = {"generator": settings.synthetic.generator, **facts}
+        events.emit("synthetic source images", **writer.facts["synthetic"])
     bundle = writer.sign(signing_key)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     size = sum(bundle.manifest.blobs.values())
@@ -264,6 +268,23 @@ def _add_diffusion(
         "prompt": settings.diffusion.prompt,
         "canny": dict(stack.edge_settings),
     }
+
+
+def _drawing(
+    settings: SourceSettings,
+    wanted: SyntheticImages,
+    source: SourceSet,
+    stack: DiffusionStack | None,
+    checkpoints: Path,
+    events: Events,
+) -> Drawing:
+    """Return what draws the synthetic images; a GAN is trained for it, the stack is there."""
+    if wanted.generator == "wgan":
+        seed = derive_seed(settings.seed, "wgan")
+        return train_drawing(source.pool, settings.wgan, seed, checkpoints, events)
+    # The settings refuse a section `synthetic` that has no model to draw with.
+    assert stack is not None
+    return EdgeDrawing(stack, source.pool, wanted)
 
 
 def _build(settings: SourceSettings, data_root: Path) -> DiffusionStack:

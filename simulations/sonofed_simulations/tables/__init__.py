@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 TABLES = {
     "adaptation-selection": "adaptation_selection",
     "aggregation": "aggregation",
+    "synthetic-domains": "synthetic_domains",
+    "synthetic-ratios": "synthetic_ratios",
+    "synthetic-all": "synthetic_all",
+    "synthetic-federated": "synthetic_federated",
     "pseudo-labels": "pseudo_labels",
     "target-informed": "target_informed",
 }
