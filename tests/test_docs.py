@@ -150,6 +150,13 @@ COVERED = {
         ),
         "options, here; tables of drawn images are made in tests/simulations/test_synthetic_*.py",
     ),
+    **dict.fromkeys(
+        (
+            f"sonofed-lab table {name} --data DATA --out runs/{name} --quick"
+            for name in ("pseudo-labels", "target-informed")
+        ),
+        "options, here; restricted and written in tests/simulations/test_mask_table.py",
+    ),
     "sonofed-lab run phantom_multiclass --out runs/organs": (
         "options, here; laid out in tests/simulations/test_scenarios.py; a smaller one runs here"
     ),
