@@ -97,6 +97,7 @@ def light_site(hospital: Hospital, site: int) -> None:
             reply = echo.perform(message.metadata.message_type, from_recorddict(message.content))
             return Message(to_recorddict(reply), reply_to=message)
 
+    supernode.be_patient()
     key = supernode.load_ssh_private_key(hospital.node_key.read_bytes(), None)
     address, certificates = installed_kit(hospital).address, hospital.authority.read_bytes()
     with http_request_response(address, False, certificates, (key, key.public_key())) as connection:
@@ -296,6 +297,8 @@ def main() -> None:
     for process in ("--enclave", "--site"):
         parser.add_argument(process, nargs=2, metavar=("NUMBER", "FOLDER"))
     given = parser.parse_args()
+    # Whoever ends this ends what it started; a site takes its leave.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if given.site is not None:
         light_site(Hospital(Path(given.site[1])), int(given.site[0]))
         return
@@ -304,8 +307,6 @@ def main() -> None:
         enclave(hospital.root / "echo", hospital.socket, int(given.enclave[0]))
         return
     root = Path(tempfile.mkdtemp(prefix="sonofed-", dir="/tmp"))
-    # Whoever ends this ends what it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     # Flower's SuperNode looks for its own programs there.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -135,6 +135,28 @@ COVERED = {
     "sonofed-lab table adaptation-selection --data DATA --out runs/selection-table --quick": (
         "options, here; a table of phantoms is made in tests/simulations/test_selection_table.py"
     ),
+    "sonofed-lab table aggregation --data DATA --out runs/aggregation-table --quick": (
+        "options, here; cells of phantoms are made in tests/simulations/test_aggregation_table.py"
+    ),
+    **dict.fromkeys(
+        (
+            f"sonofed-lab table {name} --data DATA --out runs/{name} --quick"
+            for name in (
+                "synthetic-domains",
+                "synthetic-ratios",
+                "synthetic-all",
+                "synthetic-federated",
+            )
+        ),
+        "options, here; tables of drawn images are made in tests/simulations/test_synthetic_*.py",
+    ),
+    **dict.fromkeys(
+        (
+            f"sonofed-lab table {name} --data DATA --out runs/{name} --quick"
+            for name in ("pseudo-labels", "target-informed")
+        ),
+        "options, here; restricted and written in tests/simulations/test_mask_table.py",
+    ),
     "sonofed-lab run phantom_multiclass --out runs/organs": (
         "options, here; laid out in tests/simulations/test_scenarios.py; a smaller one runs here"
     ),

@@ -149,10 +149,7 @@ def main() -> None:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
-    # Heartbeats have a time of their own.
-    defaults = ProtobufClient.__init__.__kwdefaults__
-    assert defaults is not None
-    defaults["timeout"] = PATIENCE
+    be_patient()
     certificates = given.root_certificates.read_bytes()
     keys = (key, key.public_key())
     threading.excepthook = partial(end_with_thread, threading.excepthook)
@@ -162,6 +159,13 @@ def main() -> None:
         Node(connection, parse_config_args([given.node_config])).serve()
     # It serves until it is ended: Flower keeps to itself what else ended the connection.
     raise SystemExit("the connection to the SuperLink ended")
+
+
+def be_patient() -> None:
+    """Give Flower's calls in this process more time; heartbeats have a time of their own."""
+    defaults = ProtobufClient.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["timeout"] = PATIENCE
 
 
 def end_with_thread(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sonofed_common.contract.names import BUFFERS
+
 Statistics = Mapping[str, Tensor]
 """Running means and variances by their names in the state of a model."""
 
@@ -74,5 +76,5 @@ def adapt_batch_norm(
 
 def _running(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith(BUFFERS[:2]):
             yield name, buffer

@@ -1,13 +1,14 @@
-"""The one training loop: Adam, cosine schedule, mixed precision, progress and exact resume."""
+"""The one training loop: Adam or SGD, cosine, mixed precision, progress and exact resume."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,13 +28,15 @@ class Training:
     epochs : int
         Passes over the data in this run.
     learning_rate : float
-        Adam's step size at the start of the cosine.
+        Step size at the start of the cosine.
     batch_size : int
         Items a step.
     seed : int
         Seed of the order of items and of dropout.
     weight_decay : float
         L2 penalty.
+    optimizer : str
+        ``adam``, or ``sgd`` for plain steps along the gradient.
     first_epoch : int
         Number of the first epoch, for a run that continues earlier rounds.
     last_epoch : int or None
@@ -45,6 +48,7 @@ class Training:
     batch_size: int
     seed: int
     weight_decay: float = 0.0
+    optimizer: Literal["adam", "sgd"] = "adam"
     first_epoch: int = 0
     last_epoch: int | None = None
 
@@ -57,6 +61,12 @@ class Training:
         """Learning rate at a (fractional) epoch."""
         share = min(epoch / max(self.total_epochs, 1), 1.0)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+
+    def total_rate(self, count: int) -> float:
+        """Sum of the learning rates of all steps of this run on ``count`` items."""
+        steps = len(batches(count, self.batch_size, 0))
+        epochs = range(self.first_epoch, self.first_epoch + self.epochs)
+        return math.fsum(self.rate(e + step / steps) for e in epochs for step in range(steps))
 
 
 def batches(count: int, batch_size: int, seed: int) -> list[Tensor]:
@@ -82,6 +92,7 @@ def fit(
     *,
     parameters: nn.Module | None = None,
     before_epoch: Callable[[int], None] | None = None,
+    before_step: Callable[[], None] | None = None,
     after_step: Callable[[int, int], None] | None = None,
     saves_last: bool = True,
 ) -> list[float]:
@@ -109,6 +120,8 @@ def fit(
     before_epoch : callable or None
         Called with the number of each epoch, for example to renew an augmentation: what it draws
         must depend on that number only, or a resumed run would differ.
+    before_step : callable or None
+        Called between the gradient and the step, for example to correct the gradient.
     after_step : callable or None
         Called after each step with the number of steps done and the total, counted over the cosine.
     saves_last : bool
@@ -133,15 +146,14 @@ def fit(
         raise SiteEmptyError(f"{task} has no image to train on; add labelled images")
     trained = model if parameters is None else parameters
     weights = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        weights, training.learning_rate, weight_decay=training.weight_decay
+    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    optimizer = kinds[training.optimizer](
+        weights, lr=training.learning_rate, weight_decay=training.weight_decay
     )
-    shapes = [list(tensor.shape) for tensor in model.state_dict().values()]
-    run = {"count": count, "task": task, "shapes": shapes, **asdict(training)}
-    fingerprint = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    fingerprint = run_fingerprint(model, {"count": count, "task": task, **asdict(training)})
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
-        losses = _restore(checkpoint, model, weights, optimizer, fingerprint, task)
+        losses = restore_checkpoint(checkpoint, model, weights, optimizer, fingerprint, task)
 
     on_cuda = weights[0].device.type == "cuda"
     steps = len(batches(count, training.batch_size, 0))
@@ -163,6 +175,8 @@ def fit(
                 raise _diverged(task, epoch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            if before_step is not None:
+                before_step()
             optimizer.step()
             loss_sum += value * len(indices)
             done = epoch * steps + step + 1
@@ -183,7 +197,7 @@ def fit(
             with torch.random.fork_rng():
                 losses.append(run_epoch(epoch))
             if checkpoint is not None and (saves_last or epoch + 1 < end):
-                _save(checkpoint, model, weights, optimizer, fingerprint, losses)
+                save_checkpoint(checkpoint, model, weights, optimizer, fingerprint, losses)
     finally:
         trained.train(was_training)
     return losses
@@ -196,7 +210,14 @@ def _diverged(task: str, epoch: int) -> DivergenceError:
     )
 
 
-def _save(
+def run_fingerprint(model: nn.Module, run: Mapping[str, Any]) -> str:
+    """Digest a network's shapes and a run's settings (JSON values), to know its checkpoint by."""
+    shapes = [list(tensor.shape) for tensor in model.state_dict().values()]
+    text = json.dumps({**run, "shapes": shapes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_checkpoint(
     path: Path,
     model: nn.Module,
     weights: list[nn.Parameter],
@@ -204,6 +225,7 @@ def _save(
     fingerprint: str,
     losses: list[float],
 ) -> None:
+    """Write a training's state: ``weights`` are the optimiser's, ``losses`` those so far."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for index, weight in enumerate(weights):
         # A weight that got no gradient (an unused head) has no optimiser state.
@@ -217,7 +239,7 @@ def _save(
     write_atomically(path, save(plain, {"run": fingerprint, "losses": json.dumps(losses)}))
 
 
-def _restore(
+def restore_checkpoint(
     path: Path,
     model: nn.Module,
     weights: list[nn.Parameter],
@@ -225,6 +247,13 @@ def _restore(
     fingerprint: str,
     task: str,
 ) -> list[float]:
+    """Load what `save_checkpoint` wrote into model and optimiser, and return the losses so far.
+
+    Raises
+    ------
+    ConfigurationError
+        The file is unreadable, or of a run with another network or other settings.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -15,6 +15,7 @@ from pydantic import Field
 from sonofed_client.adaptation.evaluation import predict
 from sonofed_client.enclave.handlers.classification import starting_model
 from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.views import seen_by
 from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import EvaluateClassifier
 from sonofed_common.contract.bundle import Bundle
@@ -331,8 +332,10 @@ def _predict(
     groups = {}
     for path in sites:
         site = Site(read_site(path))
-        rows, images = site.images("test", study.image_size)
-        _, pool = site.images("pool", study.image_size)
+        (rows, images), (_, pool) = (
+            seen_by(parameters.classifier, site, part, parameters.bundle, study.image_size)
+            for part in ("test", "pool")
+        )
         request = Records(grouped("weights", weights))
         model = starting_model(site, parameters, request, pool, batch_norm)
         arrays[f"{site.settings.name}/probabilities"] = predict(model, images)

@@ -14,12 +14,15 @@ from sonofed_client.adaptation.scoring import uncertainty
 from sonofed_client.enclave.handlers.reconstruction import quality_classifier, reconstructions
 from sonofed_client.enclave.handlers.selection import selected
 from sonofed_client.enclave.site import Site
+from sonofed_client.enclave.views import redrawn_as_seen_by, seen_by
 from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import Encode
 from sonofed_common.contract.results import ReconstructionQuality
 from sonofed_common.contract.study import Study
+from sonofed_common.data.lesions import with_lesions
+from sonofed_common.models.classifiers import sees_lesions
 from sonofed_common.runtime import derive_seed
-from sonofed_server.source.data import load_source
+from sonofed_server.source.data import boxes_of, lesions_beside, load_source
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.report.view import SiteView, SourceView
 from sonofed_simulations.scenarios.scenario import Scenario
@@ -42,8 +45,9 @@ def source_view(
 ) -> SourceView:
     """Features of the source's training images under the shipped classifier."""
     site = Site(read_site(sites[0]))
-    images = load_source(scenario.source, data).pool.images
-    return SourceView(site.source_features(bundle, study.classifiers[0], images).numpy())
+    pool, classifier = load_source(scenario.source, data).pool, study.classifiers[0]
+    images = (lesions_beside(pool) if sees_lesions(classifier) else pool).images
+    return SourceView(site.source_features(bundle, classifier, images).numpy())
 
 
 def source_quality(
@@ -51,16 +55,19 @@ def source_quality(
 ) -> ReconstructionQuality:
     """How well held-out source images are redrawn: what the sites' quality is measured against."""
     site = Site(read_site(sites[0]))
-    images = load_source(scenario.source, data).test.images
+    test = load_source(scenario.source, data).test
+    images = test.images
     seeds = [derive_seed(bundle, number) for number in range(len(images))]
     redrawn = reconstruct(
         site.diffusion(bundle), images.to(site.device), study.reconstruction, seeds
     )
     # As the sites choose it: their numbers stand beside this one.
-    features = partial(site.source_features, bundle, quality_classifier(site, bundle))
-    return ReconstructionQuality.model_validate(
-        quality(images, redrawn, features(images), features(redrawn))
-    )
+    name = quality_classifier(site, bundle)
+    shown = [images, redrawn]
+    if sees_lesions(name):
+        shown = [lesions_beside(test).images, with_lesions(redrawn, redrawn, boxes_of(test))]
+    features = (site.source_features(bundle, name, seen) for seen in shown)
+    return ReconstructionQuality.model_validate(quality(images, redrawn, *features))
 
 
 def _parameters(study: Study, bundle: str) -> Encode:
@@ -85,14 +92,20 @@ def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> Si
     if "reconstruct" in study.phases:
         redrawn = reconstructions(site, parameters, study.reconstruction)
     chosen = set(selected(site, study.name)[-1])
-    features = partial(site.source_features, parameters.bundle, parameters.classifier)
+    bundle, name = parameters.bundle, parameters.classifier
+    _, seen = seen_by(name, site, "pool", bundle, study.image_size)
+    features = partial(site.source_features, bundle, name)
     return SiteView(
         name=site.settings.name,
         images=_pictures(images),
         reconstructions=None if redrawn is None else _pictures(redrawn),
         embeddings=embedding.numpy(),
-        features=features(images).numpy(),
-        reconstruction_features=(None if redrawn is None else features(redrawn).numpy()),
+        features=features(seen).numpy(),
+        reconstruction_features=(
+            None
+            if redrawn is None
+            else features(redrawn_as_seen_by(name, site, redrawn, bundle)).numpy()
+        ),
         uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
         representativeness=np.array(kept["representativeness"]),
         selected=np.array([row.id in chosen for row in rows]),

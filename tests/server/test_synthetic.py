@@ -19,7 +19,7 @@ from sonofed_common.runtime import Events
 from sonofed_server.source.data import SourceSet, load_source
 from sonofed_server.source.memorisation import dissimilarity
 from sonofed_server.source.settings import SourceSettings, SyntheticImages
-from sonofed_server.source.synthetic import synthesise
+from sonofed_server.source.synthetic import EdgeDrawing, Wanted, synthesise
 from sonofed_server.source.training import train_source
 
 torch.set_num_threads(1)
@@ -92,7 +92,8 @@ def test_images_are_labelled_as_many_of_each_class_and_new(
     stack: DiffusionStack, source: SourceSet
 ):
     seen: list[dict[str, Any]] = []
-    records, facts = synthesise(stack, source, WANTED, 0, Events(listeners=[seen.append]))
+    drawing = EdgeDrawing(stack, source.pool, WANTED)
+    records, facts = synthesise(drawing, source, (3, 3), 0, Events(listeners=[seen.append]))
     images, labels = records.arrays["images"], records.arrays["labels"]
     assert images.dtype == np.uint8 and images.shape == (6, SIZE, SIZE)
     assert labels.dtype == np.int64 and sorted(labels) == [0, 0, 0, 1, 1, 1]
@@ -107,7 +108,8 @@ def test_images_are_labelled_as_many_of_each_class_and_new(
 
 
 def test_seeds_decide_and_repeat(stack: DiffusionStack, source: SourceSet):
-    first, again, other = (synthesise(stack, source, WANTED, seed) for seed in (0, 0, 1))
+    drawing = EdgeDrawing(stack, source.pool, WANTED)
+    first, again, other = (synthesise(drawing, source, (3, 3), seed) for seed in (0, 0, 1))
     assert to_bytes(first[0]) == to_bytes(again[0]) and first[1] == again[1]
     assert to_bytes(first[0]) != to_bytes(other[0])
 
@@ -121,11 +123,12 @@ def test_the_edges_carry_the_class(source: SourceSet, monkeypatch: pytest.Monkey
 
     handed: list[Tensor] = []
     monkeypatch.setattr("sonofed_server.source.synthetic.reconstruct", shown)
-    stack = build_tiny(SIZE, seed=0)
-    records, _ = synthesise(stack, source, SyntheticImages(per_class=8), 0)
+    drawing = EdgeDrawing(build_tiny(SIZE, seed=0), source.pool, WANTED)
+    wanted = [Wanted(0, label, n) for n in range(8) for label in (0, 1)]
+    drawing.draw(wanted)
     known = source.pool.images
     mirrored = 0
-    for image, label in zip(torch.cat(handed), records.arrays["labels"], strict=True):
+    for image, label in zip(torch.cat(handed), [one.label for one in wanted], strict=True):
         straight = (known == image).flatten(1).all(1)
         flipped = (known == image.flip(-1)).flatten(1).all(1)
         assert set(source.pool.labels[straight | flipped].tolist()) == {int(label)}
@@ -137,7 +140,7 @@ def test_a_model_that_memorised_is_refused(source: SourceSet):
     stack = build_tiny(SIZE, seed=0)
     stack.controlnet, stack.unet = NoControl(), Copier(stack, source.pool.images[:1])
     with pytest.raises(ConfigurationError, match=r"only 0 of 3 .* fewer epochs"):
-        synthesise(stack.eval(), source, WANTED, 0)
+        synthesise(EdgeDrawing(stack.eval(), source.pool, WANTED), source, (3, 3), 0)
 
 
 def test_drawing_goes_on_after_an_interruption_without_training_again(root, tmp_path):
@@ -161,11 +164,36 @@ def test_drawing_goes_on_after_an_interruption_without_training_again(root, tmp_
     assert from_bytes(bundle.read(SYNTHETIC_IMAGES)).arrays["images"].shape == (4, SIZE, SIZE)
 
 
+def test_a_gan_draws_through_the_same_gate_and_goes_on_after_an_interruption(root, tmp_path):
+    def interrupt(event: dict[str, Any]) -> None:
+        if event.get("task") == "wgan malignant":
+            raise KeyboardInterrupt
+
+    settings = settings_of(
+        diffusion={"kind": "none"},
+        synthetic={"generator": "wgan", "per_class": 1},
+        wgan={"steps": 100, "batch_size": 8, "width": 16, "learning_rate": 2e-3, "critic_steps": 1},
+    )
+    out, whole = tmp_path / "cut", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        train_source(settings, root, out, KEY, Events(listeners=[interrupt]))
+    seen: list[dict[str, Any]] = []
+    train_source(settings, root, out, KEY, Events(listeners=[seen.append]))
+    assert not any(event.get("task") in ("wgan benign", "train shufflenet_v2") for event in seen)
+    train_source(settings, root, whole, KEY)
+    bundle, expected = Bundle.open(out), Bundle.open(whole)
+    assert bundle.read(SYNTHETIC_IMAGES) == expected.read(SYNTHETIC_IMAGES)
+    facts = bundle.manifest.facts["synthetic"]
+    assert facts == expected.manifest.facts["synthetic"] and facts["generator"] == "wgan"
+    assert facts["per_class"] == {"benign": 1, "malignant": 1} and facts["limit"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"diffusion": {"kind": "none"}}, "needs a diffusion model"),
         ({"classifiers": [], "segmentation": {"encoder": "unet"}}, "needs class labels"),
+        ({"synthetic": {"generator": "wgan", "per_class": 1}, "image_size": 24}, "16, 32, 64"),
         ({"synthetic": {"per_class": 0}}, "per_class"),
         ({"synthetic": {}}, "per_class"),
     ],

@@ -138,9 +138,9 @@ def train_round(
         Its incoming weights are also the teacher's first ones in this round.
     predictor : Predictor
         Travels with the student.
-    images : Tensor of float32 (N, 1, S, S)
+    images : Tensor of float32 (N, V, S, S)
         Target images in [0, 1], seen by the teacher.
-    partners : Tensor of float32 (N, 1, S, S) or None
+    partners : Tensor of float32 (N, V, S, S) or None
         Their reconstructions, seen by the student; None pairs two augmentations of each image.
     settings : Embedding
         The study's settings.
@@ -269,7 +269,7 @@ def embed(encoder: HypersphereEncoder, images: Tensor, batch_size: int = 64) -> 
     ----------
     encoder : HypersphereEncoder
         Its mode (training or evaluation) is restored.
-    images : Tensor of float32 (N, 1, S, S)
+    images : Tensor of float32 (N, V, S, S)
         In [0, 1]; N may be 0.
     batch_size : int
         Images at a time.

@@ -20,7 +20,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> NDArray[n
     ----------
     model : Module
         Maps (B, 1, S, S) to logits (B, C); class 1 is malignant. Its mode is restored.
-    images : Tensor (N, 1, S, S)
+    images : Tensor (N, V, S, S)
         In [0, 1].
     batch_size : int
         Images at once.
@@ -60,7 +60,7 @@ def evaluate(
     ----------
     model : Module
         Maps (B, 1, S, S) to logits (B, C); class 1 is malignant.
-    images : Tensor (N, 1, S, S)
+    images : Tensor (N, V, S, S)
         In [0, 1].
     labels : array (N,)
         0 benign, 1 malignant.

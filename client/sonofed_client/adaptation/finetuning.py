@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, batches, fit
 
+LOSS_BATCH = 64
+
 
 def finetune_round(
     model: nn.Module,
@@ -26,6 +28,7 @@ def finetune_round(
     events: Events = SILENT,
     replay: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
+    correct: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train a classifier in place for one federated round.
 
@@ -33,7 +36,7 @@ def finetune_round(
     ----------
     model : Module
         Maps (B, 1, S, S) to logits (B, C).
-    images : Tensor (N, 1, S, S)
+    images : Tensor (N, V, S, S)
         Labelled images in [0, 1]. Without any nothing is trained; with a single one the
         normalisation statistics are kept.
     labels : Tensor (N,)
@@ -53,12 +56,14 @@ def finetune_round(
         count them.
     checkpoint : Path or None
         Written after every epoch; where it exists the round goes on from it, on CPU bit for bit.
+    correct : callable, optional
+        Corrects the gradients before every step (see `drift`).
 
     Returns
     -------
     dict of str to float
         ``examples``, without replayed ones, and, where there are any, ``loss``: the mean over the
-        last epoch.
+        last epoch, and ``total_rate``: the sum of the steps' learning rates.
 
     Raises
     ------
@@ -113,6 +118,7 @@ def finetune_round(
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         seed=seed,
+        optimizer=settings.optimizer,
         first_epoch=round * settings.local_epochs,
         last_epoch=settings.rounds * settings.local_epochs,
     )
@@ -125,9 +131,36 @@ def finetune_round(
         events,
         "fine-tuning",
         before_epoch=renew_draws,
+        before_step=correct,
         saves_last=False,
     )
-    return {"examples": float(len(images)), "loss": losses[-1]}
+    total_rate = training.total_rate(len(images))
+    return {"examples": float(len(images)), "loss": losses[-1], "total_rate": total_rate}
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, images: Tensor, labels: Tensor, balanced: bool) -> float:
+    """Mean cross-entropy of labelled images as they are, weighed as `finetune_round` does.
+
+    Parameters
+    ----------
+    model : Module
+        Maps (B, 1, S, S) to logits (B, C); its mode is restored.
+    images : Tensor (N, 1, S, S)
+        In [0, 1]; at least one.
+    labels : Tensor (N,)
+        Class indices.
+    balanced : bool
+        Weigh classes inversely to their frequency.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits = torch.cat([model(part.to(device)).cpu() for part in torch.split(images, LOSS_BATCH)])
+    model.train(was_training)
+    losses = cross_entropy(logits.double(), labels.long(), reduction="none")
+    weights = class_weights(labels) if balanced else torch.ones(len(labels))
+    return float((losses * weights).mean())
 
 
 def draw_replay(labels: Tensor, count: int, seed: int) -> Tensor:

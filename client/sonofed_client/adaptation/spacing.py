@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BATCH_NORM_IMAGES = 128
+"""Most images that normalisation statistics are re-estimated on."""
+
 
 def evenly_spaced(images: Tensor, count: int) -> Tensor:
     """Return up to ``count`` images, evenly spaced: neighbours are often of one patient."""

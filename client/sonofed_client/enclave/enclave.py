@@ -147,15 +147,20 @@ class InProcessEnclave:
 
     def _job_id(self, action: str, parameters: Parameters, request: Records) -> str:
         site = self._site
-        # FedEMA goes on from weights that the same study kept here; nothing else does.
-        bound = isinstance(parameters, Embed) and parameters.settings.merge == "fedema"
         parts: list[Any] = [
             version("sonofed"),
             action,
-            parameters.model_dump(mode="json", exclude=None if bound else {"study"}),
+            parameters.model_dump(mode="json", exclude=None if _goes_on(parameters) else {"study"}),
             request.digest(),
             site.snapshot,
         ]
         if isinstance(parameters, TrainClassifier):
             parts.append(selection.labelled(site, parameters.study, parameters.budget))
         return sha256(json.dumps(parts, sort_keys=True).encode())
+
+
+def _goes_on(parameters: Parameters) -> bool:
+    """Whether a site goes on from what the same study kept there in an earlier round."""
+    if isinstance(parameters, TrainClassifier):
+        return parameters.aggregation.strategy == "scaffold"
+    return isinstance(parameters, Embed) and parameters.settings.merge == "fedema"

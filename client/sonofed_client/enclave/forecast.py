@@ -18,6 +18,7 @@ from sonofed_client.enclave.rules import ActionRule, ArrayRule, Kind
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.errors import PolicyError
+from sonofed_common.contract.names import BUFFERS, RECEIVED_LOSS, TRAINED_LOSS
 from sonofed_common.contract.records import Array, Json, Records, grouped, is_named
 from sonofed_common.contract.study import Study
 
@@ -181,7 +182,9 @@ def _replies(question: Question, study: Study) -> Iterator[tuple[int, Records]]:
         yield 1, Records(moments, reply.config, reply.metrics)
         yield times - 1, Records(sums)
     elif isinstance(parameters, actions.TrainClassifier | actions.Embed):
-        yield times, Records(_network(parameters), reply.config, reply.metrics)
+        unasked = () if _strategy(parameters) == "feddg_ga" else (RECEIVED_LOSS, TRAINED_LOSS)
+        metrics = {name: value for name, value in reply.metrics.items() if name not in unasked}
+        yield times, Records(_network(parameters), reply.config, metrics)
     else:
         yield times, reply
 
@@ -220,7 +223,17 @@ def _network(
     """Weights as they travel: of a classifier, or of the student and predictor made from one."""
     if isinstance(parameters, actions.Encode):
         return _weights(parameters.classifier, parameters.settings.dimension)
-    return _weights(parameters.classifier, None)
+    arrays = _weights(parameters.classifier, None)
+    if _strategy(parameters) == "scaffold":
+        trained = {n: a for n, a in arrays.items() if not n.endswith(BUFFERS)}
+        return arrays | grouped("control", Records(trained).group("weights"))
+    return arrays
+
+
+def _strategy(parameters: Parameters) -> str:
+    if isinstance(parameters, actions.TrainClassifier):
+        return parameters.aggregation.strategy
+    return "fedavg"
 
 
 @lru_cache(maxsize=2)

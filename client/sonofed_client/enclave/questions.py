@@ -115,7 +115,12 @@ def _classifying(study: Study, pooled: dict[str, Any]) -> Iterator[Question]:
     for name in study.classifiers:
         for budget in range(budgets):
             train = actions.TrainClassifier(
-                **pooled, classifier=name, round=0, budget=budget, settings=settings
+                **pooled,
+                classifier=name,
+                round=0,
+                budget=budget,
+                settings=settings,
+                aggregation=study.aggregation,
             )
             free: dict[str, Choice] = {"bundle": None, "round": None}
             yield Question("train.classifier", train, settings.rounds, free)

@@ -231,7 +231,7 @@ class Site:
         return stack.to(self.device).eval().requires_grad_(False)
 
     def source_features(self, bundle: str, name: str, images: Tensor) -> Tensor:
-        """Unit-length features (N, F) of images (N, 1, S, S) under a source-trained classifier."""
+        """Unit-length features (N, F) of images (N, V, S, S) under a source-trained classifier."""
         backbone = self.classifier(bundle, name).eval()
         with torch.inference_mode():
             batches = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sonofed_client.adaptation.drift import zeros
 from sonofed_client.adaptation.pretraining import PretrainingModel
 from sonofed_client.enclave.handlers.embedding import networks
 from sonofed_client.enclave.handlers.pretraining import starting_encoder
@@ -34,6 +35,12 @@ def start_of(site: Site, parameters: Parameters, request: Records) -> Mapping[st
     request : Records
         Its arrays.
     """
+    if isinstance(parameters, TrainClassifier) and parameters.aggregation.strategy == "scaffold":
+        model = site.classifier(parameters.bundle, parameters.classifier)
+        none = {name: tensor.cpu().numpy() for name, tensor in zeros(model).items()}
+        weights = request.group("weights") or weights_of(model)
+        # What comes back of a control variate is its change.
+        return {**grouped("weights", weights), **grouped("control", none)}
     if any("/" in name for name in request.arrays):
         return request.arrays
     if isinstance(parameters, TrainClassifier):

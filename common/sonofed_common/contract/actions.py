@@ -12,6 +12,7 @@ from sonofed_common.contract.errors import ConfigurationError, ParameterError, U
 from sonofed_common.contract.records import Array, Records, grouped, is_named
 from sonofed_common.contract.selection import MAX_PARTS, Column
 from sonofed_common.contract.study import (
+    Aggregation,
     Embedding,
     Finetuning,
     Infusion,
@@ -174,14 +175,22 @@ class Annotations(Parameters):
 
 
 class TrainClassifier(Pooled):
-    """One round of fine-tuning. Arrays: ``weights/...``; absent for the source's weights."""
+    """One round of fine-tuning. Arrays: ``weights/...``; absent for the source's weights.
 
-    arrays = ("weights/*",)
+    With scaffold ``control/...`` too, the sites' mean control variate; absent where it is 0.
+    """
+
+    arrays = ("weights/*", "control/*")
 
     classifier: str
     round: int = Field(ge=0)
     budget: int = Field(ge=0, description="index into the study's budgets")
     settings: Finetuning
+    aggregation: Aggregation = Aggregation()
+
+    def reads(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the control variates only where the strategy has them."""
+        return self.arrays if self.aggregation.strategy == "scaffold" else ("weights/*",)
 
     @model_validator(mode="after")
     def _round_of_the_study(self) -> Self:

@@ -1,4 +1,4 @@
-"""Names of the actions, in a module of their own: a relay starts without their parameters."""
+"""Names of actions, arrays and metrics, in a module of their own: it loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ ACTION_NAMES = (
     "train.ensemble",
     "evaluate.segmenter",
 )
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""What the names of a batch normalisation's buffers end in: they are no trained weights."""
+
+RECEIVED_LOSS, TRAINED_LOSS = "received_loss", "trained_loss"
+"""Loss on a site's labels of the weights that it received, and of those that it sends."""

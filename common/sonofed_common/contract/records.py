@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from sonofed_common.contract.errors import ParameterError
 
@@ -33,6 +33,7 @@ TYPES = {
     "U64": "<u8",
     "F64": "<f8",
 }
+_NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
 DIMENSIONS = 32
 _END_OF_SIZES = 2**63
 
@@ -107,11 +108,36 @@ def to_bytes(records: Records) -> bytes:
     ----------
     records : Records
         Non-finite metrics are allowed; arrays are copied to C order.
+
+    Raises
+    ------
+    ParameterError
+        An array holds no numbers.
     """
-    arrays = {k: np.asarray(v, order="C") for k, v in records.arrays.items()}
-    # One metadata key: safetensors writes several in random order, and digests must repeat.
+    arrays = {name: _little(np.asarray(v, order="C")) for name, v in records.arrays.items()}
+    # Wide values first, so that all are aligned; names next, for digests must repeat.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     parts = json.dumps({"config": records.config, "metrics": records.metrics})
-    return save(arrays, {"records": parts})
+    if any(array.dtype not in _NAMES for array in arrays.values()):
+        raise ParameterError("an array of the records holds no numbers; send text in the config")
+    header: dict[str, Any] = {"__metadata__": {"records": parts}}
+    end = 0
+    for name in order:
+        begin, end = end, end + arrays[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[arrays[name].dtype],
+            "shape": arrays[name].shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # Joined at once: safetensors' own writer holds every array twice beside what it returns.
+    values = (arrays[name].reshape(-1).view(np.uint8).data for name in order)
+    return b"".join([len(text).to_bytes(8, "little"), text, *values])
+
+
+def _little(array: Array) -> Array:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def from_bytes(data: bytes | bytearray) -> Records:

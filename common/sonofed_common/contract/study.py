@@ -86,6 +86,11 @@ ClassifierName = Literal[
     "efficientnet_b0",
     "efficientnet_lite0",
     "resnet18",
+    "vit16",
+    "cnn_transformer",
+    "cnn_transformer_channel",
+    "efficientnet_lite0_two_views",
+    "shufflenet_v2_two_views",
 ]
 """Classifiers that sites can build."""
 
@@ -219,6 +224,9 @@ class Finetuning(Model):
 
     rounds: int = Field(default=4, ge=1, le=1000)
     local_epochs: int = Field(default=2, ge=1, le=1000)
+    optimizer: Literal["adam", "sgd"] = Field(
+        default="adam", description="sgd: plain, without momentum; it wants a larger learning_rate"
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     batch_size: int = Field(default=8, ge=2)
     batch_norm: Literal["site", "global"] = Field(
@@ -374,10 +382,41 @@ PLAIN_MEAN = Infusion(rule="mean", calibration="none")
 
 
 class Aggregation(Model):
-    """How updates become one model."""
+    """How updates become one model.
 
-    strategy: Literal["fedavg"] = "fedavg"
+    Notes
+    -----
+    ``strategy`` is of the classifiers' fine-tuning; all other means over sites are FedAvg's.
+    """
+
+    strategy: Literal["fedavg", "fedprox", "fedadam", "feddg_ga", "scaffold"] = "fedavg"
     weighting: Literal["examples", "uniform"] = "examples"
+    mu: float | None = Field(
+        default=None, ge=0, le=10, description="FedProx's proximal weight; default 0.01"
+    )
+    server_learning_rate: float | None = Field(
+        default=None, gt=0, le=1, description="FedAdam's step at the coordinator; default 0.01"
+    )
+
+    @model_validator(mode="after")
+    def _heeded(self) -> Self:
+        owners = {"mu": "fedprox", "server_learning_rate": "fedadam"}
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.strategy != owner:
+                raise ValueError(
+                    f"{name} would do nothing: it is of strategy '{owner}'; leave it out"
+                )
+        return self
+
+    @property
+    def proximal_weight(self) -> float:
+        """``mu``, or a value of those that FedProx's authors tried."""
+        return 0.01 if self.mu is None else self.mu
+
+    @property
+    def server_step(self) -> float:
+        """``server_learning_rate``, or what FedAdam's authors mostly found best for images."""
+        return 0.01 if self.server_learning_rate is None else self.server_learning_rate
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -470,6 +509,12 @@ class Study(Model):
             raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
         if len(set(self.classifiers)) != len(self.classifiers):
             raise ValueError("name each classifier once")
+        seeing = [name for name in self.classifiers if name.endswith("_two_views")]
+        if seeing and self.finetuning.replay:
+            raise ValueError(
+                f"classifier '{seeing[0]}' sees lesions, which synthetic images have no masks of; "
+                "set finetuning.replay to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -479,6 +524,33 @@ class Study(Model):
             raise ValueError(
                 f"clustering.clusters = {self.clustering.clusters} exceeds twice "
                 f"embedding.dimension, {most}: each dimension starts two clusters at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strategy(self) -> Self:
+        name = self.aggregation.strategy
+        if name == "fedavg":
+            return self
+        if others := [p for p in self.phases if p in ("pretrain", "pseudo_label")]:
+            raise ValueError(
+                f"aggregation.strategy = '{name}' is for classifiers and phase '{others[0]}' "
+                "averages segmenters; run two studies, or leave the strategy out"
+            )
+        if "classifier" not in self.phases:
+            raise ValueError(
+                f"aggregation.strategy = '{name}' would do nothing: it is of the phase "
+                "'classifier'; leave it out"
+            )
+        if name == "scaffold" and self.finetuning.optimizer != "sgd":
+            raise ValueError(
+                "aggregation.strategy = 'scaffold' corrects plain gradient steps, which Adam's are "
+                "not; set finetuning.optimizer = 'sgd' and a learning_rate for it"
+            )
+        if name == "scaffold" and self.cohort.smallest < len(self.cohort.sites):
+            raise ValueError(
+                "aggregation.strategy = 'scaffold' needs each site's control variate in every "
+                "round; leave cohort.quorum out"
             )
         return self
 

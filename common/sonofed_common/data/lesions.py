@@ -13,6 +13,7 @@ MARGIN = 1.5
 """Side of the square, in longer sides of the lesion: what surrounds it tells of it, too."""
 LEAST = 0.15
 """Smallest side of the square, as a share of the image's."""
+BATCH = 64
 ENLARGED = 2
 """Side of the image that it is cut from, in sides of what a network sees."""
 
@@ -58,6 +59,28 @@ def cut_out(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     grid = affine_grid(theta, [len(images), 1, size, size], align_corners=False)
     cut = grid_sample(images.float(), grid, "bilinear", "zeros", align_corners=False)
     return cut.clamp_(0, 1)
+
+
+def with_lesions(images: Tensor, larger: Tensor, boxes: Tensor) -> Tensor:
+    """Put each image's lesion beside it.
+
+    Parameters
+    ----------
+    images : Tensor (N, 1, S, S)
+        In [0, 1].
+    larger : Tensor (N, 1, L, L)
+        What lesions are cut from: the same images.
+    boxes : Tensor (N, 3)
+        From `lesion_boxes`.
+
+    Returns
+    -------
+    Tensor of float32 (N, 2, S, S)
+        In [0, 1].
+    """
+    parts = torch.split(torch.arange(len(images)), BATCH)
+    lesions = [cut_out(larger[n], boxes[n], images.shape[-1]) for n in parts]
+    return torch.cat([images, torch.cat(lesions) if lesions else images], dim=1)
 
 
 def _box(foreground: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -36,6 +36,9 @@ class Classifier(nn.Module):
     trains depthwise networks faster on CPU and convolutions faster on GPU.
     """
 
+    views = 1
+    """Channels of an image: the whole, or that and the lesion cut out of it."""
+
     mean: Tensor
     std: Tensor
 
@@ -63,6 +66,41 @@ class Classifier(nn.Module):
         return logits
 
 
+class TwoViewClassifier(Classifier):
+    """Two networks of one kind, of which one sees the image and the other its lesion.
+
+    Parameters
+    ----------
+    whole, lesion : Classifier
+        Each with a head of its own. The common head starts as the mean of their logits.
+
+    Notes
+    -----
+    Images are (B, 2, S, S): the whole, and what `cut_out` gives of it.
+    """
+
+    views = 2
+
+    def __init__(self, whole: Classifier, lesion: Classifier) -> None:
+        nn.Module.__init__(self)
+        heads = [whole.head, lesion.head]
+        self.feature_dim = whole.feature_dim + lesion.feature_dim
+        self.dropout = nn.Dropout(whole.dropout.p)
+        self.head = nn.Linear(self.feature_dim, heads[0].out_features, device="meta")
+        self.head = self.head.to_empty(device=heads[0].weight.device)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.cat([head.weight for head in heads], dim=1) / 2)
+            self.head.bias.copy_(torch.stack([head.bias for head in heads]).mean(0))
+        self.whole, self.lesion = whole, lesion
+        for part in (whole, lesion):
+            # Nothing reads it any more, and what is no weight is not sent.
+            part.head = nn.Identity()  # type: ignore[assignment]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images (B, 2, S, S) in [0, 1] to pooled features (B, 2 F)."""
+        return torch.cat([self.whole.features(x[:, :1]), self.lesion.features(x[:, 1:])], dim=1)
+
+
 class _LastMaps(nn.Module):
     """Feature maps of a network of the `transformers` library."""
 
@@ -72,6 +110,18 @@ class _LastMaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.network(x).last_hidden_state)
+
+
+class _ClassToken(nn.Module):
+    """Class token of a ViT of the `transformers` library, for images of any size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.network(x, interpolate_pos_encoding=True)
+        return cast(Tensor, read.last_hidden_state[:, 0])
 
 
 class _Maps(nn.Module):
@@ -162,6 +212,34 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
     return weights
 
 
+def _vit16(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from transformers import ViTConfig, ViTModel
+
+    # ViT-S/16: the base model has four times the weights, which few hundred images cannot train.
+    settings = ViTConfig(
+        hidden_size=384,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=128,
+        patch_size=16,
+    )
+    return _ClassToken(ViTModel(settings, add_pooling_layer=False)), 384, 0.0
+
+
+def _cnn_transformer(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from sonofed_common.models.cnn_transformer import CnnTransformer
+
+    network = CnnTransformer("spatial")
+    return network, network.dimension, 0.0
+
+
+def _cnn_transformer_channel(pretrained: bool) -> tuple[nn.Module, int, float]:
+    from sonofed_common.models.cnn_transformer import CnnTransformer
+
+    network = CnnTransformer("channel")
+    return network, network.dimension, 0.0
+
+
 _BACKBONES: dict[str, Callable[[bool], tuple[nn.Module, int, float]]] = {
     "resnet50": _resnet50,
     "mobilenet_v2": _mobilenet_v2,
@@ -170,10 +248,23 @@ _BACKBONES: dict[str, Callable[[bool], tuple[nn.Module, int, float]]] = {
     "efficientnet_b0": _efficientnet_b0,
     "efficientnet_lite0": _efficientnet_lite0,
     "resnet18": _resnet18,
+    "vit16": _vit16,
+    "cnn_transformer": _cnn_transformer,
+    "cnn_transformer_channel": _cnn_transformer_channel,
 }
 
-CLASSIFIERS: tuple[str, ...] = tuple(_BACKBONES)
+TWO_VIEWS = "_two_views"
+CLASSIFIERS: tuple[str, ...] = (
+    *_BACKBONES,
+    f"efficientnet_lite0{TWO_VIEWS}",
+    f"shufflenet_v2{TWO_VIEWS}",
+)
 """Names that `build_classifier` knows."""
+
+
+def sees_lesions(name: str) -> bool:
+    """Whether a classifier wants the lesion of an image beside the whole."""
+    return name.endswith(TWO_VIEWS)
 
 
 def build_classifier(
@@ -198,10 +289,14 @@ def build_classifier(
     ConfigurationError
         Unknown name; the nearest known one is given.
     """
-    if name not in _BACKBONES:
+    if name not in CLASSIFIERS:
         nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.4)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(CLASSIFIERS)}"
         raise ConfigurationError(f"unknown classifier '{name}'; {hint}")
+    if sees_lesions(name):
+        kind = name.removesuffix(TWO_VIEWS)
+        parts = (build_classifier(kind, classes, pretrained, seed + n) for n in range(2))
+        return TwoViewClassifier(*parts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone, feature_dim, dropout = _BACKBONES[name](pretrained)

@@ -23,7 +23,7 @@ from sonofed_common.contract.errors import (
 from sonofed_common.contract.records import Records, from_bytes
 from sonofed_common.contract.segmentation import Normalisation, SegmentationFacts
 from sonofed_common.contract.study import Infusion
-from sonofed_common.models.classifiers import Classifier, build_classifier
+from sonofed_common.models.classifiers import Classifier, build_classifier, sees_lesions
 from sonofed_common.models.infusion import InfusionHead, confidence
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
 
@@ -156,7 +156,8 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
     bundle : Bundle
         Holds ``segmenters/<branch>.safetensors``, ``infusion.safetensors`` (see `infusion_records`)
         and, if any, ``classifiers/<name>.safetensors``; facts ``segmentation``, ``normalisation``
-        and ``image_size``.
+        and ``image_size``. Classifiers of two views are left out: sites cut lesions out of larger
+        images, by the source's segmenter.
 
     Raises
     ------
@@ -186,8 +187,8 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
             )
             _load(branches[name], bundle, f"segmenters/{name}.safetensors")
         for path in bundle.paths:
-            if path.startswith("classifiers/"):
-                name = path.removeprefix("classifiers/").removesuffix(".safetensors")
+            name = path.removeprefix("classifiers/").removesuffix(".safetensors")
+            if path.startswith("classifiers/") and not sees_lesions(name):
                 classifiers[name] = build_classifier(name, pretrained=False)
                 _load(classifiers[name], bundle, path)
     except ConfigurationError as error:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from safetensors.numpy import load
+
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
 from sonofed_common.contract.errors import QuorumError
-from sonofed_common.contract.records import Array
-from sonofed_server.aggregation.fedavg import FedAvg
+from sonofed_common.contract.records import Array, Records
+from sonofed_server.aggregation.strategies import STRATEGIES
+from sonofed_server.aggregation.strategy import Round, Weights
 from sonofed_server.aggregation.weights import weight_of
 from sonofed_server.study.run import StudyRun
 
@@ -30,18 +33,31 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
     done = state.position.get(group, 0)
     for number in run.rounds(range(done, settings.rounds)):
         parameters = TrainClassifier(
-            **run.pooled, classifier=name, round=number, budget=budget, settings=settings
+            **run.pooled,
+            classifier=name,
+            round=number,
+            budget=budget,
+            settings=settings,
+            aggregation=study.aggregation,
         )
-        message = request(parameters, weights=state.group(group))
-        mean = FedAvg()
+        strategy = STRATEGIES[study.aggregation.strategy](
+            Round(
+                study.aggregation,
+                number,
+                settings.rounds,
+                lambda: state.group(group) or _source_weights(run, name),
+                state.aggregation(group),
+            )
+        )
+        message = request(parameters, weights=state.group(group), **strategy.broadcast())
         for site, reply in run.exchange.ask("train.classifier", message):
             labels = run.site_facts(site).setdefault("labels", {})
             labels[str(budget)] = int(reply.config["examples"])
             if weight := weight_of(reply, study.aggregation):
-                mean.add(reply.group("weights"), weight)
+                strategy.add(site, reply, weight)
             # Or it would stay until the next one is there.
             del reply
-        updated = mean.mean()
+        updated, kept = strategy.finish()
         if not updated and not state.group(group):
             raise QuorumError(
                 f"no site has a label to fine-tune on at {_percent(run, budget)}; let the experts "
@@ -49,12 +65,17 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
             )
         if updated:
             state.set_group(group, updated)
+        state.set_aggregation(group, kept if number + 1 < settings.rounds else Records())
         state.position[group] = number + 1
         run.save()
         run.events.progress(
             f"classifier {name} at {_percent(run, budget)}", number + 1, settings.rounds
         )
     _evaluate(run, name, stage, state.group(group), settings.batch_norm)
+
+
+def _source_weights(run: StudyRun, name: str) -> Weights:
+    return load(run.bundle.read(f"classifiers/{name}.safetensors"))
 
 
 def _evaluate(

@@ -61,6 +61,8 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
                 **told("serverapp", coordinator.run / "serverapp.log"),
                 # Sums are kept there: /tmp may be in memory.
                 "TMPDIR": str(coordinator.run),
+                # The C library would keep the room of every part of a message for later ones.
+                "MALLOC_MMAP_THRESHOLD_": str(2**20),
             },
         ),
         Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),

@@ -12,7 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.metrics import classification_metrics, threshold_at_specificity
-from sonofed_common.models.classifiers import Classifier, build_classifier
+from sonofed_common.models.classifiers import (
+    TWO_VIEWS,
+    Classifier,
+    TwoViewClassifier,
+    build_classifier,
+)
 from sonofed_common.runtime import SILENT, Events, derive_seed, device
 from sonofed_common.training import Training, fit
 from sonofed_server.source.data import Part
@@ -69,6 +74,36 @@ def train_classifier(
     return model.eval()
 
 
+def train_two_views(
+    name: str,
+    pool: Part,
+    settings: ClassifierTraining,
+    seed: int,
+    checkpoint: Path | None = None,
+    events: Events = SILENT,
+) -> Classifier:
+    """Train a classifier of whole images and one of lesions, each on its own, and join them.
+
+    Parameters
+    ----------
+    name : str
+        One of `CLASSIFIERS` that `sees_lesions`.
+    pool : Part
+        Images (N, 2, S, S), from `with_lesions`.
+    settings, seed, events
+        See `train_classifier`; both have the same training.
+    checkpoint : Path or None
+        Each of both has its own beside it.
+    """
+    kind, parts = name.removesuffix(TWO_VIEWS), []
+    for n, view in enumerate(("whole", "lesion")):
+        part = Part(pool.samples, pool.images[:, n : n + 1], pool.labels)
+        own = None if checkpoint is None else checkpoint.with_suffix(f".{view}.safetensors")
+        own_seed = derive_seed(seed, view)
+        parts.append(train_classifier(kind, part, settings, own_seed, own, events))
+    return TwoViewClassifier(*parts).eval()
+
+
 def class_weights(labels: Tensor) -> Tensor:
     """Weights inverse to class frequency, of mean 1 over the images.
 
@@ -83,7 +118,7 @@ def class_weights(labels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def probabilities(model: Classifier, images: Tensor) -> Tensor:
-    """P(malignant) (N,) of images (N, 1, S, S), on CPU."""
+    """P(malignant) (N,) of images (N, V, S, S), on CPU."""
     parts = [
         model(batch.to(device())).softmax(1)[:, 1].cpu() for batch in torch.split(images, BATCH)
     ]
@@ -92,7 +127,7 @@ def probabilities(model: Classifier, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def features(model: Classifier, images: Tensor) -> Tensor:
-    """Backbone features (N, F) of images (N, 1, S, S), on CPU."""
+    """Backbone features (N, F) of images (N, V, S, S), on CPU."""
     return torch.cat(
         [model.features(batch.to(device())).cpu() for batch in torch.split(images, BATCH)]
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sonofed_common.contract.bundle import DataProvenance
 from sonofed_common.contract.errors import DataMissingError, OneClassError
-from sonofed_common.data.images import load_images
+from sonofed_common.data.images import load_images, load_masks
+from sonofed_common.data.lesions import ENLARGED, lesion_boxes, with_lesions
 from sonofed_common.data.readers import read
 from sonofed_common.data.sample import Reading, Sample
 from sonofed_common.data.splits import Split, check_no_leak, split_by_group
@@ -32,7 +33,7 @@ class Part:
     samples : tuple of Sample
         In the order of the images.
     images : Tensor
-        (N, 1, S, S) float32 in [0, 1].
+        (N, 1, S, S) float32 in [0, 1]; (N, 2, S, S) with lesions.
     labels : Tensor
         (N,) int64, 0 benign, 1 malignant.
     """
@@ -135,6 +136,25 @@ def split_source(samples: Sequence[Sample], settings: SourceSettings) -> Split:
     )
     check_no_leak(split)
     return split
+
+
+def lesions_beside(part: Part) -> Part:
+    """Put the lesion beside each image, cut out by its own mask.
+
+    Raises
+    ------
+    DataUnreadableError
+        A mask cannot be decoded.
+    """
+    larger, _, _ = load_images(part.samples, ENLARGED * part.images.shape[-1])
+    images = with_lesions(part.images, larger, boxes_of(part))
+    return Part(part.samples, images, part.labels)
+
+
+def boxes_of(part: Part) -> Tensor:
+    """Squares (N, 3) around the lesions of images by their own masks; the whole without a mask."""
+    masks = load_masks(part.samples, part.images.shape[-1])
+    return lesion_boxes((masks[:, 0] > 0).float())
 
 
 def _load(samples: Sequence[Sample], image_size: int) -> tuple[Part, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -60,9 +61,9 @@ class MemorisationGate:
             )
         number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
         of = torch.tensor([number[group] for group in groups])
-        self._known = _shrunk(images)
-        self._details = _detail(self._known)
-        distances = dissimilarity(self._known, self._known)
+        self._known = _Known.of(_shrunk(images))
+        self._details = _detail(self._known.images)
+        distances = _distances(self._known.images, self._known)
         others = distances.masked_fill(of[:, None] == of, torch.inf)
         self.limit = float(others.amin(1).quantile(QUANTILE))
         self.nearest: list[float] = []
@@ -70,16 +71,16 @@ class MemorisationGate:
     def admit(self, image: Tensor) -> bool:
         """Judge one image (1, S, S) in [0, 1]; an admitted one is remembered."""
         small = _shrunk(image[None])
-        distances = dissimilarity(small, self._known)[0]
+        distances = _distances(small, self._known)[0]
         detail = _detail(small)
         likeness = torch.maximum(
             detail @ self._details.T, _detail(small.flip(-1)) @ self._details.T
         )
         if float(distances.min()) < self.limit or float(likeness.max()) >= COPY:
             return False
-        real = len(self._known) - len(self.nearest)
+        real = len(self._known.images) - len(self.nearest)
         self.nearest.append(float(distances[:real].min()))
-        self._known = torch.cat((self._known, small))
+        self._known = self._known.joined(_Known.of(small))
         self._details = torch.cat((self._details, detail))
         return True
 
@@ -117,22 +118,42 @@ def dissimilarity(images: Tensor, others: Tensor) -> Tensor:
     Tensor
         (N, M), in [0, 2]; 0 for equal images. Windows are uniform, 7 x 7, and 3 px apart.
     """
-    known = _shrunk(others)
-    mean, square = _local_mean(known), _local_mean(known * known)
+    return _distances(_shrunk(images), _Known.of(_shrunk(others)))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Images with their local means and mean squares, which every comparison needs."""
+
+    images: Tensor
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor) -> _Known:
+        return cls(images, _local_mean(images), _local_mean(images * images))
+
+    def joined(self, other: _Known) -> _Known:
+        return _Known(
+            torch.cat((self.images, other.images)),
+            torch.cat((self.mean, other.mean)),
+            torch.cat((self.square, other.square)),
+        )
+
+
+def _distances(images: Tensor, known: _Known) -> Tensor:
     rows = []
-    for image in _shrunk(images):
-        similar = [
-            _ssim(view, _local_mean(view), known, mean, square) for view in (image, image.flip(-1))
-        ]
+    for image in images:
+        similar = [_ssim(view, _local_mean(view), known) for view in (image, image.flip(-1))]
         rows.append(1 - torch.maximum(*similar))
-    return torch.stack(rows) if rows else torch.empty(0, len(others))
+    return torch.stack(rows) if rows else torch.empty(0, len(known.images))
 
 
-def _ssim(image: Tensor, own: Tensor, known: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-    product = own * mean
-    covariance = _local_mean(image * known) - product
-    energy = own * own + mean * mean
-    variances = _local_mean(image * image) + square - energy
+def _ssim(image: Tensor, own: Tensor, known: _Known) -> Tensor:
+    product = own * known.mean
+    covariance = _local_mean(image * known.images) - product
+    energy = own * own + known.mean * known.mean
+    variances = _local_mean(image * image) + known.square - energy
     light, contrast = 0.01**2, 0.03**2
     quotient = (2 * product + light) * (2 * covariance + contrast)
     return (quotient / ((energy + light) * (variances + contrast))).mean((1, 2, 3))

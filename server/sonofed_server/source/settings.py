@@ -79,9 +79,24 @@ class DiffusionTraining(Model):
         return self
 
 
+class WganTraining(Model):
+    """Training of one Wasserstein GAN a class; only where it draws the synthetic images."""
+
+    loss: Literal["wasserstein", "hinge"] = "hinge"
+    optimizer: Literal["adam", "rmsprop"] = Field(
+        default="adam", description="adam with betas 0 and 0.9"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0)
+    critic_steps: int = Field(default=2, ge=1, description="of the critic, a step of the generator")
+    steps: int = Field(default=10_000, ge=1, description="of the generator")
+    batch_size: int = Field(default=32, ge=2)
+    width: int = Field(default=512, ge=16, le=2048, description="maps of 4 x 4 pixels")
+
+
 class SyntheticImages(Model):
     """Labelled synthetic images, which sites may replay while they fine-tune the classifiers."""
 
+    generator: Literal["diffusion", "wgan"] = "diffusion"
     per_class: int = Field(ge=1, description="images of each class; refused ones are drawn again")
     sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     steps: int = Field(default=20, ge=1, le=1000)
@@ -92,7 +107,15 @@ class SyntheticImages(Model):
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
-    "paper": {"diffusion": {"kind": "sd15", "epochs": 200, "learning_rate": 1e-4}},
+    "paper": {
+        "diffusion": {"kind": "sd15", "epochs": 200, "learning_rate": 1e-4},
+        "wgan": {
+            "loss": "wasserstein",
+            "optimizer": "rmsprop",
+            "learning_rate": 5e-5,
+            "critic_steps": 5,
+        },
+    },
 }
 """Settings that a preset changes; what the source file says itself wins."""
 
@@ -117,6 +140,7 @@ class SourceSettings(Model):
         default=None, description="default: no segmenter is trained"
     )
     diffusion: DiffusionTraining = DiffusionTraining()
+    wgan: WganTraining = WganTraining()
     synthetic: SyntheticImages | None = Field(
         default=None, description="default: no synthetic images are drawn"
     )
@@ -136,6 +160,16 @@ class SourceSettings(Model):
         return tuple(_one_of(name, CLASSIFIERS) for name in names)
 
     @model_validator(mode="after")
+    def _outlined(self) -> Self:
+        seeing = [name for name in self.classifiers if name.endswith("_two_views")]
+        if seeing and self.segmentation is None:
+            raise ValueError(
+                f"classifier '{seeing[0]}' sees lesions, which a segmenter must outline at the "
+                "sites; add the section 'segmentation'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.classifiers and self.segmentation is None:
             raise ValueError("name a classifier in 'classifiers', or give a section 'segmentation'")
@@ -145,12 +179,22 @@ class SourceSettings(Model):
     def _synthetic_is_possible(self) -> Self:
         if self.synthetic is None:
             return self
-        if self.diffusion.kind == "none":
-            raise ValueError("section 'synthetic' needs a diffusion model; set diffusion.kind")
+        if self.synthetic.generator == "diffusion" and self.diffusion.kind == "none":
+            raise ValueError(
+                "section 'synthetic' needs a diffusion model; set diffusion.kind, or "
+                'generator = "wgan"'
+            )
         if not self.classifiers:
             raise ValueError(
                 "section 'synthetic' needs class labels; name a classifier in 'classifiers'"
             )
+        if self.synthetic.generator == "wgan":
+            from sonofed_common.models.wgan import SIZES
+
+            if self.image_size not in SIZES:
+                raise ValueError(
+                    f"a WGAN draws images of {', '.join(map(str, SIZES))} px; set image_size"
+                )
         return self
 
     def digest(self) -> str:

@@ -1,9 +1,10 @@
-"""Labelled synthetic source images: real edges, invented echotexture, a memorisation gate."""
+"""Labelled synthetic source images: drawn by any class-wise generator, behind one gate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,44 +18,69 @@ from sonofed_common.data.images import load_images
 from sonofed_common.models.sampling import reconstruct
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed
-from sonofed_server.source.data import CLASSES, SourceSet
+from sonofed_server.source.data import CLASSES, Part, SourceSet
 from sonofed_server.source.memorisation import MemorisationGate, membership_auroc
 from sonofed_server.source.settings import SyntheticImages
 
 TRIES = 5
+BATCH = 16
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One synthetic image to be drawn: its class, its number in the class, and which try it is."""
+    """One synthetic image to be drawn.
 
+    Attributes
+    ----------
+    seed : int
+        Of the whole set.
+    label, number, attempt : int
+        Its class, its number in the class, and which try it is.
+    """
+
+    seed: int
     label: int
     number: int
-    attempt: int
+    attempt: int = 0
+
+    def seed_of(self, draw: str) -> int:
+        """Seed of one of its random draws: the same image is drawn whatever is drawn beside it."""
+        return derive_seed(self.seed, self.label, self.number, self.attempt, draw)
+
+
+class Drawing(Protocol):
+    """Draws images of a class; the gate is not its business."""
+
+    def draw(self, batch: Sequence[Wanted]) -> Tensor:
+        """Draw images (B, 1, S, S) in [0, 1], S as in the training images."""
+        ...
 
 
 def synthesise(
-    stack: DiffusionStack,
+    drawing: Drawing,
     source: SourceSet,
-    settings: SyntheticImages,
+    per_class: Sequence[int],
     seed: int,
     events: Events = SILENT,
+    least: float = 0.5,
 ) -> tuple[Records, dict[str, Any]]:
-    """Draw labelled images from the edges of training images, and keep those that pass the gate.
+    """Draw labelled images, and keep those that pass the gate.
 
     Parameters
     ----------
-    stack : DiffusionStack
-        Trained on the source.
+    drawing : Drawing
+        Trained on the source's pool.
     source : SourceSet
-        Edges and labels come from its pool; nothing is drawn from held-out images.
-    settings : SyntheticImages
-        How many, and the sampler.
+        The gate compares with its pool; its held-out images serve to measure membership inference.
+    per_class : sequence of int
+        Images wanted of each class; refused ones are drawn again.
     seed : int
         Each image has its own seeds, so that drawing anew after an interruption gives the same.
     events : Events
         Gets the progress.
+    least : float
+        Share of each class's images that must pass, in [0, 1]; one must in any case.
 
     Returns
     -------
@@ -68,56 +94,43 @@ def synthesise(
     Raises
     ------
     ConfigurationError
-        Of a class fewer than half of the wanted images passed the gate, each tried five times.
+        Of a class fewer images than must passed the gate, each tried five times.
     DivergenceError
-        The diffusion model gives values that are not finite.
-
-    Notes
-    -----
-    Sampling starts from pure noise: only the edge map of a training image, mirrored at random,
-    carries its class, and the echotexture is the model's own.
+        The generator gives values that are not finite.
     """
-    size = source.pool.images.shape[-1]
-    edges_of = source.pool.images
-    if stack.image_size != size:
-        edges_of, _, _ = load_images(list(source.pool.samples), stack.image_size)
-    sampling = Reconstruction(
-        init="noise",
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-    )
     gate = MemorisationGate(source.pool.images, [sample.group for sample in source.pool.samples])
     kept: list[Tensor] = []
     labels: list[int] = []
     rejected = 0
     wanted = [
-        Wanted(label, n, 0) for n in range(settings.per_class) for label in range(len(CLASSES))
+        Wanted(seed, label, n)
+        for n in range(max(per_class))
+        for label, count in enumerate(per_class)
+        if n < count
     ]
     total = len(wanted)
     while wanted:
-        batch, wanted = wanted[: sampling.batch_size], wanted[sampling.batch_size :]
-        for one, image in zip(
-            batch,
-            _draw(stack, edges_of, source.pool.labels, batch, sampling, size, seed),
-            strict=True,
-        ):
+        batch, wanted = wanted[:BATCH], wanted[BATCH:]
+        # Judged as it is released, in 256 grey values.
+        drawn = (drawing.draw(batch) * 255).round() / 255
+        for one, image in zip(batch, drawn, strict=True):
             if gate.admit(image):
                 kept.append(image)
                 labels.append(one.label)
                 continue
             rejected += 1
             if one.attempt + 1 < TRIES:
-                wanted.append(Wanted(one.label, one.number, one.attempt + 1))
+                wanted.append(replace(one, attempt=one.attempt + 1))
         events.progress("synthetic images", total - len(wanted), total)
     counts = [labels.count(label) for label in range(len(CLASSES))]
-    if 2 * min(counts) < settings.per_class:
-        raise ConfigurationError(
-            f"only {min(counts)} of {settings.per_class} synthetic images of a class pass the "
-            "memorisation gate, the others are too near to a real image or to each other; train "
-            "the diffusion model for fewer epochs or on more images, ask for fewer synthetic "
-            "images, or leave the section 'synthetic' out"
-        )
+    for count, asked in zip(counts, per_class, strict=True):
+        if asked and count < max(1, least * asked):
+            raise ConfigurationError(
+                f"only {count} of {asked} synthetic images of a class pass the memorisation gate, "
+                "the others are too near to a real image or to each other; train the generator "
+                "for fewer epochs or on more images, ask for fewer synthetic images, or leave "
+                "the section 'synthetic' out"
+            )
     released = torch.stack(kept)
     levels = torch.tensor(gate.nearest, dtype=torch.float64).quantile(
         torch.tensor(QUANTILES, dtype=torch.float64)
@@ -135,26 +148,49 @@ def synthesise(
     return Records({"images": pixels, "labels": np.array(labels, dtype=np.int64)}), facts
 
 
-def _draw(
-    stack: DiffusionStack,
-    images: Tensor,
-    labels: Tensor,
-    batch: list[Wanted],
-    sampling: Reconstruction,
-    size: int,
-    seed: int,
-) -> Tensor:
-    """Draw images (B, 1, S, S), already rounded to the 256 grey values that are released."""
-    chosen, noise = [], []
-    for one in batch:
-        name = (seed, one.label, one.number, one.attempt)
-        draws = Generator().manual_seed(derive_seed(*name, "edges"))
-        members = (labels == one.label).nonzero().flatten()
-        image = images[members[torch.randint(len(members), (), generator=draws)]]
-        mirrored = bool(torch.randint(2, (), generator=draws))
-        chosen.append(image.flip(-1) if mirrored else image)
-        noise.append(derive_seed(*name, "noise"))
-    drawn = reconstruct(stack, torch.stack(chosen), sampling, noise)
-    if drawn.shape[-1] != size:
-        drawn = interpolate(drawn, size, mode="area")
-    return (drawn * 255).round() / 255
+class EdgeDrawing:
+    """Draws by a diffusion stack: real edges, invented echotexture.
+
+    Parameters
+    ----------
+    stack : DiffusionStack
+        Trained on the source.
+    pool : Part
+        Edges and labels come from its images; nothing is drawn from held-out ones.
+    settings : SyntheticImages
+        The sampler.
+
+    Notes
+    -----
+    Sampling starts from pure noise: only the edge map of a training image, mirrored at random,
+    carries its class, and the echotexture is the model's own.
+    """
+
+    def __init__(self, stack: DiffusionStack, pool: Part, settings: SyntheticImages) -> None:
+        self._stack, self._labels = stack, pool.labels
+        self._size = pool.images.shape[-1]
+        self._images = pool.images
+        if stack.image_size != self._size:
+            self._images, _, _ = load_images(list(pool.samples), stack.image_size)
+        self._sampling = Reconstruction(
+            init="noise",
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch_size=BATCH,
+        )
+
+    def draw(self, batch: Sequence[Wanted]) -> Tensor:
+        """Draw images (B, 1, S, S) in [0, 1]."""
+        chosen = []
+        for one in batch:
+            draws = Generator().manual_seed(one.seed_of("edges"))
+            members = (self._labels == one.label).nonzero().flatten()
+            image = self._images[members[torch.randint(len(members), (), generator=draws)]]
+            mirrored = bool(torch.randint(2, (), generator=draws))
+            chosen.append(image.flip(-1) if mirrored else image)
+        noise = [one.seed_of("noise") for one in batch]
+        drawn = reconstruct(self._stack, torch.stack(chosen), self._sampling, noise)
+        if drawn.shape[-1] != self._size:
+            drawn = interpolate(drawn, self._size, mode="area")
+        return drawn

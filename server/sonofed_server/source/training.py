@@ -23,13 +23,26 @@ from sonofed_common.contract.bundle import (
 from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
+from sonofed_common.models.classifiers import sees_lesions
 from sonofed_common.models.diffusion import build_tiny, load_sd15
 from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex
-from sonofed_server.source.classifiers import classifier_facts, features, train_classifier
-from sonofed_server.source.data import Part, SourceSet, load_source, read_data
+from sonofed_server.source.classifiers import (
+    classifier_facts,
+    features,
+    train_classifier,
+    train_two_views,
+)
+from sonofed_server.source.data import (
+    CLASSES,
+    Part,
+    SourceSet,
+    lesions_beside,
+    load_source,
+    read_data,
+)
 from sonofed_server.source.diffusion import train_diffusion
 from sonofed_server.source.segmentation_data import (
     SegmentationPart,
@@ -38,9 +51,10 @@ from sonofed_server.source.segmentation_data import (
     united_provenance,
 )
 from sonofed_server.source.segmenter import segmentation_facts, segmenter_facts, train_segmenter
-from sonofed_server.source.settings import SegmenterTraining, SourceSettings
+from sonofed_server.source.settings import SegmenterTraining, SourceSettings, SyntheticImages
 from sonofed_server.source.statistics import feature_statistics
-from sonofed_server.source.synthetic import synthesise
+from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
+from sonofed_server.source.wgan import train_drawing
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("sonofed", "torch", "monai", "diffusers", "transformers")
@@ -133,12 +147,14 @@ def train_source(
         if stack is None or images is None
         else _add_diffusion(writer, settings, stack, images.pool, checkpoints, events)
     )
-    if stack is not None and source is not None and settings.synthetic is not None:
+    if source is not None and settings.synthetic is not None:
+        wanted = [settings.synthetic.per_class] * len(CLASSES)
+        drawing = _drawing(settings, settings.synthetic, source, stack, checkpoints, events)
         seed = derive_seed(settings.seed, "synthetic")
-        records, facts = synthesise(stack, source, settings.synthetic, seed, events)
+        records, facts = synthesise(drawing, source, wanted, seed, events)
         writer.add(SYNTHETIC_IMAGES, to_bytes(records))
-        writer.facts["synthetic"] = facts
-        events.emit("synthetic source images", **facts)
+        writer.facts["synthetic"] = {"generator": settings.synthetic.generator, **facts}
+        events.emit("synthetic source images", **writer.facts["synthetic"])
     bundle = writer.sign(signing_key)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     size = sum(bundle.manifest.blobs.values())
@@ -177,10 +193,13 @@ def _add_classifier(
 ) -> dict[str, Any]:
     seed = derive_seed(settings.seed, "classifier", name)
     checkpoint = checkpoints / f"{name}.safetensors"
-    model = train_classifier(name, source.pool, settings.training, seed, checkpoint, events)
-    facts = classifier_facts(model, source.test)
+    pool, test, train = source.pool, source.test, train_classifier
+    if sees_lesions(name):
+        pool, test, train = lesions_beside(pool), lesions_beside(test), train_two_views
+    model = train(name, pool, settings.training, seed, checkpoint, events)
+    facts = classifier_facts(model, test)
     events.emit("source classifier", classifier=name, **facts["metrics"])
-    statistics = feature_statistics(features(model, source.pool.images), seed)
+    statistics = feature_statistics(features(model, pool.images), seed)
     writer.add(f"classifiers/{name}.safetensors", weights_bytes(model))
     arrays = {key: tensor.numpy() for key, tensor in statistics.items()}
     writer.add(f"source/{name}.safetensors", to_bytes(Records(arrays)))
@@ -249,6 +268,23 @@ def _add_diffusion(
         "prompt": settings.diffusion.prompt,
         "canny": dict(stack.edge_settings),
     }
+
+
+def _drawing(
+    settings: SourceSettings,
+    wanted: SyntheticImages,
+    source: SourceSet,
+    stack: DiffusionStack | None,
+    checkpoints: Path,
+    events: Events,
+) -> Drawing:
+    """Return what draws the synthetic images; a GAN is trained for it, the stack is there."""
+    if wanted.generator == "wgan":
+        seed = derive_seed(settings.seed, "wgan")
+        return train_drawing(source.pool, settings.wgan, seed, checkpoints, events)
+    # The settings refuse a section `synthetic` that has no model to draw with.
+    assert stack is not None
+    return EdgeDrawing(stack, source.pool, wanted)
 
 
 def _build(settings: SourceSettings, data_root: Path) -> DiffusionStack:

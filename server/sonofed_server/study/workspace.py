@@ -156,6 +156,17 @@ class StudyState:
         self.arrays = {k: v for k, v in self.arrays.items() if not k.startswith(f"{name}/")}
         self.arrays.update({f"{name}/{k}": v for k, v in arrays.items()})
 
+    def aggregation(self, name: str) -> Records:
+        """Return what the aggregation of the weights under ``name/`` goes on from."""
+        config = self.facts.get("aggregation", {}).get(name, {})
+        return Records(self.group(f"aggregation/{name}"), config)
+
+    def set_aggregation(self, name: str, kept: Records) -> None:
+        """Replace what the aggregation of the weights under ``name/`` goes on from."""
+        self.set_group(f"aggregation/{name}", kept.arrays)
+        known = self.facts.get("aggregation", {}) | {name: kept.config}
+        self.facts["aggregation"] = {n: config for n, config in known.items() if config}
+
     def clear(self) -> None:
         """Forget everything but when the study started and what runs its nodes."""
         kept = {k: v for k, v in self.facts.items() if k in ("started", "engine")}

@@ -14,6 +14,11 @@ TABLES = {
     "adaptation-homogenisation": "adaptation_homogenisation",
     "adaptation-reconstruction": "adaptation_reconstruction",
     "adaptation-selection": "adaptation_selection",
+    "aggregation": "aggregation",
+    "synthetic-domains": "synthetic_domains",
+    "synthetic-ratios": "synthetic_ratios",
+    "synthetic-all": "synthetic_all",
+    "synthetic-federated": "synthetic_federated",
     "pseudo-labels": "pseudo_labels",
     "target-informed": "target_informed",
 }

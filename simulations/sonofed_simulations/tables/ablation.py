@@ -20,8 +20,7 @@ from sonofed_client.adaptation.scoring import (
     representativeness,
     uncertainty,
 )
-from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.site import load_weights, weights_of
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.selection import budget_count

@@ -49,19 +49,24 @@ class _Effect:
 
 
 def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
-    """Return one paragraph: which claims hold here, and which effects exceed their intervals."""
-    said = [_claim(summary, claim) for claim in claims]
+    """Return one paragraph: which claims hold here, and which effects exceed their intervals.
+
+    Claims that no finished cell speaks to are left out.
+    """
+    said = [text for claim in claims if (text := _claim(summary, claim))]
     if summary.cells < summary.wanted:
         said.insert(
-            0, f"**{summary.cells} of {summary.wanted} cells have run**, so this may change."
+            0,
+            f"**{summary.cells} of {summary.wanted} cells have run**: a row of one or two seeds "
+            "tells nothing of the chance of training, which no interval here holds.",
         )
     return " ".join(said)
 
 
 def _claim(summary: ArmSummary, claim: Claim) -> str:
     rows = [row for row in summary.rows if row.arm in claim.arms]
-    texts = [_metric(rows, claim, metric) for metric in claim.metrics]
-    return f"{claim.text}. Here: {'; '.join(text for text in texts if text)}."
+    texts = [text for metric in claim.metrics if (text := _metric(rows, claim, metric))]
+    return f"{claim.text}. Here: {'; '.join(texts)}." if texts else ""
 
 
 def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
@@ -69,7 +74,7 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
     where = "gap" if claim.quantity == "gap" else f"at {claim.site}"
     subject = f"**{NAMES[metric]}** {where}"
     if not effects:
-        return f"{subject}, no pair of arms has run"
+        return ""
     parts = []
     for verdict, saying in (
         ("holds", "the effect holds and is larger than its interval in"),
@@ -81,9 +86,8 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
     undecided = [effect for effect in effects if effect.verdict == "open"]
     if undecided:
         largest = max(undecided, key=lambda effect: abs(effect.found.value))
-        count = "all" if len(undecided) == len(effects) else f"{len(undecided)} of"
         parts.append(
-            f"in {count} {len(effects)} it is not told from 0"
+            f"in {len(undecided)} of {len(effects)} it is not told from 0"
             f" (the largest such: {_list([largest])})"
         )
     return f"{subject}, {', '.join(parts)}"

@@ -49,10 +49,18 @@ class About:
 
 
 def summary_table(summary: ArmSummary, about: About) -> Table:
-    """Return the rows at the focus, for a terminal."""
-    table = Table(*_header(about))
+    """Return the rows at the focus, for a terminal: what the page has, less what is too wide."""
+    shown = ("accuracy", "auroc")
+    table = Table("arm", "seeds", *(NAMES[m] for m in shown), "against", "AUROC over it")
     for row in summary.rows:
-        table.add_row(*_cells(row, about))
+        values, gains = row.values[about.focus], row.differences.get(about.focus, {})
+        table.add_row(
+            row.arm,
+            str(row.seeds),
+            *(f"{values[m].value:.3f}" for m in shown),
+            row.against or "",
+            contrast_text(gains.get("auroc")),
+        )
     return table
 
 
@@ -79,7 +87,7 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
         "",
         *markdown(_header(about), (_cells(row, about) for row in summary.rows)),
         "",
-        f"Our numbers are at {about.focus}: means over seeds, with intervals from 2,000 bootstrap "
+        f"Our numbers ({about.focus}) are means over seeds, with intervals from 2,000 bootstrap "
         "samples of the test patients. Differences are in the same samples, on the seeds that both "
         "arms have; p is two-sided, and Holm's correction is over the column. d: Cohen's d of the "
         "seeds' AUROC differences, from three seeds on; higher: seeds in which the arm's AUROC is "

@@ -18,6 +18,9 @@ METRICS = ("accuracy", "balanced_accuracy", "auroc")
 MEAN = "mean over sites"
 """Stands beside the sites' names where there are several."""
 
+WORST = "worst site"
+"""Stands there too where there are three or more: the lowest of the sites' means over seeds."""
+
 
 class ArmContrast(Contrast):
     """An arm's difference to another, over the seeds that both have finished.
@@ -96,7 +99,7 @@ def summarise_arms(
         cells=len(cells),
         wanted=len(arms) * len(seeds),
         seconds=sum(cell.seconds for cell in cells),
-        sites=(*sites, MEAN) if len(sites) > 1 else sites,
+        sites=(*sites, *_beside(sites)),
         rows=tuple(_corrected(rows)),
     )
 
@@ -133,7 +136,12 @@ def _row(arm: Arm, replicates: ArmReplicates) -> ArmRow:
 def _by_site(values: Floats, names: Sequence[str]) -> dict[str, Floats]:
     """Arrays (metrics, 1 + R) of each site, and of their mean."""
     sites = {name: values[:, n] for n, name in enumerate(names)}
-    return sites if len(names) == 1 else {**sites, MEAN: values.mean(axis=1)}
+    beside = {MEAN: values.mean(axis=1), WORST: values.min(axis=1)}
+    return {**sites, **{name: beside[name] for name in _beside(names)}}
+
+
+def _beside(names: Sequence[str]) -> tuple[str, ...]:
+    return (MEAN, WORST)[: max(len(names) - 1, 0)]
 
 
 def _gap(arm: Arm, sites: dict[str, Floats], names: Sequence[str]) -> dict[str, Interval]:

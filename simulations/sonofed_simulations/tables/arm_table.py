@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sonofed_common.runtime import Events
+from sonofed_common.runtime import Events, set_threads
 from sonofed_simulations.tables.arm_page import About, summary_table, write_page
 from sonofed_simulations.tables.arm_summary import ArmSummary, summarise_arms
 from sonofed_simulations.tables.arms import Experiment, finished_arms, run_arms
@@ -45,8 +45,10 @@ def make_arm_table(table: ArmTable, request: Request) -> Made:
 
     Notes
     -----
-    An interruption from the keyboard writes the page of what has finished, too.
+    An interruption from the keyboard writes the page of what has finished, too. The quick form
+    runs on one thread, so that its numbers do not depend on the machine's cores.
     """
+    set_threads(1 if request.quick else None)
     try:
         run_arms(table, request.out / "work" / "cells", request.shard, request.events)
     except KeyboardInterrupt:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.records import Records, from_bytes, to_bytes

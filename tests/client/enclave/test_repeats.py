@@ -1,13 +1,19 @@
+import tomllib
+
+import numpy as np
 import pytest
-from enclave_talk import encode, evaluation, fine_tuning, install, talk
+import tomli_w
+from enclave_talk import NETWORK, encode, evaluation, fine_tuning, install, talk
 
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
 from sonofed_client.enclave.intake import take_in
+from sonofed_client.enclave.policy import STANDARD as STANDARD_FILE
 from sonofed_client.enclave.store import Store
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
+from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import to_bytes
-from sonofed_common.contract.study import Embedding, Finetuning
+from sonofed_common.contract.study import Aggregation, Embedding, Finetuning
 
 
 def test_a_repeated_job_gives_its_first_reply_without_training(site, bundle, monkeypatch):
@@ -113,6 +119,49 @@ def test_rounds_of_fedema_that_are_asked_for_downwards_leave_few_students(site, 
         kept = {name[-4:] for name in store.names("study/trial/student/")}
         # The last that was done stays, for the next round merges with it.
         assert kept == {f"{number:04d}", "0006"}
+
+
+def test_a_round_of_scaffold_goes_on_from_the_control_variate_of_the_one_before(site, bundle):
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    talk(enclave, bundle)
+    values = {
+        "settings": Finetuning(rounds=4, local_epochs=1, batch_size=16, optimizer="sgd"),
+        "aggregation": Aggregation(strategy="scaffold"),
+    }
+
+    def round_of(number):
+        asked = fine_tuning(bundle, **values, round=number)
+        return enclave.perform("train.classifier", request(asked))
+
+    replies = [round_of(0), round_of(1)]
+    assert replies[0].group("control").keys() < replies[0].group("weights").keys()
+    own = store.get(f"study/trial/control/{NETWORK}/0/0001").arrays
+    for name, array in own.items():
+        both = [reply.group("control")[name] for reply in replies]
+        np.testing.assert_allclose(array, both[0] + both[1], rtol=1e-4, atol=1e-5)
+    store.remove("job/")
+    assert to_bytes(round_of(1)) == to_bytes(replies[1])
+    with pytest.raises(ParameterError, match="do not fit the model"):
+        asked = request(fine_tuning(bundle, **values, round=2), control={"w": np.ones(2)})
+        enclave.perform("train.classifier", asked)
+
+
+def test_a_clip_bounds_the_change_of_a_control_variate(site, bundle, tmp_path):
+    values = tomllib.loads(STANDARD_FILE.read_text())
+    for array in values["actions"]["train.classifier"]["arrays"]:
+        array["clip"] = 0.01
+    own = tmp_path / "own.toml"
+    own.write_text(tomli_w.dumps(values))
+    enclave = InProcessEnclave(site.model_copy(update={"policy": own}))
+    talk(enclave, bundle)
+    asked = fine_tuning(
+        bundle,
+        settings=Finetuning(rounds=1, local_epochs=1, batch_size=16, optimizer="sgd"),
+        aggregation=Aggregation(strategy="scaffold"),
+    )
+    reply = enclave.perform("train.classifier", request(asked))
+    change = np.concatenate([array.ravel() for array in reply.group("control").values()])
+    assert np.linalg.norm(change) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_job_of_other_labels_is_another_job(site, bundle):

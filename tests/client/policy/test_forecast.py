@@ -99,6 +99,21 @@ def test_the_forecast_knows_how_large_requests_are():
     assert "train.embed" not in {line.partition(":")[0] for line in found}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "key", "left"),
+    [("scaffold", "arrays", slice(1)), ("feddg_ga", "metrics", slice(2))],
+)
+def test_the_forecast_knows_what_a_strategy_lets_leave(strategy, key, left):
+    plain = {"finetuning": {"optimizer": "sgd"}}
+    asked = study(**plain, aggregation={"strategy": strategy})
+    assert refusals(asked, STANDARD) == []
+    rule = json.loads(STANDARD.model_dump_json())["actions"]["train.classifier"]
+    own = narrower({"train.classifier": {key: rule[key][left]}})
+    (line,) = refusals(asked, own)
+    assert line.startswith("train.classifier: ") and "the policy does not name" in line
+    assert refusals(study(**plain), own) == []
+
+
 def test_the_forecast_adds_up_what_leaves_in_a_day():
     (line,) = refusals(study(), narrower({}, day_bytes=10**7))
     assert "day_bytes = 10000000" in line and "within a day" in line

@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sonofed_client.adaptation.evaluation import evaluate
-from sonofed_client.adaptation.finetuning import draw_replay, finetune_round
-from sonofed_client.adaptation.spacing import evenly_spaced
+from sonofed_client.adaptation.finetuning import draw_replay
+from sonofed_client.adaptation.local_round import local_round
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
+from sonofed_client.enclave.handlers.control import keep_variate, to_arrays, variates
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_client.enclave.store import CataloguedImage
+from sonofed_client.enclave.views import seen_by
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
@@ -23,12 +27,10 @@ from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.runtime import derive_seed, seed_everything
 
-BATCH_NORM_IMAGES = 128
-
 
 def train_classifier(site: Site, parameters: TrainClassifier, request: Records) -> Records:
     """One federated round of fine-tuning on the images labelled so far of one budget."""
-    rows, images = site.images("pool", parameters.image_size)
+    rows, images = _seen(site, parameters, "pool")
     labels = labelled(site, parameters.study, parameters.budget)
     if not labels:
         return Records(config={"examples": 0})
@@ -44,23 +46,33 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
     index = [n for n, row in enumerate(rows) if row.id in labels]
     targets = torch.tensor([labels[rows[n].id] for n in index])
     replay = _replay(site, parameters, len(index), seed)
+    common, own = variates(site, parameters, request, model)
     with site.checkpoint(parameters, request, labels) as checkpoint:
-        report = finetune_round(
+        update = local_round(
             model,
             images[index],
             targets,
             parameters.settings,
+            parameters.aggregation,
             parameters.round,
             seed,
+            common,
+            own,
             site.events,
             replay,
             checkpoint,
         )
-    return Records(
-        grouped("weights", weights_of(model)),
-        config={"examples": len(index)},
-        metrics={"loss": report["loss"]},
-    )
+    arrays = grouped("weights", weights_of(model))
+    if update.variate:
+        keep_variate(site, parameters, update.variate)
+        arrays |= grouped("control", to_arrays(update.change))
+    return Records(arrays, config={"examples": len(index)}, metrics=dict(update.metrics))
+
+
+def _seen(
+    site: Site, parameters: TrainClassifier | EvaluateClassifier, part: str
+) -> tuple[list[CataloguedImage], Tensor]:
+    return seen_by(parameters.classifier, site, part, parameters.bundle, parameters.image_size)
 
 
 def _replay(
@@ -88,13 +100,13 @@ def _replay(
 
 def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Records) -> Records:
     """Metrics with patient-clustered intervals on the site's own test images."""
-    rows, images = site.images("test", parameters.image_size)
+    rows, images = _seen(site, parameters, "test")
     if not rows or any(row.label is None for row in rows):
         raise OneClassError(
             f"site {site.settings.name} has no labelled test images; leave the phase 'classifier' "
             "out"
         )
-    _, pool = site.images("pool", parameters.image_size)
+    _, pool = _seen(site, parameters, "pool")
     model = starting_model(site, parameters, request, pool, parameters.batch_norm)
     thresholds = site.facts(parameters.bundle)["classifiers"][parameters.classifier]
     metrics = evaluate(
@@ -129,7 +141,7 @@ def starting_model(
     request : Records
         ``weights/...``, or none for the source's.
     pool : Tensor
-        (N, 1, S, S) unlabelled images of the site.
+        (N, V, S, S) unlabelled images of the site, as the classifier sees them.
     batch_norm : str
         ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them.
     """

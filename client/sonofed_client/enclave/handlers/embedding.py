@@ -17,7 +17,9 @@ from sonofed_client.adaptation.embedding import (
 )
 from sonofed_client.adaptation.scoring import distance_to_centroids, representativeness
 from sonofed_client.enclave.handlers.reconstruction import reconstructions
+from sonofed_client.enclave.rounds import keep, kept_before
 from sonofed_client.enclave.site import Site, load_weights, weights_of
+from sonofed_client.enclave.views import redrawn_as_seen_by, seen_by
 from sonofed_common.contract.actions import Cluster, Embed, Encode
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped
@@ -31,7 +33,9 @@ UNIT_LENGTH_TOLERANCE = 1e-3
 
 def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     """One federated round of hypersphere contrastive learning on the pool."""
-    rows, images = site.images("pool", parameters.image_size)
+    rows, images = seen_by(
+        parameters.classifier, site, "pool", parameters.bundle, parameters.image_size
+    )
     student, predictor = networks(site, parameters)
     if student_weights := request.group("student"):
         load_weights(student, student_weights)
@@ -40,7 +44,7 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
     scale = _merge(site, parameters, student) if fedema else None
     partners = None
     if parameters.pairs == "reconstruction":
-        partners = reconstructions(site, parameters, parameters.reconstruction)
+        partners = _redrawn(site, parameters)
     seed = derive_seed(parameters.seed, site.settings.name, "embed", parameters.round)
     with site.checkpoint(parameters, request) as checkpoint:
         report = train_round(
@@ -56,8 +60,8 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
         )
     arrays = weights_of(student)
     if fedema:
-        kept = _student(site, parameters, parameters.round)
-        site.store.put(kept, Records(arrays, config={"scale": scale}))
+        kept = Records(arrays, config={"scale": scale})
+        keep(site, parameters.study, "student", parameters.round, kept)
     return Records(
         {**grouped("student", arrays), **grouped("predictor", weights_of(predictor))},
         config={"examples": len(rows)},
@@ -67,29 +71,13 @@ def train_embedding(site: Site, parameters: Embed, request: Records) -> Records:
 
 def _merge(site: Site, parameters: Embed, student: HypersphereEncoder) -> float | None:
     """Merge the student with the one that this site ended its last round with."""
-    if parameters.round == 0:
-        # Those of an earlier study of this name.
-        site.store.remove(_student(site, parameters))
-    names, own = sorted(site.store.names(_student(site, parameters))), parameters.round
-    earlier = [name for name in names if name < _student(site, parameters, own)]
-    later = [name for name in names if name > _student(site, parameters, own)]
-    # A round that is done again merges with what it merged with before, and the next new one with
-    # the last that was done: these stay, in whatever order rounds are asked for.
-    for passed in (*earlier[:-1], *later[:-1]):
-        site.store.remove(passed)
-    previous = site.store.get(earlier[-1]) if earlier else None
+    previous = kept_before(site, parameters.study, "student", parameters.round)
     if previous is None:
         return None
     local = {name: torch.from_numpy(np.array(a)) for name, a in previous.arrays.items()}
     merged, scale = fedema_merge(local, student.state_dict(), previous.config["scale"])
     student.load_state_dict(merged)
     return scale
-
-
-def _student(site: Site, parameters: Embed, round: int | None = None) -> str:
-    """Name of the student after a round, or what all these names start with."""
-    number = "" if round is None else f"{round:04d}"
-    return site.study_artifact(parameters.study, f"student/{number}")
 
 
 def cluster(site: Site, parameters: Cluster, request: Records) -> Records:
@@ -145,7 +133,9 @@ def _embedding(site: Site, parameters: Cluster, request: Records) -> dict[str, A
     key = sha256(" ".join(facts).encode())
     before = site.store.get(f"embedding/{key}")
     if before is None:
-        _, images = site.images("pool", parameters.image_size)
+        _, images = seen_by(
+            parameters.classifier, site, "pool", parameters.bundle, parameters.image_size
+        )
         student, _ = networks(site, parameters)
         load_weights(student, request.group("student"))
         embedding = embed(student, images)
@@ -166,12 +156,16 @@ def networks(site: Site, parameters: Encode) -> tuple[HypersphereEncoder, Predic
     return student, Predictor(dimension, seed).to(site.device)
 
 
+def _redrawn(site: Site, parameters: Encode) -> Tensor:
+    redrawn = reconstructions(site, parameters, parameters.reconstruction)
+    return redrawn_as_seen_by(parameters.classifier, site, redrawn, parameters.bundle)
+
+
 def _representativeness(
     site: Site, parameters: Cluster, student: HypersphereEncoder, images: Tensor, embedding: Tensor
 ) -> Tensor:
     if parameters.pairs == "reconstruction":
-        redrawn = reconstructions(site, parameters, parameters.reconstruction)
-        return representativeness(embedding, embed(student, redrawn))
+        return representativeness(embedding, embed(student, _redrawn(site, parameters)))
     path = f"source/{parameters.classifier}.safetensors"
     centroids = from_bytes(site.blob(parameters.bundle, path)).arrays.get("centroids")
     if centroids is None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sonofed_client.adaptation.ensemble import branch_probabilities, consensus_log_temperatures
-from sonofed_client.adaptation.spacing import evenly_spaced
-from sonofed_client.enclave.handlers.classification import BATCH_NORM_IMAGES
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.release import SMALLEST_MEASURED
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import CataloguedImage

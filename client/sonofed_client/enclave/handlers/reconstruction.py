@@ -12,6 +12,7 @@ from sonofed_client.adaptation.reconstruction import quality, reconstruct
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import JOB_CACHE_BYTES
+from sonofed_client.enclave.views import redrawn_as_seen_by, seen_by
 from sonofed_common.contract.actions import Pooled, Reconstruct
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Reconstruction
@@ -79,7 +80,10 @@ def _quality(
     site: Site, parameters: Reconstruct, images: Tensor, redrawn: Tensor
 ) -> dict[str, int | float]:
     name = quality_classifier(site, parameters.bundle)
-    features = (site.source_features(parameters.bundle, name, i) for i in (images, redrawn))
+    size, bundle = parameters.image_size, parameters.bundle
+    _, seen = seen_by(name, site, "pool", bundle, size)
+    shown = (seen, redrawn_as_seen_by(name, site, redrawn, bundle))
+    features = (site.source_features(bundle, name, i) for i in shown)
     return dict(quality(images, redrawn, *features))
 
 

@@ -1,0 +1,189 @@
+"""Aggregation strategies side by side, beside a site alone and one site that has all images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.selection import budget_count
+from sonofed_common.contract.study import Aggregation, Finetuning
+from sonofed_common.data.splits import Split, check_no_leak, split_by_group
+from sonofed_common.runtime import derive_seed, set_threads
+from sonofed_server.source.settings import DiffusionTraining
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.tables.aggregation_cells import SiteImages, test, train, union
+from sonofed_simulations.tables.aggregation_page import about
+from sonofed_simulations.tables.arm_page import About
+from sonofed_simulations.tables.arm_table import make_arm_table
+from sonofed_simulations.tables.arms import Arm, Outcome
+from sonofed_simulations.tables.features import HospitalImages, Start, read_hospitals, read_start
+from sonofed_simulations.tables.manifest import split_facts
+from sonofed_simulations.tables.request import Made, Request
+
+IMAGE_SIZE = 64
+BUDGET = 0.2
+TEST_FRACTION = 0.2
+LOCAL, POOLED = "local only", "pooled"
+ADAM = Finetuning(batch_norm="global")
+SGD = ADAM.model_copy(update={"optimizer": "sgd", "learning_rate": 0.01})
+FEDAVG = Aggregation()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: who trains with what."""
+
+    arm: Arm
+    settings: Finetuning = ADAM
+    aggregation: Aggregation = FEDAVG
+
+
+VARIANTS = (
+    Variant(Arm(LOCAL, "FedAvg")),
+    Variant(Arm("FedAvg")),
+    Variant(Arm("FedProx", "FedAvg"), aggregation=Aggregation(strategy="fedprox")),
+    Variant(Arm("SiloBN", "FedAvg"), settings=ADAM.model_copy(update={"batch_norm": "site"})),
+    Variant(Arm("FedDG-GA", "FedAvg"), aggregation=Aggregation(strategy="feddg_ga")),
+    Variant(Arm("FedAdam", "FedAvg"), aggregation=Aggregation(strategy="fedadam")),
+    Variant(Arm("FedAvg, SGD", "FedAvg"), settings=SGD),
+    Variant(Arm("SCAFFOLD", "FedAvg, SGD"), SGD, Aggregation(strategy="scaffold")),
+    Variant(Arm(POOLED, "FedAvg")),
+)
+
+
+@dataclass(frozen=True)
+class AggregationTable:
+    """The table, over the hospitals of a scenario."""
+
+    start: Start
+    hospitals: Sequence[HospitalImages]
+    source: Mapping[str, Any]
+    seeds: Sequence[int] = (0, 1, 2)
+    rounds: int = ADAM.rounds
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        """The rows."""
+        return tuple(variant.arm for variant in VARIANTS)
+
+    @property
+    def about(self) -> About:
+        """What the page says."""
+        return about(ADAM, SGD, self.rounds, BUDGET, IMAGE_SIZE)
+
+    @cached_property
+    def _variants(self) -> dict[str, tuple[Finetuning, Aggregation]]:
+        update = {"rounds": self.rounds}
+        return {v.arm.name: (v.settings.model_copy(update=update), v.aggregation) for v in VARIANTS}
+
+    def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
+        """What a cell is made of."""
+        settings, aggregation = self._variants[arm.name]
+        return {
+            "arm": arm.name,
+            "seed": seed,
+            "bundle": self.start.bundle,
+            "data": {h.name: h.provenance.digest for h in self.hospitals},
+            "image_size": IMAGE_SIZE,
+            "budget": BUDGET,
+            "test_fraction": TEST_FRACTION,
+            "settings": settings.model_dump(mode="json"),
+            "aggregation": aggregation.model_dump(mode="json"),
+        }
+
+    def facts(self) -> Mapping[str, Any]:
+        """Data, splits and settings, for the manifest."""
+        return {
+            "source": self.source,
+            "data": {h.name: h.provenance.model_dump(mode="json") for h in self.hospitals},
+            "splits": {
+                str(seed): {h.name: split_facts(_split(h, seed)) for h in self.hospitals}
+                for seed in self.seeds
+            },
+            "arms": {arm.name: self.origin(arm, 0) for arm in self.arms},
+        }
+
+    def run(self, arm: Arm, seed: int) -> Outcome:
+        """Train and predict one cell."""
+        settings, aggregation = self._variants[arm.name]
+        sites = [site_images(hospital, seed) for hospital in self.hospitals]
+        cohorts = {LOCAL: [[site] for site in sites], POOLED: [[union(sites)]]}.get(
+            arm.name, [sites]
+        )
+        ends = [train(self.start, cohort, settings, aggregation, seed) for cohort in cohorts]
+        by_site = ends if arm.name == LOCAL else ends * len(sites)
+        predictions = {
+            site.name: test(self.start, weights, site, settings)
+            for site, (weights, _) in zip(sites, by_site, strict=True)
+        }
+        shares = ends[0][1].config.get("shares", {})
+        facts = {f"weight of {name}": share for name, share in shares.items()}
+        return Outcome(predictions, {"labels": sum(len(s.labels) for s in sites), **facts})
+
+
+def site_images(hospital: HospitalImages, seed: int) -> SiteImages:
+    """Split a hospital's images, and draw which of its pool are labelled."""
+    split = _split(hospital, seed)
+    places = {sample.name: n for n, sample in enumerate(hospital.samples)}
+    pool, tested = ([places[s.name] for s in part] for part in (split.pool, split.test))
+    draws = np.random.default_rng(derive_seed(seed, hospital.name, "labels"))
+    chosen = np.sort(draws.permutation(len(pool))[: budget_count(BUDGET, len(pool))])
+    labels = torch.tensor([int(sample.label or 0) for sample in split.pool])
+    return SiteImages(
+        hospital.name,
+        hospital.images[pool],
+        torch.from_numpy(chosen),
+        labels[chosen],
+        hospital.images[tested],
+        np.array([int(sample.label or 0) for sample in split.test]),
+        np.array([sample.group for sample in split.test]),
+    )
+
+
+def make(request: Request) -> Made:
+    """Make the quick form.
+
+    Raises
+    ------
+    ConfigurationError
+        The full form was asked for, or the shard is out of range.
+    DataMissingError
+        A data set is not there.
+    """
+    if not request.quick:
+        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+    set_threads(1)
+    scenario = _scenario()
+    laboratory = Laboratory(scenario, request.out / "work", request.real_data, request.events)
+    with laboratory.alone():
+        bundle = laboratory.prepare_source()
+        hospitals = read_hospitals(laboratory, IMAGE_SIZE)
+    start = read_start(bundle, scenario.study.classifiers[0])
+    settings = scenario.source.model_dump(mode="json", exclude_none=True)
+    source = {"bundle": start.bundle, "settings": settings}
+    return make_arm_table(AggregationTable(start, hospitals, source), request)
+
+
+def _split(hospital: HospitalImages, seed: int) -> Split:
+    split = split_by_group(hospital.samples, TEST_FRACTION, seed)
+    check_no_leak(split)
+    return split
+
+
+def _scenario() -> Scenario:
+    scenario = read_scenario("breast_three_countries")
+    changes = {
+        "threads": 1,
+        "image_size": IMAGE_SIZE,
+        "diffusion": DiffusionTraining(kind="none"),
+        "synthetic": None,
+    }
+    source = scenario.source.model_copy(update=changes)
+    return scenario.model_copy(update={"threads": 1, "source": source})

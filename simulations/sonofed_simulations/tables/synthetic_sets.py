@@ -1,0 +1,145 @@
+"""Synthetic images of one site, trained for, drawn and judged once, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.models.diffusion import build_tiny
+from sonofed_common.runtime import Events, derive_seed, device, write_atomically
+from sonofed_server.source.data import Part, SourceSet
+from sonofed_server.source.diffusion import train_diffusion
+from sonofed_server.source.settings import DiffusionTraining, SyntheticImages, WganTraining
+from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
+from sonofed_server.source.wgan import train_drawing
+from sonofed_simulations.tables.breast_sites import parts_facts
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """Images that passed the memorisation gate.
+
+    Attributes
+    ----------
+    images : Tensor
+        (N, 1, S, S), in [0, 1].
+    labels : Tensor
+        (N,) int64.
+    facts : dict
+        See `synthesise`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    facts: dict[str, Any]
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` images, the classes in their shares; fewer where there are fewer."""
+        shares = torch.bincount(self.labels, minlength=2) / len(self.labels)
+        chosen = torch.cat(
+            [
+                (self.labels == label).nonzero().flatten()[: round(count * float(shares[label]))]
+                for label in (0, 1)
+            ]
+        )
+        return self.images[chosen], self.labels[chosen]
+
+
+def synthetic_set(
+    source: SourceSet,
+    count: int,
+    generator: WganTraining | DiffusionTraining,
+    seed: int,
+    folder: Path,
+    events: Events,
+) -> SyntheticSet:
+    """Return up to ``count`` images in the class shares of the pool, made unless they are there.
+
+    Parameters
+    ----------
+    source : SourceSet
+        The generator is trained on its whole pool, whatever part of it a classifier sees.
+    count : int
+        Images wanted.
+    generator : WganTraining or DiffusionTraining
+        Which one, and how it is trained.
+    seed : int
+        Of the generator and of the drawing.
+    folder : Path
+        Holds the set with what it was made of, and the generator's checkpoints.
+    events : Events
+        Gets the progress.
+
+    Raises
+    ------
+    ConfigurationError
+        Of a class no image passes the gate.
+    """
+    origin = synthetic_origin(source, count, generator, seed)
+    # Sets of several counts share one generator.
+    text = json.dumps({**origin, "count": None}, sort_keys=True)
+    checkpoints = folder / f"generator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    path = folder / f"{count}-images.safetensors"
+    records = from_bytes(path.read_bytes()) if path.exists() else None
+    if records is None or records.config["origin"] != origin:
+        drawing = _trained(source.pool, generator, seed, checkpoints, events)
+        malignant = round(count * float(source.pool.labels.float().mean()))
+        made, facts = synthesise(
+            drawing,
+            source,
+            (count - malignant, malignant),
+            derive_seed(seed, "draw"),
+            events,
+            # The page tells how many passed.
+            least=0.0,
+        )
+        records = Records(made.arrays, {"origin": origin, "facts": facts})
+        write_atomically(path, to_bytes(records))
+    images = torch.from_numpy(records.arrays["images"])[:, None].float() / 255
+    labels = torch.from_numpy(records.arrays["labels"])
+    return SyntheticSet(images, labels, dict(records.config["facts"]))
+
+
+def synthetic_origin(
+    source: SourceSet, count: int, generator: WganTraining | DiffusionTraining, seed: int
+) -> Mapping[str, Any]:
+    """What a set is made of, as JSON values."""
+    return {
+        "data": source.provenance.digest,
+        "split": parts_facts(source),
+        "size": source.pool.images.shape[-1],
+        "generator": generator.model_dump(mode="json", exclude_none=True),
+        "count": count,
+        "seed": seed,
+    }
+
+
+def _trained(
+    pool: Part,
+    generator: WganTraining | DiffusionTraining,
+    seed: int,
+    checkpoints: Path,
+    events: Events,
+) -> Drawing:
+    if isinstance(generator, WganTraining):
+        return train_drawing(pool, generator, seed, checkpoints, events)
+    stack = build_tiny(pool.images.shape[-1], derive_seed(seed, "stack")).to(device())
+    train_diffusion(
+        stack,
+        pool.images,
+        epochs=generator.epochs,
+        learning_rate=generator.learning_rate,
+        batch_size=generator.batch_size,
+        seed=seed,
+        checkpoint=checkpoints / "diffusion.safetensors",
+        events=events,
+    )
+    return EdgeDrawing(stack, pool, SyntheticImages(per_class=1))
