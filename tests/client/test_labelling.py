@@ -120,9 +120,11 @@ def test_each_hospitals_own_budget_bounds_what_a_study_marks(opened):
     assert 0 < marked < images
     score(enclave, scope="per_site")
     assert mark(enclave, NO_CUTS) == [marked]
-    score(enclave, scope="per_site", draw=1)
     with pytest.raises(StudyDeniedError, match="exceed the budget"):
-        mark(enclave, NO_CUTS)
+        # One other draw may fall on the same images by chance; not all of them do.
+        for draw in range(1, 50):
+            score(enclave, scope="per_site", draw=draw)
+            mark(enclave, NO_CUTS)
     none_marked(enclave)
 
 

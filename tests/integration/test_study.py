@@ -795,10 +795,10 @@ def temporary(processes):
     return {path for path in own if path.name.startswith(PREFIX) and path.exists()} | sessions
 
 
-@pytest.mark.parametrize(("by_inline", "changes"), BOTH)
-def test_flower_and_inline_do_the_same(request, laboratory, tmp_path, by_inline, changes):
-    workspace, sites, results = request.getfixturevalue(by_inline)
-    other, others = lay_out(laboratory, tmp_path, **changes)
+@pytest.mark.long
+def test_flower_and_inline_do_the_same(laboratory, tmp_path, inline):
+    workspace, sites, results = inline
+    other, others = lay_out(laboratory, tmp_path)
     seen, met, kept = [], {}, set()
 
     def look(event):
