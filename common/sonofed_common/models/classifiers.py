@@ -94,7 +94,7 @@ class TwoViewClassifier(Classifier):
         self.whole, self.lesion = whole, lesion
         for part in (whole, lesion):
             # Nothing reads it any more, and what is no weight is not sent.
-            part.head = nn.Identity()  # type: ignore[assignment]
+            del part.head
 
     def features(self, x: Tensor) -> Tensor:
         """Map images (B, 2, S, S) in [0, 1] to pooled features (B, 2 F)."""

@@ -25,7 +25,7 @@ from sonofed_simulations.tables.article import Article, Row, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
-from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing
+from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing, make_redrawn
 from sonofed_simulations.tables.redrawn_page import ADAPTED, METHOD, WORK, listed, progress
 from sonofed_simulations.tables.request import Made, Request
 
@@ -67,13 +67,7 @@ def make(request: Request) -> Made:
     ConfigurationError, DataMissingError
         See `Redrawing.prepare`.
     """
-    redrawing = Redrawing.prepare(request)
-    try:
-        redrawing.run(request.shard)
-    except KeyboardInterrupt:
-        _write(redrawing, request)
-        raise
-    return _write(redrawing, request)
+    return make_redrawn(request, _write)
 
 
 def moves_of(cells: Cells) -> dict[Key, Moved]:

@@ -19,6 +19,7 @@ from sonofed_simulations.tables.redrawn import (
     WAYS,
     Cells,
     Redrawing,
+    make_redrawn,
 )
 from sonofed_simulations.tables.redrawn_page import ADAPTED, METHOD, WORK, listed, progress
 from sonofed_simulations.tables.request import Made, Request
@@ -45,13 +46,7 @@ def make(request: Request) -> Made:
     ConfigurationError, DataMissingError
         See `Redrawing.prepare`.
     """
-    redrawing = Redrawing.prepare(request)
-    try:
-        redrawing.run(request.shard)
-    except KeyboardInterrupt:
-        _write(redrawing, request)
-        raise
-    return _write(redrawing, request)
+    return make_redrawn(request, _write)
 
 
 def means_of(cells: Cells) -> Means:

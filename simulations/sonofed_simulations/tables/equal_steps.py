@@ -71,7 +71,7 @@ def fit_steps(
     seed: int,
     *,
     flips: bool,
-    penalty: Callable[[], Tensor] | None = None,
+    before_step: Callable[[], None] | None = None,
     part: tuple[int, int] = (0, 1),
     events: Events = SILENT,
 ) -> None:
@@ -83,8 +83,8 @@ def fit_steps(
         On its device.
     images, labels, settings, seed, flips, events
         As in `train_steps`.
-    penalty : callable or None
-        Added to the loss, for example a proximal term.
+    before_step : callable or None
+        Called between the gradient and the step, for example FedProx's correction.
     part : tuple of int
         Number of this training, from 0, and how many there are: the cosine goes through all.
     """
@@ -100,8 +100,7 @@ def fit_steps(
         if flips:
             mirrored = (torch.rand(len(chosen)) < 0.5).view(-1, 1, 1, 1)
             batch = torch.where(mirrored, batch.flip(-1), batch)
-        value = cross_entropy(model(batch.to(device())), labels[chosen].to(device()), weights)
-        return value if penalty is None else value + penalty()
+        return cross_entropy(model(batch.to(device())), labels[chosen].to(device()), weights)
 
     training = Training(
         1,
@@ -111,4 +110,5 @@ def fit_steps(
         first_epoch=part[0],
         last_epoch=part[1],
     )
-    fit(model, items, loss, training, events=events, task="train classifier")
+    task = "train classifier"
+    fit(model, items, loss, training, events=events, task=task, before_step=before_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from sonofed_simulations.report.view import SourceView
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
 from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.features import Start, features_of, read_hospitals, read_start
-from sonofed_simulations.tables.request import Request
+from sonofed_simulations.tables.request import Made, Request
 
 THREADS = 1
 IMAGE_SIZE = 64
@@ -223,6 +223,25 @@ class Redrawing:
         arrays = measure(images, redrawn, self.start.model(), self._source)
         config = {"origin": dict(origin), "patients": [s.group for s in shown.samples]}
         return Records(arrays, config)
+
+
+def make_redrawn(request: Request, write: Callable[[Redrawing, Request], Made]) -> Made:
+    """Run one shard's cells that are not there yet, and write a table of all finished ones.
+
+    An interruption from the keyboard writes the table of what has finished, too.
+
+    Raises
+    ------
+    ConfigurationError, DataMissingError
+        See `Redrawing.prepare`.
+    """
+    redrawing = Redrawing.prepare(request)
+    try:
+        redrawing.run(request.shard)
+    except KeyboardInterrupt:
+        write(redrawing, request)
+        raise
+    return write(redrawing, request)
 
 
 def measure(

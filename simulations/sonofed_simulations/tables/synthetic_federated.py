@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sonofed_client.adaptation import drift
 from sonofed_common.contract.configuration import Model
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.runtime import derive_seed, device
@@ -220,13 +221,6 @@ class FederatedTable:
             mean = FedAvg()
             for site, (images, labels) in training.items():
                 model.load_state_dict(start)
-                anchor = [parameter.detach().clone() for parameter in model.parameters()]
-
-                def drift(anchor: list[Tensor] = anchor) -> Tensor:
-                    steps = zip(model.parameters(), anchor, strict=True)
-                    total = torch.stack([(now - then).square().sum() for now, then in steps])
-                    return settings.proximal / 2 * total.sum()
-
                 fit_steps(
                     model,
                     images,
@@ -234,7 +228,7 @@ class FederatedTable:
                     settings.local,
                     derive_seed(seed, site, number),
                     flips=True,
-                    penalty=drift if proximal else None,
+                    before_step=drift.proximal(model, settings.proximal) if proximal else None,
                     part=(number, settings.rounds),
                 )
                 arrays = {n: tensor.cpu().numpy() for n, tensor in model.state_dict().items()}
