@@ -19,6 +19,8 @@ from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario
 
+pytestmark = pytest.mark.long
+
 NETWORK = "shufflenet_v2_two_views"
 PHASES = ("enrol", "ship", "reconstruct", "embed", "cluster", "select", "annotate", "classifier",
           "publish")  # fmt: skip
