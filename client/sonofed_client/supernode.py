@@ -4,7 +4,7 @@ Flower's own SuperNode starts a process for every message, hands the message on 
 takes the app from the coordinator that this process loads. Here one process does all of it, with
 Flower's connection and its keys: nothing that the coordinator sends is ever run, and a message is
 on its way to the enclave as soon as it is there. Flower's calls get more time for an answer than
-thirty seconds, in which the two pieces of 5 MB that go at a time cross no link below 3 Mbit/s.
+thirty seconds, in which the two parts that go at a time cross no slow link.
 
 Use: ``python -m sonofed_client.supernode --help``
 """
@@ -44,7 +44,7 @@ from flwr.supercore.telemetry import EventType
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from sonofed_client.app import app
-from sonofed_common.contract.recorddict import take_apart
+from sonofed_common.contract.recorddict import send_larger_parts, take_apart
 
 SHORTEST_REST = 0.05
 LONGEST_REST = 0.5
@@ -150,6 +150,7 @@ def main() -> None:
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
     be_patient()
+    send_larger_parts()
     certificates = given.root_certificates.read_bytes()
     keys = (key, key.public_key())
     threading.excepthook = partial(end_with_thread, threading.excepthook)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app.message import array as flower_array
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from sonofed_common.contract.errors import ParameterError
@@ -15,6 +16,16 @@ _NAME, _FORM = "records", "safetensors"
 
 PUSHES = 2
 """Parts that are on their way to the SuperLink at a time, as with Flower."""
+
+PART_BYTES = 10 * 1024**2
+"""Largest part of an array: twice Flower's, for the SuperLink has as much work with each request as
+with megabytes; more would be long without a sign of life on a slow link.
+"""
+
+
+def send_larger_parts() -> None:
+    """Have this process take arrays apart into parts of `PART_BYTES`."""
+    vars(flower_array)["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"] = PART_BYTES
 
 
 def to_recorddict(records: Records) -> RecordDict:
