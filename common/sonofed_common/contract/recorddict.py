@@ -17,9 +17,9 @@ _NAME, _FORM = "records", "safetensors"
 PUSHES = 2
 """Parts that are on their way to the SuperLink at a time, as with Flower."""
 
-PART_BYTES = 10 * 1024**2
-"""Largest part of an array: twice Flower's, for the SuperLink has as much work with each request as
-with megabytes; more would be long without a sign of life on a slow link.
+PART_BYTES = 8 * 1024**2
+"""Largest part of an array. Flower's is 5 MB, but a request is as much work for the SuperLink as
+megabytes are; larger ones cost memory where they arrive.
 """
 
 
