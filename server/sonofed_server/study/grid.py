@@ -72,18 +72,14 @@ def put_together(name: str, contents: dict[str, bytes]) -> InflatableObject:
 
 def _array(facts: dict[str, Any], children: list[str], contents: dict[str, bytes]) -> Array:
     order = [children[number] for number in facts["arraychunk_ids"]]
-    left = Counter(order)
-    lengths = {p: get_object_head_values_from_object_content(contents[p])[2] for p in left}
-    size = sum(lengths[part] * times for part, times in left.items())
-    if size > MARGIN + math.prod(facts["shape"]) * np.dtype(facts["dtype"]).itemsize:
-        raise ValueError("an array has more parts than it is large")
-    # At once: grown step by step, it would hold an eighth more than it needs.
-    data, end = bytearray(size), 0
-    room = memoryview(data)
+    left, data = Counter(order), bytearray()
+    most = MARGIN + math.prod(facts["shape"]) * np.dtype(facts["dtype"]).itemsize
     for part in order:
-        content, start = contents[part], end
-        end += lengths[part]
-        room[start:end] = memoryview(content)[len(content) - lengths[part] :]
+        if len(data) > most:
+            raise ValueError("an array has more parts than it is large")
+        content = contents[part]
+        length = get_object_head_values_from_object_content(content)[2]
+        data += memoryview(content)[len(content) - length :]
         left[part] -= 1
         if not left[part]:
             del contents[part]
