@@ -17,7 +17,7 @@ _NAME, _FORM = "records", "safetensors"
 PUSHES = 2
 """Parts that are on their way to the SuperLink at a time, as with Flower."""
 
-PART_BYTES = 8 * 1024**2
+PART_BYTES = 7 * 1024**2
 """Largest part of an array. Flower's is 5 MB, but a request is as much work for the SuperLink as
 megabytes are; larger ones cost memory where they arrive.
 """

@@ -29,7 +29,7 @@ def bytes_since(log: Path, since: float) -> int:
     -------
     int
         Of all hospitals and studies. A request is counted when it ends, and arrays are sent as
-        requests of little over 8 MB.
+        requests of little over 7 MB.
     """
     total = 0
     for line in _backwards(log):
