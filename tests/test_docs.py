@@ -129,6 +129,10 @@ COVERED = {
     "sonofed-lab run breast_three_countries --data DATA --out runs/breast": (
         "options, here; its data is read in tests/common/data"
     ),
+    "sonofed-lab run breast_two_views --data DATA --out runs/two-views": (
+        "options, here; validated in tests/common/test_presets.py, and a smaller one runs in "
+        "tests/integration/test_two_views.py"
+    ),
     "sonofed-lab compare breast_selection --data DATA --out runs/selection": (
         "options, here; validated in tests/simulations/test_comparison.py"
     ),
@@ -371,7 +375,7 @@ def test_option_tables_are_the_models(
         if key == "phases":
             assert re.findall(r"`(\w+)`", default) == list(field.default)
             assert field.default == ACTIVE_LEARNING
-        elif field.is_required() or field.default is None:
+        elif field.is_required() or field.default_factory or field.default is None:
             assert "`" not in default or "with" in default, key
         else:
             assert default == f"`{field.default}`", key
