@@ -309,6 +309,15 @@ def test_the_example_of_a_source_is_valid() -> None:
     validate(SourceSettings, tomllib.loads(example('name = "cairo"')), "cairo")
 
 
+def test_the_example_of_our_own_method_is_valid() -> None:
+    values = tomllib.loads(example('preset = "sonofed"'))
+    validate(SourceSettings, {"name": "cairo", **values["source"]}, "source")
+    cohort = {"sites": ["north"]}
+    study = validate(Study, {"name": "ours", "cohort": cohort, **values["study"]}, "study")
+    assert set(study.classifiers) <= set(values["source"]["classifiers"])
+    assert study.selection.strategy == "typiclust" and f"`{study.preset}`" in METHODS
+
+
 def test_names_that_can_be_chosen_are_documented() -> None:
     assert all(f"`{name}`" in RESEARCHER for name in (*READERS, *SCANNERS))
     assert all(f"`{name}`" in METHODS for name in (*CLASSIFIERS, *ENCODERS))
