@@ -35,9 +35,9 @@ REDRAWN = {
     "preset": "default",
     "phases": ACTIVE_LEARNING,
     "reconstruction": {"steps": 2},
-    "embedding": {"rounds": 2, "dimension": 16},
+    "embedding": {"rounds": 1, "dimension": 16},
     "clustering": {"clusters": 2, "iterations": 5},
-    "selection": {"budgets": [0.3, 0.6]},
+    "selection": {"budgets": [0.6]},
 }
 """The dual score in place of the preset's choice."""
 

@@ -10,6 +10,7 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 from sonofed_common.runtime import derive_seed
 
@@ -17,7 +18,7 @@ Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.int64]
 
 NEIGHBOURS = 5
-"""Of a cluster, over which typicality is the inverse of the mean distance."""
+"""Of a cluster, over which typicality is the inverse of the mean distance; the authors take 20."""
 
 
 def typiclust(features: Floats, labelled: Indices, count: int, seed: int) -> Indices:
@@ -42,14 +43,17 @@ def typiclust(features: Floats, labelled: Indices, count: int, seed: int) -> Ind
 
     Notes
     -----
-    The paper takes self-supervised features and bounds the number of clusters; here the features
-    are the caller's, and each label has a cluster of its own.
+    The authors take self-supervised features, at most 500 clusters, and none of fewer than five
+    images; here the features are the caller's, and each label has a cluster of its own, as in
+    scikit-activeml.
     """
     left = np.setdiff1d(np.arange(len(features)), labelled)
     clusters = len(labelled) + count
     # As scikit-activeml draws: its own TypiClust makes the same choices.
     draws = RandomState(RandomState(seed).randint(1, 2**31) * (len(left) + 1) % 2**31)
-    cluster = KMeans(clusters, random_state=seed).fit_predict(features)
+    # On any number of cores the same sums, and so the same choice.
+    with threadpool_limits(1):
+        cluster = KMeans(clusters, random_state=seed).fit_predict(features)
     sizes = np.bincount(cluster, minlength=clusters)
     sizes[cluster[labelled]] = 0
     chosen: list[int] = []

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+# The rivals take it from here: a cell is kept by the text of its strategy's module.
 from sonofed_client.adaptation.entropy import entropy as entropy
 
 Floats = NDArray[np.floating]
