@@ -28,7 +28,7 @@ from sonofed_common.runtime import SILENT, Events, write_atomically
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.scenarios.scenario import SHARED, Scenario, read_scenario
 
 PREDICTIONS = "predictions.safetensors"
 
@@ -119,9 +119,12 @@ def study_of(comparison: Comparison, scenario: Scenario, variant: str, seed: int
     preset = comparison.variants[variant].get("preset", scenario.study.preset)
     if preset != scenario.study.preset:
         # The scenario's study holds what its own preset set as if it had said so itself.
-        for section, settings in PRESETS[scenario.study.preset].items():
-            own = values[section].items()
-            values[section] = {k: v for k, v in own if k not in settings or v != settings[k]}
+        for key, settings in PRESETS[scenario.study.preset].items():
+            if isinstance(settings, Mapping):
+                own = values[key].items()
+                values[key] = {k: v for k, v in own if k not in settings or v != settings[k]}
+            elif key not in SHARED and values[key] == settings:
+                del values[key]
     for key, value in comparison.variants[variant].items():
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if both else value

@@ -14,6 +14,7 @@ from sonofed_client.enclave.handlers import (
     ensemble,
     pretraining,
     reconstruction,
+    scoring,
     segmentation,
     selection,
 )
@@ -37,7 +38,7 @@ HANDLERS: dict[str, Handler] = {
     "train.reconstruct": reconstruction.reconstruct_pool,
     "train.embed": embedding.train_embedding,
     "query.cluster": embedding.cluster,
-    "train.score": selection.score,
+    "train.score": scoring.score,
     "query.histogram": selection.histogram,
     "train.select": selection.select,
     "query.annotations": selection.count_annotations,

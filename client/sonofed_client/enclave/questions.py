@@ -95,7 +95,9 @@ def _selecting(
         times = study.clustering.iterations + 1
         yield Question("query.cluster", actions.Cluster(**encode), times, bundle)
     else:
-        score = actions.Score(**encode, selection=study.selection)
+        score = actions.Score(
+            **encode, selection=study.selection, batch_norm=study.finetuning.batch_norm
+        )
         yield Question("train.score", score, choices=bundle)
         ranked = ranked_columns(study.selection)
         compared = ("informativeness", "identity") if stages(study.selection) else ()

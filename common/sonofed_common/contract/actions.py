@@ -131,11 +131,15 @@ class Cluster(Encode):
 
 
 class Score(Encode):
-    """Score the pool against the final centroids. Arrays: ``centroids``; none for ``random``."""
+    """Score the pool, ``dual_score`` against the final centroids. Arrays: ``centroids`` for that.
+
+    ``batch_norm`` is whose statistics ``entropy`` and ``typiclust`` give the classifier.
+    """
 
     arrays = ("centroids",)
 
     selection: Selection
+    batch_norm: Literal["site", "global"] = "site"
 
     def reads(self, names: Collection[str]) -> tuple[str, ...]:
         """Return the centroids where there is something to score."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sonofed_common.contract.results import SEGMENTATION_STAGES, SiteResults
+from sonofed_common.models.classifiers import sees_lesions
 from sonofed_server.phases.branches import adapted, branches
 from sonofed_server.study.report import site_results
 from sonofed_server.study.run import StudyRun
@@ -18,6 +19,8 @@ STAGE_NAMES = {
     "adapted": "source, pseudo-labelled",
     "ensemble": "infusion, pseudo-labelled",
 }
+
+LESION = "the lesion cut out of the image at twice the size by the source bundle's segmenter"
 
 
 def model_card(run: StudyRun) -> str:
@@ -44,6 +47,11 @@ def model_card(run: StudyRun) -> str:
         "",
         f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
         "longer side resized, padded with 0",
+        *(
+            f"- {name} sees a second one, {LESION}"
+            for name in run.study.classifiers
+            if classifies and sees_lesions(name)
+        ),
         f"- normalisation statistics: {', '.join(statistics) or 'global'}",
         f"- source bundle: {run.bundle.id}",
         f"- study file: {run.study.digest()}",

@@ -20,7 +20,7 @@ from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_client.enclave.store import CataloguedImage
 from sonofed_client.enclave.views import seen_by
 from sonofed_common.batch_norm import adapt_batch_norm
-from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
+from sonofed_common.contract.actions import EvaluateClassifier, Score, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
 from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
@@ -125,7 +125,7 @@ def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Rec
 
 def starting_model(
     site: Site,
-    parameters: TrainClassifier | EvaluateClassifier,
+    parameters: TrainClassifier | EvaluateClassifier | Score,
     request: Records,
     pool: Tensor,
     batch_norm: str,
@@ -136,7 +136,7 @@ def starting_model(
     ----------
     site : Site
         Keeps the bundle.
-    parameters : TrainClassifier or EvaluateClassifier
+    parameters : TrainClassifier, EvaluateClassifier or Score
         Name the bundle and the classifier.
     request : Records
         ``weights/...``, or none for the source's.
