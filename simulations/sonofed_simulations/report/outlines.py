@@ -37,7 +37,8 @@ READ = (
     "Means over a hospital's test images, with 95% intervals from resampling its patients; the "
     "mean counts each hospital the same. A difference's interval treats both models as "
     "independent, though they saw the same patients: it is cautious, and a comparison of paired "
-    "differences says more. The result is a study's last stage, never its best."
+    "differences says more. The result is a study's last stage, never its best. Times are by the "
+    "clock, whatever else the machine did."
 )
 
 
