@@ -167,6 +167,9 @@ COVERED = {
     "sonofed-lab run breast_segmentation --data DATA --out runs/outlines": (
         "options, here; validated in tests/simulations/test_scenarios.py"
     ),
+    "sonofed-lab page runs/organs runs/outlines --out runs/outlines.md": (
+        "options, here; runs in tests/simulations/test_report_segmentation.py"
+    ),
     "sonofed-lab compare breast_segmentation --data DATA --out runs/methods": (
         "options, here; validated in tests/simulations/test_comparison.py"
     ),
