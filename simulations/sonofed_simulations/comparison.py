@@ -23,7 +23,7 @@ from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.results import Results, read_results
-from sonofed_common.contract.study import PRESETS, Study
+from sonofed_common.contract.study import PRESETS, ClassifierNorm, Study
 from sonofed_common.runtime import SILENT, Events, write_atomically
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.inline import run_inline
@@ -320,9 +320,10 @@ def _predict(
     bundle: Path,
     sites: list[Path],
     weights: dict[str, Array],
-    batch_norm: Literal["site", "global"],
+    batch_norm: ClassifierNorm,
 ) -> Records:
     """Predict each test image, as only a laboratory that owns all data may."""
+    last = len(study.selection.budgets) - 1
     parameters = EvaluateClassifier(
         study=study.name,
         seed=study.seed,
@@ -330,6 +331,7 @@ def _predict(
         image_size=study.image_size,
         classifier=study.classifiers[0],
         batch_norm=batch_norm,
+        budget=last if batch_norm == "local" else None,
     )
     arrays: dict[str, Array] = {}
     groups = {}

@@ -36,7 +36,7 @@ studies = st.one_of(
                 "omega": st.sampled_from([0.0, 1.0]),
             }
         ),
-        st.fixed_dictionaries({"batch_norm": st.sampled_from(["site", "global"])}),
+        st.fixed_dictionaries({"batch_norm": st.sampled_from(["site", "global", "local"])}),
         st.sampled_from([("resnet18",), ("resnet18", "mobilenet_v2")]),
     ),
     st.builds(

@@ -24,7 +24,12 @@ from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.wall import Wall
 from sonofed_client.settings import SiteSettings
-from sonofed_common.contract.actions import Embed, Parameters, TrainClassifier
+from sonofed_common.contract.actions import (
+    Embed,
+    EvaluateClassifier,
+    Parameters,
+    TrainClassifier,
+)
 from sonofed_common.contract.records import Records
 from sonofed_common.runtime import set_threads
 from sonofed_common.security import sha256
@@ -163,5 +168,8 @@ class InProcessEnclave:
 def _goes_on(parameters: Parameters) -> bool:
     """Whether a site goes on from what the same study kept there in an earlier round."""
     if isinstance(parameters, TrainClassifier):
-        return parameters.aggregation.strategy == "scaffold"
+        local = parameters.settings.batch_norm == "local"
+        return local or parameters.aggregation.strategy == "scaffold"
+    if isinstance(parameters, EvaluateClassifier):
+        return parameters.batch_norm == "local"
     return isinstance(parameters, Embed) and parameters.settings.merge == "fedema"

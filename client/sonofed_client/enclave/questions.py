@@ -131,6 +131,11 @@ def _classifying(study: Study, pooled: dict[str, Any]) -> Iterator[Question]:
             times = 1 + budgets * (batch_norm == settings.batch_norm)
             test = actions.EvaluateClassifier(**pooled, classifier=name, batch_norm=batch_norm)
             yield Question("evaluate.classifier", test, times, {"bundle": None})
+        for budget in range(budgets) if settings.batch_norm == "local" else ():
+            test = actions.EvaluateClassifier(
+                **pooled, classifier=name, batch_norm="local", budget=budget
+            )
+            yield Question("evaluate.classifier", test, 1, {"bundle": None})
 
 
 def _segmenting(study: Study, phase: Phase, pooled: dict[str, Any]) -> Iterator[Question]:

@@ -243,6 +243,10 @@ class Selection(Model):
         return self.strategy in ("entropy", "typiclust")
 
 
+ClassifierNorm = Literal["site", "global", "local"]
+"""A site's own normalisation statistics, averaged ones, or whole layers that stay at each site."""
+
+
 class Finetuning(Model):
     """Fine-tuning of the classifiers on the labelled selection."""
 
@@ -253,7 +257,7 @@ class Finetuning(Model):
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     batch_size: int = Field(default=8, ge=2)
-    batch_norm: Literal["site", "global"] = Field(
+    batch_norm: ClassifierNorm = Field(
         default="site", description="site: statistics re-estimated on each site's own images"
     )
     balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
@@ -560,6 +564,11 @@ class Study(Model):
     @model_validator(mode="after")
     def _strategy(self) -> Self:
         name = self.aggregation.strategy
+        if self.finetuning.batch_norm == "local" and name != "fedavg":
+            raise ValueError(
+                "finetuning.batch_norm = 'local' keeps normalisation layers from the average, "
+                f"and aggregation.strategy = '{name}' is of whole networks; leave one of them out"
+            )
         if name == "fedavg":
             return self
         if others := [p for p in self.phases if p in ("pretrain", "pseudo_label")]:

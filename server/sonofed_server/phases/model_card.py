@@ -40,7 +40,10 @@ def model_card(run: StudyRun) -> str:
         )
     if segments := bool({"supervise", "pseudo_label", "ensemble"} & set(done)):
         lines.append(_segmentation(run, len(sites)))
-    statistics = [f"{run.study.finetuning.batch_norm} (classifiers)"] * classifies
+    rule: str = run.study.finetuning.batch_norm
+    if rule == "local":
+        rule = "of layers that stay at each site, in place of the source's in this bundle"
+    statistics = [f"{rule} (classifiers)"] * classifies
     statistics += [f"{run.study.segmenter_batch_norm} (segmenters)"] * segments
     lines += [
         "Not a medical device; for research. Validate it on your own patients before any use.",

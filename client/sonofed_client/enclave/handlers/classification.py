@@ -14,6 +14,7 @@ from sonofed_client.adaptation.finetuning import draw_replay
 from sonofed_client.adaptation.local_round import local_round
 from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.handlers.control import keep_variate, to_arrays, variates
+from sonofed_client.enclave.handlers.layers import keep_layers, own_layers
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site, load_weights, weights_of
@@ -62,7 +63,9 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
             replay,
             checkpoint,
         )
-    arrays = grouped("weights", weights_of(model))
+    local = parameters.settings.batch_norm == "local"
+    shared = keep_layers(site, parameters, model) if local else weights_of(model)
+    arrays = grouped("weights", shared)
     if update.variate:
         keep_variate(site, parameters, update.variate)
         arrays |= grouped("control", to_arrays(update.change))
@@ -143,10 +146,14 @@ def starting_model(
     pool : Tensor
         (N, V, S, S) unlabelled images of the site, as the classifier sees them.
     batch_norm : str
-        ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them.
+        ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them,
+        ``local`` takes whole layers from the site's own last round in place of the request.
     """
     model = site.classifier(parameters.bundle, parameters.classifier)
-    if weights := request.group("weights"):
+    weights = request.group("weights")
+    if batch_norm == "local":
+        weights = {**weights_of(model), **weights, **own_layers(site, parameters)}
+    if weights:
         load_weights(model, weights)
     if batch_norm == "site":
         adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))
