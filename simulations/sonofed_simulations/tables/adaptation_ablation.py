@@ -25,21 +25,15 @@ from sonofed_simulations.tables.arm_summary import MEAN
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Array, Outcome
 from sonofed_simulations.tables.cells import read_records
-from sonofed_simulations.tables.features import (
-    HospitalImages,
-    SiteFeatures,
-    Start,
-    read_hospitals,
-    read_start,
-    site_features,
-    split_of,
-)
+from sonofed_simulations.tables.features import SiteFeatures, site_features
 from sonofed_simulations.tables.head import Labelled, logits, train_head
+from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.redrawn import IMAGE_SIZE, THREADS, quick_scenario, read_stack
 from sonofed_simulations.tables.redrawn_page import WORK
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
+from sonofed_simulations.tables.start import Start, read_start
 
 SEEDS = (0, 1, 2)
 BUDGET = 0.2
@@ -239,7 +233,7 @@ class Ablation:
             labels = torch.from_numpy(site.labels[own])
             parts.append(Labelled(site.name, torch.from_numpy(site.views[:, own]), labels))
             malignant += int(labels.sum())
-        begin = self.start.begin()
+        begin = self.start.begin
         head = train_head(begin.head, parts, SPLITS.training, begin.dropped, derive_seed(seed, 0))
         predictions = {}
         for site in sites:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
-from sonofed_simulations.tables.selection_summary import RANDOM, Row, Summary
-from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS
+from sonofed_simulations.tables.selection_rows import Row
+from sonofed_simulations.tables.selection_summary import Summary
+from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS, RANDOM
 
 LEVEL = 0.05
 NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
