@@ -56,7 +56,7 @@ def batch_bald(passes: Floats, count: int, seed: int) -> Indices:
     logs = np.log(np.clip(passes, LEAST, 1)).swapaxes(0, 1)
     each = np.exp(logs)
     entropies = -(logs * each).sum(axis=(1, 2)) / each.shape[1]
-    joint = np.ones((1, each.shape[1]))
+    joint: Floats = np.ones((1, each.shape[1]))
     picked: list[int] = []
     while len(picked) < count:
         counted = each.shape[2] ** len(picked) <= JOINT_SAMPLES

@@ -9,7 +9,7 @@ import numpy as np
 from sonofed_common.contract.configuration import Model
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
 from sonofed_simulations.statistics import budget_area, needed_budget
-from sonofed_simulations.tables.selection_replicates import SelectionReplicates
+from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
 from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, RANDOM, Mode, SelectionTable
 
 MARGIN = 0.01
@@ -39,13 +39,13 @@ def curve_of(
     strategy: str, mode: Mode, table: SelectionTable, replicates: SelectionReplicates
 ) -> Curve | None:
     """Return a strategy's curve; None where no split has finished every budget."""
-    keys = [(strategy, mode, budget) for budget in table.budgets]
+    keys: list[Key] = [(strategy, mode, budget) for budget in table.budgets]
     splits = replicates.splits(*keys)
     if not splits or len(keys) < 2:
         return None
     values = [replicates.over_sites(key, splits)[0] for key in keys]
     area = _area(table, values)
-    reference = [(RANDOM, mode, budget) for budget in table.budgets]
+    reference: list[Key] = [(RANDOM, mode, budget) for budget in table.budgets]
     common = replicates.splits(*keys, *reference)
     over_random = saving = None
     if common and strategy != RANDOM:
@@ -53,7 +53,7 @@ def curve_of(
             [replicates.over_sites(key, common)[0] for key in chain] for chain in (keys, reference)
         )
         over_random = contrast(_area(table, own), _area(table, others))
-        ends = [(BASELINE, "federated", 0.0), (ALL_LABELS, "federated", 1.0)]
+        ends: list[Key] = [(BASELINE, "federated", 0.0), (ALL_LABELS, "federated", 1.0)]
         if mode == "federated" and set(common) <= set(replicates.splits(*ends)):
             low, high = (replicates.over_sites(key, common)[0] for key in ends)
             budgets = [0.0, *table.budgets, 1.0]
