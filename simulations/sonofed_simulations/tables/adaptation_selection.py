@@ -73,7 +73,7 @@ def run_selection_table(
     scenario = _scenario(table)
     material = Material.prepare(table, Laboratory(scenario, out / "work", data, events))
     everything = list(chains(table))
-    # Contiguous shards: a machine extracts the features of few splits.
+    # Contiguous shards share few splits, whose features each machine extracts.
     first, last = ((n * len(everything)) // total for n in (number - 1, number))
     try:
         _run(everything[first:last], material)

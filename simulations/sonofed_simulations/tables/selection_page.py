@@ -70,8 +70,8 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
     if summary.best_rival is not None:
         lines += [
             "",
-            f"Against the best rival by mean accuracy, `{summary.best_rival}` (it was picked on "
-            "these same images, which favours it):",
+            f"Against `{summary.best_rival}`, the rival with the largest gain of accuracy over "
+            "Random (it was picked on these same images, which favours it):",
             "",
             *rival_table(summary),
         ]
@@ -89,9 +89,8 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
 def _method(table: SelectionTable) -> list[str]:
     training = table.training
     return [
-        "- One source classifier, trained on the source's labelled images by "
-        "`sonofed-coordinator source train`'s code. At each hospital its normalisation statistics "
-        "are re-estimated on the pool's images; that is the start model.",
+        f"- {_source(table)} At each hospital normalisation statistics are re-estimated on the "
+        "pool's images; that is the start model.",
         f"- **Only the linear head is fine-tuned**, on features of the start model that are cached "
         f"for {table.views} views of each image (plain, and flipped and rotated). The paper "
         "fine-tunes five whole networks for 140 epochs: its numbers are of another experiment.",
@@ -107,6 +106,13 @@ def _method(table: SelectionTable) -> list[str]:
         "hospitals. What is adapted of each strategy stands in its docstring, in "
         "`simulations/sonofed_simulations/rivals`.",
     ]
+
+
+def _source(table: SelectionTable) -> str:
+    trained = "trained on the source's labelled images by `sonofed-coordinator source train`'s code"
+    if table.lesions is None:
+        return f"One source classifier, {trained}."
+    return f"Two source classifiers, {trained}: one of whole images, one of two views."
 
 
 def _preset(summary: Summary) -> list[str]:

@@ -16,6 +16,8 @@ from sonofed_simulations.tables.selection_replicates import METRICS, Key, Select
 from sonofed_simulations.tables.selection_tests import by_patient, combined_delong
 from sonofed_simulations.tables.settings import CONTROLS, RANDOM, Mode, SplitName
 
+LEAST_SPLITS = 5
+"""Splits whose differences have a spread worth dividing by."""
 POINTS = ("balanced_accuracy", "sensitivity_at_specificity_90", "ece", "brier")
 
 
@@ -26,8 +28,9 @@ class Row(Model):
     -----
     ``over_random`` and ``over_best`` (by metric) are differences in the same bootstrap samples,
     over the splits that both have; ``effect`` is Cohen's d of the accuracy's differences to Random
-    over these splits, ``p_permutation`` of flipping their signs by patient, and ``p_delong`` of
-    the AUROCs in the first seed's folds and sites, against Random's first draw.
+    over these splits, where there are `LEAST_SPLITS`, ``p_permutation`` of flipping their signs by
+    patient, and ``p_delong`` of the AUROCs in the first seed's folds and sites, against Random's
+    first draw.
     """
 
     strategy: str
@@ -111,7 +114,7 @@ def _against_random(row: Row, replicates: SelectionReplicates) -> Row:
     return row.model_copy(
         update={
             "over_random": _contrasts(key, other, splits, replicates),
-            "effect": paired_effect(steps),
+            "effect": paired_effect(steps) if len(steps) >= LEAST_SPLITS else None,
             "p_permutation": sign_permutation(by_patient(key, other, splits, replicates)),
             "p_delong": combined_delong(key, other, splits, replicates),
         }
@@ -135,7 +138,10 @@ def _contrasts(
 
 
 def _best_rival(rows: Sequence[Row], budget: float) -> str | None:
-    """The strategy, neither ours nor Random, of the highest mean accuracy at the main budget."""
+    """The strategy, neither ours nor Random, that gains most over Random at the main budget.
+
+    The gain is on the splits that both have; mean accuracies of rows may be of other splits.
+    """
     rivals = [
         row
         for row in rows
@@ -143,8 +149,9 @@ def _best_rival(rows: Sequence[Row], budget: float) -> str | None:
         and row.mode == "federated"
         and row.strategy not in (RANDOM, *CONTROLS)
         and not is_ours(row.strategy)
+        and row.over_random
     ]
-    return max(rivals, key=lambda row: row.accuracy.value).strategy if rivals else None
+    return max(rivals, key=lambda r: r.over_random["accuracy"].value).strategy if rivals else None
 
 
 def _corrected(rows: Sequence[Row], field: str) -> list[Row]:

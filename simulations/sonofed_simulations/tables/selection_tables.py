@@ -59,10 +59,10 @@ def details_table(summary: Summary) -> list[str]:
     return [
         *markdown(header, rows),
         "",
-        "d: Cohen's d of the splits' accuracy differences to Random. Permutation: signs of the "
-        "patients' differences in correct images, all images alike. DeLong: the first seed's folds "
-        "and sites together, against Random's first draw, images taken as independent. These p "
-        "values are not corrected.",
+        "d: Cohen's d of the splits' accuracy differences to Random, of five splits or more. "
+        "Permutation: signs of the patients' differences in correct images, all images alike. "
+        "DeLong: the first seed's folds and sites together, against Random's first draw, images "
+        "taken as independent. These p values are not corrected.",
     ]
 
 
