@@ -231,6 +231,9 @@ def test_the_quick_table_has_every_strategy_and_shards_make_it_whole() -> None:
     assert sum(name == "feal" for name, _, _ in main) == 15
     full = [c for c in everything if c.strategy == "badge" and c.budgets == QUICK.budgets]
     assert {c.split.seed for c in full} == {0, 1, 2} and {c.split.fold for c in full} == {0}
+    # Every split has run with few draws before one has more, and pooled ones wait for all.
+    order = [(c.mode == "pooled", c.mode == "federated" and c.draw >= 3) for c in everything]
+    assert order == sorted(order) and len(set(order)) == 3
 
 
 def test_a_strategys_fingerprint_is_of_its_code() -> None:
@@ -326,3 +329,16 @@ def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:
     )
     assert row.splits == 1
     assert row.over_random["accuracy"].value == pytest.approx(one - other)
+
+
+def test_the_best_rival_is_picked_on_splits_that_random_has_too() -> None:
+    hard, easy = SplitName(0, 0), SplitName(0, 1)
+    rights = {hard: {"random": 0.5, "badge": 0.7}, easy: {"random": 0.9, "clue": 0.92}}
+    made = [
+        at_sites(name, split, {"north": right, "south": right})
+        for split, found in rights.items()
+        for name, right in found.items()
+    ]
+    summary = summarise(tiny(), made, 4)
+    means = {row.strategy: row.accuracy.value for row in summary.rows}
+    assert means["clue"] > means["badge"] and summary.best_rival == "badge"
