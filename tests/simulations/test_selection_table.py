@@ -140,7 +140,8 @@ def test_an_interrupted_table_is_of_what_has_finished(made: Path, tmp_path: Path
 @pytest.fixture(scope="module")
 def two_views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two-views")
-    run_selection_table(TWO, out, None, (1, 1), SILENT)
+    # The first of both splits.
+    run_selection_table(TWO, out, None, (1, 2), SILENT)
     return out
 
 
@@ -165,21 +166,27 @@ def test_cells_of_two_views_start_from_the_products_classifier(two_views: Path) 
     assert {"two-view-random", "two-view-all-labels", "random", "all-labels"} <= rows
 
 
-def test_a_source_signed_anew_with_the_same_weights_keeps_what_was_made_of_them(
+def signed_anew(folder: Path, changes: dict[str, bytes]) -> None:
+    """Sign a laboratory's source again under another name, some of its files changed."""
+    old = Bundle.open(folder / "source")
+    facts = old.manifest
+    writer = BundleWriter(old.folder, name="anew", kind=facts.kind, provenance=facts.provenance)
+    writer.facts = facts.facts
+    for path in old.paths:
+        writer.add(path, changes.get(path) or old.read(path))
+    assert writer.sign(load_or_create_signing_key(folder / "coordinator.pem")).id != old.id
+
+
+def test_what_was_made_of_weights_is_kept_while_they_stay_the_same(
     two_views: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(two_views / "work", tmp_path / "work")
+    work, segmenter = tmp_path / "work", "segmenters/source.safetensors"
+    shutil.copytree(two_views / "work", work)
     before = files(tmp_path)
-    old = Bundle.open(tmp_path / "work" / "source")
-    changed = {n: -t for n, t in load(old.read("segmenters/source.safetensors")).items()}
-    for segmenter, kept in ((None, before), (save(changed), [p for p in before if single(p)])):
-        facts = old.manifest
-        writer = BundleWriter(old.folder, name="anew", kind=facts.kind, provenance=facts.provenance)
-        writer.facts = facts.facts
-        for path in old.paths:
-            other = segmenter if path.startswith("segmenters") else None
-            writer.add(path, other or old.read(path))
-        assert writer.sign(load_or_create_signing_key(tmp_path / "work" / "coordinator.pem")) != old
+    weights = load(Bundle.open(work / "source").read(segmenter))
+    others = {segmenter: save({name: -tensor for name, tensor in weights.items()})}
+    for changes, kept in (({}, before), (others, [path for path in before if single(path)])):
+        signed_anew(work, changes)
         summary = run_selection_table(TWO, tmp_path, None, (1, 40), SILENT)
         assert summary.cells == sum("cells" in path.parts for path in kept)
     assert files(tmp_path) == before
