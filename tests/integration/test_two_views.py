@@ -1,5 +1,6 @@
 """Studies whose classifier sees each lesion beside the whole image."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.report.view import ScoredView
 from sonofed_simulations.scenarios.scenario import read_scenario
+from sonofed_simulations.tables.hospitals import read_hospitals
+from sonofed_simulations.tables.start import read_start
 from sonofed_simulations.views import site_views
 
 pytestmark = pytest.mark.long
@@ -170,6 +173,21 @@ def test_a_site_shows_the_lesion_that_its_segmenter_outlines(two_views):
     _, pool = site.images("pool", size)
     redrawn = redrawn_as_seen_by(NETWORK, site, pool, identity)
     assert torch.equal(redrawn[:, :1], pool) and redrawn.shape[1] == 2
+
+
+def test_a_table_shows_a_hospitals_images_as_its_site_does(two_views):
+    own, bundle, sites, _ = two_views
+    start, size = read_start(bundle, NETWORK), own.scenario.study.image_size
+    site, hospital = sites[0], read_hospitals(own, size)[0]
+    parts = [site.images(part, size) for part in ("pool", "test")]
+    files = {sample.name: sample for sample in hospital.samples}
+    samples = tuple(files[row.name] for rows, _ in parts for row in rows)
+    images = torch.cat([images for _, images in parts])
+    pool = range(len(parts[0][0]))
+    seen = start.seen(replace(hospital, samples=samples, images=images), pool, SILENT)
+    expected = [seen_by(NETWORK, site, part, start.bundle, size)[1] for part in ("pool", "test")]
+    # A site keeps its images as bytes.
+    assert torch.allclose(seen, torch.cat(expected), atol=1 / 255)
 
 
 def test_the_source_cuts_lesions_out_by_their_masks(two_views):

@@ -11,7 +11,8 @@ from sonofed_client.adaptation.finetuning import finetune_round
 from sonofed_common.runtime import derive_seed
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.tables.aggregation import ADAM, AggregationTable, site_images
-from sonofed_simulations.tables.features import read_hospitals, read_start
+from sonofed_simulations.tables.hospitals import read_hospitals
+from sonofed_simulations.tables.start import read_start
 
 
 @pytest.fixture(scope="module")

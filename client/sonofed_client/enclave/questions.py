@@ -96,7 +96,7 @@ def _selecting(
         yield Question("query.cluster", actions.Cluster(**encode), times, bundle)
     else:
         score = actions.Score(
-            **encode, selection=study.selection, batch_norm=study.finetuning.batch_norm
+            **encode, selection=study.selection, batch_norm=study.finetuning.start_statistics
         )
         yield Question("train.score", score, choices=bundle)
         ranked = ranked_columns(study.selection)

@@ -265,6 +265,11 @@ class Finetuning(Model):
         default=0.0, ge=0, le=10, description="synthetic source images per labelled image"
     )
 
+    @property
+    def start_statistics(self) -> Literal["site", "global"]:
+        """Whose normalisation statistics the classifier has before anybody trained it."""
+        return "site" if self.batch_norm == "site" else "global"
+
 
 class Pretraining(Model):
     """Target-informed pretraining of the segmenter's encoder, without labels."""

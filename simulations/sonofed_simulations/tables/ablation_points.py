@@ -17,9 +17,10 @@ from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of
 from sonofed_simulations.tables.cells import read_records
-from sonofed_simulations.tables.features import HospitalImages, Start, split_of
+from sonofed_simulations.tables.hospitals import HospitalImages, split_of
 from sonofed_simulations.tables.redrawn import read_stack
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
+from sonofed_simulations.tables.start import Start
 
 BATCH = 64
 RECONSTRUCTION = Reconstruction()

@@ -24,20 +24,14 @@ from sonofed_simulations.tables.adaptation_ablation_page import ABOUT, FULL, PAR
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Array, Outcome
-from sonofed_simulations.tables.features import (
-    HospitalImages,
-    SiteFeatures,
-    Start,
-    read_hospitals,
-    read_start,
-    site_features,
-    split_of,
-)
+from sonofed_simulations.tables.features import SiteFeatures, site_features
 from sonofed_simulations.tables.head import Labelled, logits, train_head
+from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.redrawn import IMAGE_SIZE, THREADS, quick_scenario
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.settings import SplitName
+from sonofed_simulations.tables.start import Start, read_start
 
 BUDGET = 0.2
 
@@ -155,7 +149,7 @@ class Ablation:
             labels = torch.from_numpy(site.labels[own])
             parts.append(Labelled(site.name, torch.from_numpy(site.views[:, own]), labels))
             malignant += int(labels.sum())
-        begin = self.start.begin()
+        begin = self.start.begin
         head = train_head(begin.head, parts, SPLITS.training, begin.dropped, derive_seed(seed, 0))
         predictions = {}
         for site in sites:

@@ -23,9 +23,10 @@ from sonofed_simulations.tables.aggregation_page import about
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
-from sonofed_simulations.tables.features import HospitalImages, Start, read_hospitals, read_start
+from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals
 from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.start import Start, read_start
 
 IMAGE_SIZE = 64
 BUDGET = 0.2

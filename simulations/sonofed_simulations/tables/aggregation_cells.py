@@ -25,7 +25,7 @@ from sonofed_server.aggregation.strategies import STRATEGIES
 from sonofed_server.aggregation.strategy import Round, Weights
 from sonofed_server.aggregation.weights import weight_of
 from sonofed_simulations.tables.arms import Prediction
-from sonofed_simulations.tables.features import Start
+from sonofed_simulations.tables.start import Start
 
 
 @dataclass(frozen=True)

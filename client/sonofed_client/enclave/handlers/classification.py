@@ -151,7 +151,8 @@ def starting_model(
     """
     model = site.classifier(parameters.bundle, parameters.classifier)
     weights = request.group("weights")
-    if batch_norm == "local":
+    # What scores a pool, nobody has trained.
+    if batch_norm == "local" and not isinstance(parameters, Score):
         weights = {**weights_of(model), **weights, **own_layers(site, parameters)}
     if weights:
         load_weights(model, weights)
