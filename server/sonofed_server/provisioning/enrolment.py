@@ -13,7 +13,7 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.enrolment import EnrolmentRequest, Kit, canonical
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
+from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_server.provisioning.project import Coordinator
 
 SAME_TIME = (1980, 1, 1, 0, 0, 0)
@@ -68,8 +68,12 @@ def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
     EnrolmentError
         The project does not name the site, the key was revoked, or the site is enrolled with
         another key.
+    ConfigurationError
+        The coordinator's signing key is missing.
     """
     enrolment, project = request.enrolment, coordinator.project
+    # Before a record is kept: without it no kit can be signed.
+    load_signing_key(coordinator.signing_key)
     if enrolment.site not in project.sites:
         raise EnrolmentError(
             f"project {project.name} names no site {enrolment.site}; add it to its sites"
@@ -135,7 +139,7 @@ def find_record(coordinator: Coordinator, site: str) -> SiteRecord | None:
 
 def write_kit(coordinator: Coordinator, record: SiteRecord) -> Path:
     """Write a hospital's startup kit: what it is told, the signature of that, the authority."""
-    key = load_or_create_signing_key(coordinator.signing_key)
+    key = load_signing_key(coordinator.signing_key)
     authority = coordinator.authority.read_bytes()
     kit = Kit(
         project=coordinator.project.name,

@@ -14,7 +14,7 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError, EngineError
 from sonofed_common.contract.study import Study, check_site_name, read_study
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.security import load_signing_key, public_hex
 from sonofed_common.supervision.family import Identity
 from sonofed_server.provisioning.enrolment import records
 from sonofed_server.provisioning.project import Coordinator
@@ -149,7 +149,7 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
     enrolled = {record.site for record in records(coordinator) if not record.revoked}
     if absent := [site for site in study.cohort.sites if site not in enrolled]:
         raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
-    key = public_hex(load_or_create_signing_key(coordinator.signing_key))
+    key = public_hex(load_signing_key(coordinator.signing_key))
     opened = Bundle.open(bundle, key)
     return [
         f"study {study.name}: phases {', '.join(study.phases)}",
