@@ -1,5 +1,6 @@
 """What is missing, damaged or mistyped is told in a sentence, and harms nothing else."""
 
+import json
 from pathlib import Path
 
 from two_programs import coordinator, enrol, run, site
@@ -22,3 +23,23 @@ def test_a_signing_key_that_is_missing_is_never_made_anew(project):
     assert not Path("coordinator/sites/south.json").exists()
     key.write_bytes(kept)
     run(coordinator, f"enrol south/request.json --words '{words}'")
+
+
+def test_a_damaged_record_is_named_and_harms_no_other_site(project):
+    run(coordinator, "init project.toml")
+    enrol()
+    enrol("south", "south")
+    record = Path("coordinator/sites/north.json")
+    kept = record.read_bytes()
+    record.write_text("{")
+    found = {
+        line["subject"]: line
+        for line in map(json.loads, run(coordinator, "check --json", 1).splitlines())
+    }
+    assert found["site north"]["state"] == "fails" and found["site south"]["state"] == "ok"
+    assert "north.json is damaged" in found["site north"]["said"]
+    run(coordinator, "revoke south")
+    assert "north.json is damaged" in run(coordinator, "revoke north", 20)
+    assert record.read_text() == "{"
+    record.write_bytes(kept)
+    run(coordinator, "revoke north")

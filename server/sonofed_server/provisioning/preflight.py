@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sonofed_common.contract.errors import SonoFedError
 from sonofed_common.preflight import Finding, certificate, front, look, machine
 from sonofed_common.security import load_signing_key, public_hex
 from sonofed_common.supervision.supervisor import read_status
@@ -44,13 +43,12 @@ def _programs(coordinator: Coordinator) -> Iterator[Finding]:
 
 
 def _sites(coordinator: Coordinator) -> Iterator[Finding]:
-    try:
-        known = {record.site: record for record in records(coordinator)}
-    except SonoFedError as error:
-        yield Finding(subject="sites", state="fails", said=error.message)
-        return
+    known, damaged = records(coordinator)
+    for site, said in damaged.items():
+        yield Finding(subject=f"site {site}", state="fails", said=said)
     for site in coordinator.project.sites:
-        yield _site(site, known.get(site))
+        if site not in damaged:
+            yield _site(site, known.get(site))
 
 
 def _site(site: str, record: SiteRecord | None) -> Finding:

@@ -136,7 +136,7 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
     Raises
     ------
     ConfigurationError
-        A hospital of the cohort is not enrolled, or the name is no folder's.
+        A hospital of the cohort is not enrolled, its record is damaged, or the name is no folder's.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
     """
@@ -146,7 +146,11 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
         raise ConfigurationError(
             f"the study's name {study.name[:64]!r} is no plain name; use letters, digits, _ . -"
         ) from None
-    enrolled = {record.site for record in records(coordinator) if not record.revoked}
+    known, damaged = records(coordinator)
+    for site in study.cohort.sites:
+        if site in damaged:
+            raise ConfigurationError(damaged[site])
+    enrolled = {site for site, record in known.items() if not record.revoked}
     if absent := [site for site in study.cohort.sites if site not in enrolled]:
         raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
     key = public_hex(load_signing_key(coordinator.signing_key))
