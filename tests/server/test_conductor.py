@@ -1,4 +1,4 @@
-"""What the conductor and the commands of studies do without a SuperLink."""
+"""What the conductor, the desk and the commands of studies do without a SuperLink."""
 
 import os
 import signal
@@ -7,16 +7,21 @@ import subprocess
 import pytest
 import tomli_w
 from two_programs import coordinator as program
-from two_programs import run
+from two_programs import enrol, run
 
+from sonofed_common.contract.bundle import BundleWriter
+from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.manifest import DataProvenance, Provenance
+from sonofed_common.contract.study import read_study
 from sonofed_common.runtime import write_atomically
+from sonofed_common.security import load_signing_key
 from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.study.conductor import Conductor
-from sonofed_server.study.desk import Entry, Wish
-from sonofed_server.study.workspace import Workspace
+from sonofed_server.study.desk import Entry, Wish, put_on
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 
 @pytest.fixture
@@ -66,3 +71,39 @@ def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
     monkeypatch.setattr(commands, "STOP_SECONDS", 0.0)
     assert "still runs" in run(program, "study stop tiny", 91)
     assert entry.wish.wanted == "stop"
+
+
+def write_bundle(coordinator, folder, text):
+    data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
+    provenance = Provenance(data=data, settings="0" * 64)
+    writer = BundleWriter(folder, name="source", kind="source", provenance=provenance)
+    writer.add("weights", text)
+    return writer.sign(load_signing_key(coordinator.signing_key)).id
+
+
+def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
+    for name in ("north", "south"):
+        enrol(name, name)
+    one, other = project / "one", project / "other"
+    kept = write_bundle(coordinator, one, b"1")
+    write_bundle(coordinator, other, b"2")
+    file = project / "tiny.toml"
+    file.write_text(tomli_w.dumps({"name": "tiny", "cohort": {"sites": ["north", "south"]}}))
+    workspace = put_on(coordinator, file, one, None).workspace
+    with pytest.raises(ConfigurationError, match="began with another bundle"):
+        put_on(coordinator, file, other, None)
+    assert workspace.bundle.resolve() == one
+    # The folder is moved, before and after the study's first round; the bundle is the same.
+    one.rename(project / "moved")
+    put_on(coordinator, file, project / "moved", None)
+    assert workspace.bundle.resolve() == project / "moved"
+    state = StudyState(facts={"started": "now"})
+    state.save(workspace.checkpoint, identity_of(read_study(file), kept))
+    (project / "moved").rename(one)
+    with pytest.raises(ConfigurationError, match="began with another bundle"):
+        put_on(coordinator, file, other, None)
+    put_on(coordinator, file, one, None)
+    # Or another bundle is trained in its place.
+    write_bundle(coordinator, one, b"3")
+    with pytest.raises(ConfigurationError, match="began with another bundle"):
+        put_on(coordinator, file, one, None)
