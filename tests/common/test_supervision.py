@@ -14,6 +14,7 @@ import pytest
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.control import start_detached, stop
 from sonofed_common.supervision.family import Identity, members
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
 from sonofed_common.supervision.supervisor import read_status
 
@@ -22,6 +23,7 @@ PATIENCE = 300
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import Program
 from sonofed_common.supervision.supervisor import supervise
 
@@ -165,8 +167,30 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
+        log = tmp_path / "supervisor.log"
+        log.write_text("how the last one ended\n")
         with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
             start_detached(tmp_path, command, "the test")
+        with pytest.raises(DeploymentError, match="ended at once: it said nothing"):
+            start_detached(tmp_path, ["true"], "the test")
+        assert log.read_text().startswith("how the last one ended\n")
+
+
+def test_a_large_log_is_set_aside_while_its_program_writes_on(tmp_path):
+    large, small, stuck = (tmp_path / f"{name}.log" for name in ("large", "small", "stuck"))
+    small.write_text("short\n")
+    (tmp_path / "stuck.log.1").mkdir()
+    (tmp_path / "stuck.log.1" / "stuck.log").mkdir()
+    stuck.write_text("long enough\n")
+    with large.open("ab", buffering=0) as program:
+        for said in ("first words\n", "second words\n"):
+            program.write(said.encode())
+            set_large_aside(tmp_path, 10)
+            assert large.read_bytes() == b""
+            assert (tmp_path / "large.log.1").read_text() == said
+        program.write(b"then\n")
+    assert large.read_text() == "then\n"
+    assert small.read_text() == "short\n" and stuck.read_text() == "long enough\n"
 
 
 def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):

@@ -224,6 +224,9 @@ def test_a_signed_request_counts_once(deployment):
     assert caller.again(sent) == caller.steal(sent, node) == 401
     paths = ["/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"]
     assert refusals(deployment.coordinator)[-2:] == paths
+    # Who asks and is told that there is nothing leaves no line: that would be all day long.
+    calls = map(json.loads, deployment.coordinator.front_log.read_text().splitlines())
+    assert not {call["status"] for call in calls if call["path"] in paths} & {200}
     log = deployment.coordinator.run / "superlink.log"
     assert "a signed request that was met before" in log.read_text()
     assert caller.beat(node) == 200
