@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -28,11 +27,15 @@ def words(output):
     return re.search(r"(?:words|phone): ([a-z]+(?: [a-z]+){11})$", output, re.M).group(1)
 
 
+def write_project(folder):
+    (folder / "project.toml").write_text(PROJECT)
+    (folder / "images").mkdir()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("project.toml").write_text(PROJECT)
-    Path("images").mkdir()
+    write_project(tmp_path)
     return tmp_path
 
 
