@@ -15,11 +15,8 @@ from sonofed_server.provisioning.project import Coordinator
 def check(coordinator: Coordinator) -> Iterator[Finding]:
     """Look at everything that a study will need; what is missing hides nothing else."""
     yield look("signing key", lambda: public_hex(load_signing_key(coordinator.signing_key)))
-    authority = coordinator.authority.read_bytes()
-    yield certificate("authority", authority, "enrol every site with a new one")
-    yield certificate(
-        "front's certificate", coordinator.front.read_bytes(), "run 'sonofed-coordinator renew'"
-    )
+    yield certificate("authority", coordinator.authority, "enrol every site with a new one")
+    yield certificate("front's certificate", coordinator.front, "run 'sonofed-coordinator renew'")
     yield look("nginx", find_nginx)
     yield from _programs(coordinator)
     yield from front(coordinator.project.address, coordinator.authority)
