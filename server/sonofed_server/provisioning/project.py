@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import pwd
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.enrolment import SITE_NAME
-from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.errors import ConfigurationError, DeploymentError
 from sonofed_common.contract.study import check_site_name
 
 LAST_PORT = 65535
@@ -177,11 +179,29 @@ def read_coordinator(project: Path, *, new: bool = False) -> Coordinator:
     ------
     ConfigurationError
         The file does not validate, or the folder is not there.
+    DeploymentError
+        The superuser asks, and the folder is another account's.
     """
     read = validate(Project, read_toml(project), project.name)
     root = project.resolve().parent / "coordinator"
+    _refuse_superuser(root)
     if not new and not (root / "ca.pem").is_file():
         raise ConfigurationError(
             f"{root} holds no keys; run 'sonofed-coordinator init {project}' first"
         )
     return Coordinator(read, root)
+
+
+def _refuse_superuser(root: Path) -> None:
+    # What it writes is closed to the account that the processes run under.
+    owner = root.stat().st_uid if root.exists() else 0
+    if os.geteuid() != 0 or owner == 0:
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = str(owner)
+    raise DeploymentError(
+        f"{root} belongs to {name}, to whom what root writes there is closed; run this as that "
+        f"account: runuser -u {name} -- sonofed-coordinator ..."
+    )
