@@ -33,10 +33,10 @@ def write_project(folder):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_project(tmp_path)
-    return tmp_path
+def project(root, monkeypatch):
+    monkeypatch.chdir(root)
+    write_project(root)
+    return root
 
 
 def enrol(name="north", folder="north"):

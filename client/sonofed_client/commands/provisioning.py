@@ -11,10 +11,12 @@ from sonofed_client.provisioning.kit import (
     check_images,
     check_kit,
     check_same,
+    check_socket,
     install_kit,
     read_kit,
 )
 from sonofed_client.provisioning.place import Hospital, RelaySettings
+from sonofed_client.provisioning.programs import site_of
 from sonofed_client.provisioning.request import make_request, replace_node_key
 from sonofed_client.settings import MasterKeySource, SiteData, SiteSettings, read_site
 from sonofed_common.cli import agreed_words
@@ -39,6 +41,11 @@ def init(
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     hospital = Hospital(folder.resolve())
+    if (installed := site_of(hospital)) not in (None, name):
+        raise ConfigurationError(
+            f"{hospital.root} is the installation of site {installed}; give another folder: "
+            "--folder"
+        )
     make = replace_node_key if new_node_key else make_request
     request = make(hospital, name)
     print(f"send the coordinator this file, in which no secret is: {hospital.request}")
@@ -97,6 +104,7 @@ def install(
             auto_approve=(read.public_key,) if simulated else (),
         )
         check_images(settings.data)
+        check_socket(hospital.socket)
     if hospital.relay.exists():
         relay = hospital.relay_settings
         check_same(

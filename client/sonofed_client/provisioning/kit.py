@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import os
 import shutil
 import zipfile
 import zlib
@@ -33,6 +34,9 @@ UNREADABLE = (
     *(KeyError, ValueError, RuntimeError),
 )
 """What a damaged or foreign zip is met with; `ValidationError` is a `ValueError`."""
+
+LONGEST_SOCKET = 107
+"""Bytes of a unix socket's path on Linux, see unix(7)."""
 
 
 def read_kit(path: Path) -> tuple[Kit, dict[str, bytes]]:
@@ -110,6 +114,21 @@ def check_kit(hospital: Hospital, kit: Kit) -> bool:
             "is installed; install it in another folder, with keys of its own"
         )
     return True
+
+
+def check_socket(path: Path) -> None:
+    """Check that a socket can have a path.
+
+    Raises
+    ------
+    ConfigurationError
+        The system takes none that is so long.
+    """
+    if (length := len(os.fsencode(path))) > LONGEST_SOCKET:
+        raise ConfigurationError(
+            f"the enclave's socket would be {path}, of {length} bytes, and the system takes "
+            f"{LONGEST_SOCKET}; install in a folder with a shorter path: --folder"
+        )
 
 
 def check_images(data: SiteData) -> None:

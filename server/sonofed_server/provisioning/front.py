@@ -21,7 +21,7 @@ TEMPLATE = """\
 # Written by 'sonofed-coordinator up'; changes are lost.
 daemon off;
 worker_processes auto;
-pid {run}/nginx.pid;
+pid "{run}/nginx.pid";
 error_log stderr notice;
 
 events {{
@@ -39,14 +39,14 @@ http {{
     default 1;
 {idle}
   }}
-  access_log {log} front if=$is_told;
+  access_log "{log}" front if=$is_told;
   server_tokens off;
 
-  client_body_temp_path {run}/nginx;
-  proxy_temp_path {run}/nginx;
-  fastcgi_temp_path {run}/nginx;
-  uwsgi_temp_path {run}/nginx;
-  scgi_temp_path {run}/nginx;
+  client_body_temp_path "{run}/nginx";
+  proxy_temp_path "{run}/nginx";
+  fastcgi_temp_path "{run}/nginx";
+  uwsgi_temp_path "{run}/nginx";
+  scgi_temp_path "{run}/nginx";
 
   client_max_body_size {body}m;
   client_body_timeout 120s;
@@ -64,8 +64,8 @@ http {{
 
   server {{
     listen {listen}:{port} ssl;
-    ssl_certificate {certificate};
-    ssl_certificate_key {certificate};
+    ssl_certificate "{certificate}";
+    ssl_certificate_key "{certificate}";
     ssl_protocols TLSv1.2 TLSv1.3;
     ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
     ssl_session_tickets off;
@@ -80,12 +80,17 @@ http {{
       proxy_set_header Host localhost;
       proxy_ssl_name localhost;
       proxy_ssl_server_name on;
-      proxy_ssl_trusted_certificate {authority};
+      proxy_ssl_trusted_certificate "{authority}";
       proxy_ssl_verify on;
       proxy_ssl_session_reuse on;
       proxy_request_buffering off;
       proxy_buffering off;
       proxy_read_timeout 300s;
+    }}
+
+    # Else nginx sends who calls it to the path with a slash.
+    location = /v1/fleet {{
+      return 404;
     }}
 
     location / {{
@@ -120,16 +125,20 @@ def write_front(coordinator: Coordinator) -> Path:
     path = run / "nginx.conf"
     text = TEMPLATE.format(
         idle="\n".join(f'    "{path} 200" 0;' for path in IDLE),
-        run=run,
-        log=coordinator.front_log,
+        run=_inside_quotes(run),
+        log=_inside_quotes(coordinator.front_log),
         body=project.body_megabytes,
         rate=project.requests_per_second,
         burst=10 * project.requests_per_second,
         superlink_port=project.superlink_port,
         listen=f"[{project.listen}]" if ":" in project.listen else project.listen,
         port=project.port,
-        certificate=coordinator.front,
-        authority=coordinator.authority,
+        certificate=_inside_quotes(coordinator.front),
+        authority=_inside_quotes(coordinator.authority),
     )
     write_atomically(path, text.encode())
     return path
+
+
+def _inside_quotes(path: Path) -> str:
+    return str(path).replace("\\", "\\\\").replace('"', '\\"')
