@@ -15,7 +15,7 @@ from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.control import start_detached, stop
 from sonofed_common.supervision.family import Identity, members
 from sonofed_common.supervision.logs import set_large_aside
-from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
+from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, answers_on, mark
 from sonofed_common.supervision.supervisor import read_status
 
 PATIENCE = 300
@@ -60,9 +60,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def asked(port, path="/healthz"):
+def asked(port, path="/healthz", method="GET"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path)
+    connection.request(method, path)
     answer = connection.getresponse()
     return answer.status, answer.read()
 
@@ -91,6 +91,7 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
         code, body = asked(port)
         assert code == 200 and json.loads(body)["healthy"]
         assert asked(port, "/other")[0] == 404
+        assert asked(port, method="HEAD") == (200, b"")
         code, body = asked(port, "/metrics")
         assert code == 200 and b'sonofed_program_up{program="nest"} 1.0' in body
         everyone = family(tmp_path)
@@ -202,6 +203,10 @@ def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
         assert status.programs["plain"].state == "running"
     finally:
         stop(tmp_path)
+
+
+def test_a_path_that_is_too_long_for_a_socket_answers_not(tmp_path):
+    assert answers_on(tmp_path / ("x" * 108)) is False
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):

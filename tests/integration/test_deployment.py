@@ -14,6 +14,7 @@ import pytest
 
 from deployed.deployment import CHANGES, assert_same_bits, needs_front, run, wait_for
 from deployed.strangers import REFUSED, Caller, number_of, refusals, try_to_enter, write_node_key
+from sonofed_client.admission import NOT_KNOWN
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
@@ -183,6 +184,7 @@ def test_preflight_finds_a_deployment_that_is_up_well(deployment):
             "ok"
         }
         assert found.keys() >= {"kit", "coordinator", "clock", "enclave", "supernode", "images"}
+        assert found["registration"] == "ok"
 
 
 def test_the_supervisors_tell_their_health(deployment):
@@ -212,7 +214,8 @@ def test_a_key_that_is_not_registered_is_refused(deployment, tmp_path):
     before = len(refusals(deployment.coordinator))
     node, _ = number_of(deployment, deployment.names[0])
     assert {caller.enter(), caller.register(), caller.fetch(node)} <= REFUSED
-    try_to_enter(deployment.coordinator, tmp_path / "node.key", tmp_path)
+    said = try_to_enter(deployment.coordinator, tmp_path / "node.key", tmp_path)
+    assert NOT_KNOWN in said and "Exit Code" not in said
     assert len(refusals(deployment.coordinator)) >= before + 4
 
 

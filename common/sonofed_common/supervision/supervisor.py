@@ -163,12 +163,16 @@ def _health(
             else:
                 self.send_error(404)
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def _answer(self, code: int, kind: str, body: bytes) -> None:
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing of each question."""
