@@ -1,14 +1,21 @@
 """The files under deploy/, by the programs that read them."""
 
+import http.client
+import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from answering import answering
 
+from deployed.deployment import free_ports, wait_for
+from sonofed_common.supervision.program import answers
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.keys import make_keys
 from sonofed_server.provisioning.project import Coordinator, Project
@@ -45,6 +52,54 @@ def test_nginx_takes_the_front(tmp_path):
     command = [find_nginx(), "-t", "-e", "stderr", "-p", tmp_path, "-c", write_front(coordinator)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "[warn]" not in done.stderr, done.stderr
+
+
+@contextmanager
+def front_before(coordinator):
+    """The front of a coordinator, and a function that calls it."""
+    command = [find_nginx(), "-e", "stderr", "-p", coordinator.run, "-c", write_front(coordinator)]
+    address = ("localhost", coordinator.project.port)
+    context = ssl.create_default_context(cafile=coordinator.authority)
+
+    def call(method, path):
+        connection = http.client.HTTPSConnection(*address, timeout=60, context=context)
+        connection.request(method, path)
+        return connection.getresponse().status
+
+    with subprocess.Popen(command) as nginx:
+        try:
+            wait_for(lambda: answers(coordinator.project.port))
+            yield call
+        finally:
+            nginx.terminate()
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx")
+def test_the_front_logs_what_happens_and_works_in_a_folder_with_spaces(root):
+    ports = free_ports(2)
+    front = f"localhost:{ports[0]}"
+    project = Project(name="trial", address=front, sites=("north",), contact="it")
+    coordinator = Coordinator(project, root / 'a "good" folder')
+    make_keys(coordinator)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(coordinator.superlink_certificate, coordinator.superlink_key)
+    pull, beat, push = (
+        f"/v1/fleet/{name}" for name in ("pull-messages", "send-node-heartbeat", "push-object")
+    )
+    with answering(200, b"", context) as superlink:
+        values = {**project.model_dump(), "superlink_port": superlink, "health_port": ports[1]}
+        coordinator = Coordinator(Project.model_validate(values), coordinator.root)
+        with front_before(coordinator) as call:
+            assert call("GET", "/v1/fleet") == 404
+            assert [call("POST", path) for path in (pull, beat, push)] == [200] * 3
+    with front_before(coordinator) as call:
+        assert call("POST", pull) == 502
+    logged = map(json.loads, coordinator.front_log.read_text().splitlines())
+    assert [(call["path"], call["status"]) for call in logged] == [
+        ("/v1/fleet", 404),
+        (push, 200),
+        (pull, 502),
+    ]
 
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")

@@ -46,6 +46,7 @@ from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from sonofed_client.admission import explain_refusal
 from sonofed_client.app import app
 from sonofed_common.contract.recorddict import send_larger_parts, take_apart
 
@@ -188,6 +189,7 @@ def main() -> None:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
+    explain_refusal(given.connected)
     be_patient()
     send_larger_parts()
     certificates = given.root_certificates.read_bytes()

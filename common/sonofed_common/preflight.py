@@ -56,19 +56,23 @@ def look(subject: str, work: Callable[[], str]) -> Finding:
         return Finding(subject=subject, state="fails", said=error.message)
 
 
-def certificate(subject: str, pem: bytes, renewal: str) -> Finding:
+def certificate(subject: str, file: Path, renewal: str) -> Finding:
     """Check when a certificate expires.
 
     Parameters
     ----------
     subject : str
         Whose it is.
-    pem : bytes
-        The certificate.
+    file : Path
+        The certificate, PEM.
     renewal : str
         What to do about it.
     """
-    until = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    try:
+        until = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        said = f"{file} is damaged or cannot be read; restore it from its backup, or {renewal}"
+        return Finding(subject=subject, state="fails", said=said)
     days = (until - datetime.now(UTC)).days
     if days < 0:
         return Finding(subject=subject, state="fails", said=f"expired on {until.date()}; {renewal}")
@@ -90,7 +94,12 @@ def front(address: str, authority: Path, now: Callable[[], float] = time.time) -
         This machine's clock, seconds since the epoch.
     """
     host, _, port = address.rpartition(":")
-    context = ssl.create_default_context(cafile=authority)
+    try:
+        context = ssl.create_default_context(cafile=authority)
+    except OSError:
+        said = f"without {authority} nobody can tell who answers at {address}; mend that first"
+        yield Finding(subject="coordinator", state="fails", said=said)
+        return
     connection = http.client.HTTPSConnection(
         host, int(port), timeout=CONNECT_SECONDS, context=context
     )

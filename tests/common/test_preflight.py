@@ -74,11 +74,22 @@ def test_a_server_of_the_authority_is_well_and_tells_its_time(tmp_path, server):
 
 
 @pytest.mark.parametrize(("days", "state"), [(40, "ok"), (10, "warning"), (-2, "fails")])
-def test_expiry_is_told_in_time(days, state):
+def test_expiry_is_told_in_time(tmp_path, days, state):
     key = new_key()
     pem = issue(make_authority("ours", key), key, new_key(), ("localhost",), days)
-    finding = certificate("front", pem, "renew it")
+    (tmp_path / "front.pem").write_bytes(pem)
+    finding = certificate("front", tmp_path / "front.pem", "renew it")
     assert finding.state == state and ("renew it" in finding.said) == (state != "ok")
+
+
+def test_a_certificate_that_is_damaged_or_gone_is_a_finding(tmp_path):
+    file = tmp_path / "front.pem"
+    for _ in range(2):
+        finding = certificate("front", file, "renew it")
+        assert finding.state == "fails" and "renew it" in finding.said and str(file) in finding.said
+        (finding,) = front("localhost:1", file)
+        assert finding.state == "fails" and str(file) in finding.said
+        file.write_text("no certificate")
 
 
 @pytest.mark.parametrize("wrong", ["authority", "name", "expired"])

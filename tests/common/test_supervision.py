@@ -14,7 +14,8 @@ import pytest
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.control import start_detached, stop
 from sonofed_common.supervision.family import Identity, members
-from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
+from sonofed_common.supervision.logs import set_large_aside
+from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, answers_on, mark
 from sonofed_common.supervision.supervisor import read_status
 
 PATIENCE = 300
@@ -22,6 +23,7 @@ PATIENCE = 300
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import Program
 from sonofed_common.supervision.supervisor import supervise
 
@@ -58,9 +60,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def asked(port, path="/healthz"):
+def asked(port, path="/healthz", method="GET"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path)
+    connection.request(method, path)
     answer = connection.getresponse()
     return answer.status, answer.read()
 
@@ -89,6 +91,7 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
         code, body = asked(port)
         assert code == 200 and json.loads(body)["healthy"]
         assert asked(port, "/other")[0] == 404
+        assert asked(port, method="HEAD") == (200, b"")
         code, body = asked(port, "/metrics")
         assert code == 200 and b'sonofed_program_up{program="nest"} 1.0' in body
         everyone = family(tmp_path)
@@ -165,8 +168,30 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
+        log = tmp_path / "supervisor.log"
+        log.write_text("how the last one ended\n")
         with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
             start_detached(tmp_path, command, "the test")
+        with pytest.raises(DeploymentError, match="ended at once: it said nothing"):
+            start_detached(tmp_path, ["true"], "the test")
+        assert log.read_text().startswith("how the last one ended\n")
+
+
+def test_a_large_log_is_set_aside_while_its_program_writes_on(tmp_path):
+    large, small, stuck = (tmp_path / f"{name}.log" for name in ("large", "small", "stuck"))
+    small.write_text("short\n")
+    (tmp_path / "stuck.log.1").mkdir()
+    (tmp_path / "stuck.log.1" / "stuck.log").mkdir()
+    stuck.write_text("long enough\n")
+    with large.open("ab", buffering=0) as program:
+        for said in ("first words\n", "second words\n"):
+            program.write(said.encode())
+            set_large_aside(tmp_path, 10)
+            assert large.read_bytes() == b""
+            assert (tmp_path / "large.log.1").read_text() == said
+        program.write(b"then\n")
+    assert large.read_text() == "then\n"
+    assert small.read_text() == "short\n" and stuck.read_text() == "long enough\n"
 
 
 def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
@@ -178,6 +203,10 @@ def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
         assert status.programs["plain"].state == "running"
     finally:
         stop(tmp_path)
+
+
+def test_a_path_that_is_too_long_for_a_socket_answers_not(tmp_path):
+    assert answers_on(tmp_path / ("x" * 108)) is False
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):

@@ -83,6 +83,11 @@ class Hospital:
         return self.root / "run"
 
     @property
+    def connected(self) -> Path:
+        """There since the coordinator let the node in, until the node starts anew."""
+        return self.run / "supernode.connected"
+
+    @property
     def socket(self) -> Path:
         """Of the enclave."""
         return self.run / "enclave.sock"

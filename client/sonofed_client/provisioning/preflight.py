@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sonofed_client.admission import NOT_KNOWN, refusal
 from sonofed_client.enclave.policy import read_policy
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.provisioning.programs import installed_kit
@@ -28,11 +29,11 @@ def check(hospital: Hospital) -> Iterator[Finding]:
     except SonoFedError as error:
         yield Finding(subject="settings", state="fails", said=error.message)
         return
-    authority = hospital.authority.read_bytes()
-    yield certificate("authority", authority, "ask the coordinator for a new kit")
+    yield certificate("authority", hospital.authority, "ask the coordinator for a new kit")
     yield from front(kit.address, hospital.authority)
     yield _program(hospital, "enclave", settings)
     yield _program(hospital, "supernode", settings)
+    yield _registration(hospital)
     yield look("policy", lambda: _policy(settings))
     yield _images(settings)
     yield from machine(hospital.root)
@@ -62,6 +63,16 @@ def _program(hospital: Hospital, name: str, settings: SiteSettings) -> Finding:
         return Finding(subject=name, state="ok", said=f"answers, {program.restarts} restarts")
     said = f"does not work ({program.reason or program.state}); see {hospital.run / name}.log"
     return Finding(subject=name, state="fails", said=said)
+
+
+def _registration(hospital: Hospital) -> Finding:
+    subject = "registration"
+    if read_status(hospital.run) is not None and hospital.connected.exists():
+        return Finding(subject=subject, state="ok", said="the coordinator let this node in")
+    if refusal(hospital.connected).exists():
+        return Finding(subject=subject, state="fails", said=NOT_KNOWN)
+    said = "the coordinator was not asked yet whether it knows this node"
+    return Finding(subject=subject, state="warning", said=said)
 
 
 def _policy(settings: SiteSettings) -> str:

@@ -63,7 +63,7 @@ def _enclave(hospital: Hospital) -> Program:
 
 
 def _supernode(hospital: Hospital, socket: Path) -> Program:
-    kit, connected = installed_kit(hospital), hospital.run / "supernode.connected"
+    kit, connected = installed_kit(hospital), hospital.connected
     command = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
         *("--superlink", kit.address),
@@ -90,6 +90,14 @@ def installed_kit(hospital: Hospital) -> Kit:
         raise ConfigurationError(
             f"{hospital.root} holds no installed kit; run 'sonofed-site install KIT' there first"
         ) from None
+
+
+def site_of(hospital: Hospital) -> str | None:
+    """Return the site whose kit is installed, or None."""
+    try:
+        return installed_kit(hospital).site
+    except ConfigurationError:
+        return None
 
 
 def beside(program: str) -> Path:

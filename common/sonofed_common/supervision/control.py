@@ -48,14 +48,17 @@ def start_detached(
         raise DeploymentError(f"{title} is up already; see its status")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder / "supervisor.log"
-    with log.open("wb") as file:
+    # What the last one said of its end stays.
+    with log.open("ab") as file:
+        before = file.tell()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
-            said = last_words(log.read_text(encoding="utf-8", errors="replace"))[-500:]
+            words = log.read_bytes()[before:].decode(errors="replace")
+            said = last_words(words)[-500:]
             raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:

@@ -173,4 +173,8 @@ def answers_on(path: Path) -> bool:
     """Whether somebody listens on a unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(PROBE_SECONDS)
-        return probe.connect_ex(str(path)) == 0
+        try:
+            return probe.connect_ex(str(path)) == 0
+        except OSError:
+            # The path is too long for a socket.
+            return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,11 @@ Bundle = Annotated[Path, typer.Option(help="Folder of the source's signed bundle
 Name = Annotated[str, typer.Argument(help="The study's name.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
 FOLLOW_SECONDS = 1.0
+SECONDS = re.compile(r"-?\d+ s\b")
+"""What changes in a line while nothing happens."""
+
+STOP_SECONDS = 120.0
+"""How long the conductor may take to end a study's process: it may wait for the SuperLink."""
 
 
 @app.callback()
@@ -100,7 +106,13 @@ def stop(name: Name, project: Project = DEFAULT) -> None:
         raise ConfigurationError(f"study {name} is {entry.state}; there is nothing to stop")
     entry.want(desk.Wish(wanted="stop"))
     _check_up(coordinator)
+    until = time.monotonic() + STOP_SECONDS
     while entry.state == "running":
+        if time.monotonic() > until:
+            raise DeploymentError(
+                f"study {name} still runs; it stops as soon as the conductor comes to it, see "
+                f"{coordinator.run / 'conductor.log'}"
+            )
         time.sleep(FOLLOW_SECONDS / 4)
     print(f"study {name} is {entry.state}")
 
@@ -131,12 +143,12 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
 
 
 def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
-    said: list[str] = []
+    said: dict[str, str] = {}
     while True:
         now = standing(entry, coordinator.front_log)
-        lines = now.lines()
-        for line in lines:
-            if line not in said:
+        lines = {SECONDS.sub("", line): line for line in now.lines()}
+        for told, line in lines.items():
+            if told not in said:
                 print(line, flush=True)
         said = lines
         if (failure := entry.failure) is not None and now.state == "failed":

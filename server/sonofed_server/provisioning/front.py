@@ -10,6 +10,9 @@ from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
 from sonofed_server.provisioning.project import Coordinator
 
+IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
+"""Calls that come while nothing moves; what a message holds is asked for by calls of its own."""
+
 SBIN = ("/usr/sbin", "/usr/local/sbin")
 
 # The path is passed on as nginx has normalised it, never as it came: a way round such as
@@ -18,7 +21,7 @@ TEMPLATE = """\
 # Written by 'sonofed-coordinator up'; changes are lost.
 daemon off;
 worker_processes auto;
-pid {run}/nginx.pid;
+pid "{run}/nginx.pid";
 error_log stderr notice;
 
 events {{
@@ -31,14 +34,19 @@ http {{
     '"method":"$request_method",'
     '"path":"$uri","status":$status,"in":$request_length,"out":$bytes_sent,'
     '"seconds":$request_time,"tls":"$ssl_protocol"}}';
-  access_log {log} front;
+  # Hospitals ask for messages all day: without those answers a log tells what happened.
+  map "$uri $status" $is_told {{
+    default 1;
+{idle}
+  }}
+  access_log "{log}" front if=$is_told;
   server_tokens off;
 
-  client_body_temp_path {run}/nginx;
-  proxy_temp_path {run}/nginx;
-  fastcgi_temp_path {run}/nginx;
-  uwsgi_temp_path {run}/nginx;
-  scgi_temp_path {run}/nginx;
+  client_body_temp_path "{run}/nginx";
+  proxy_temp_path "{run}/nginx";
+  fastcgi_temp_path "{run}/nginx";
+  uwsgi_temp_path "{run}/nginx";
+  scgi_temp_path "{run}/nginx";
 
   client_max_body_size {body}m;
   client_body_timeout 120s;
@@ -56,8 +64,8 @@ http {{
 
   server {{
     listen {listen}:{port} ssl;
-    ssl_certificate {certificate};
-    ssl_certificate_key {certificate};
+    ssl_certificate "{certificate}";
+    ssl_certificate_key "{certificate}";
     ssl_protocols TLSv1.2 TLSv1.3;
     ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
     ssl_session_tickets off;
@@ -72,12 +80,17 @@ http {{
       proxy_set_header Host localhost;
       proxy_ssl_name localhost;
       proxy_ssl_server_name on;
-      proxy_ssl_trusted_certificate {authority};
+      proxy_ssl_trusted_certificate "{authority}";
       proxy_ssl_verify on;
       proxy_ssl_session_reuse on;
       proxy_request_buffering off;
       proxy_buffering off;
       proxy_read_timeout 300s;
+    }}
+
+    # Else nginx sends who calls it to the path with a slash.
+    location = /v1/fleet {{
+      return 404;
     }}
 
     location / {{
@@ -111,16 +124,21 @@ def write_front(coordinator: Coordinator) -> Path:
     (run / "nginx").mkdir(parents=True, exist_ok=True, mode=0o700)
     path = run / "nginx.conf"
     text = TEMPLATE.format(
-        run=run,
-        log=coordinator.front_log,
+        idle="\n".join(f'    "{path} 200" 0;' for path in IDLE),
+        run=_inside_quotes(run),
+        log=_inside_quotes(coordinator.front_log),
         body=project.body_megabytes,
         rate=project.requests_per_second,
         burst=10 * project.requests_per_second,
         superlink_port=project.superlink_port,
-        listen=project.listen,
+        listen=f"[{project.listen}]" if ":" in project.listen else project.listen,
         port=project.port,
-        certificate=coordinator.front,
-        authority=coordinator.authority,
+        certificate=_inside_quotes(coordinator.front),
+        authority=_inside_quotes(coordinator.authority),
     )
     write_atomically(path, text.encode())
     return path
+
+
+def _inside_quotes(path: Path) -> str:
+    return str(path).replace("\\", "\\\\").replace('"', '\\"')

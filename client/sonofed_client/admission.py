@@ -1,0 +1,49 @@
+"""Whether the coordinator let this hospital's node in, and in words why it did not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+NOT_KNOWN = (
+    "the coordinator does not know this node's key: it is not enrolled yet, or was revoked; ask "
+    "the coordinator (for a minute after a node was killed, this passes by itself)"
+)
+"""Flower's answer is the same to a stranger and to who still counts as connected."""
+
+log = logging.getLogger(__name__)
+
+
+def refusal(connected: Path) -> Path:
+    """Return what is there, beside the mark of a connection, while the node is refused."""
+    return connected.with_suffix(".refused")
+
+
+def explain_refusal(connected: Path | None) -> None:
+    """Have Flower's connection, in this process, say in words that the node is not let in.
+
+    Parameters
+    ----------
+    connected : Path or None
+        The mark of a connection; one of the refusal is made beside it.
+    """
+    # Who asks only how a node is needs nothing of Flower.
+    from flwr.supercore.error import ApiErrorCode
+    from flwr.supernode import fleet_http_connection
+
+    if connected is not None:
+        refusal(connected).unlink(missing_ok=True)
+    code = f"[code: {ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED.value}]"
+    theirs = vars(fleet_http_connection)
+    its_own = theirs["flwr_exit"]
+
+    def end(number: int, message: str | None = None, **others: Any) -> None:
+        if message is None or code not in message:
+            its_own(number, message, **others)
+        if connected is not None:
+            refusal(connected).touch(mode=0o600)
+        log.error(NOT_KNOWN)
+        raise SystemExit(1)
+
+    theirs["flwr_exit"] = end
