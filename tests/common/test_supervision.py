@@ -12,10 +12,10 @@ from itertools import pairwise
 import pytest
 
 from sonofed_common.contract.errors import DeploymentError
-from sonofed_common.supervision.control import start_detached, stop
+from sonofed_common.supervision.control import say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
 from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 
 PATIENCE = 300
 
@@ -81,7 +81,7 @@ def up(folder):
     try:
         yield port
     finally:
-        stop(folder)
+        stop(folder, "the test")
 
 
 def test_a_family_is_watched_and_ends_whole(tmp_path):
@@ -97,7 +97,7 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
             start_detached(tmp_path, ["true"], "the test")
     assert read_status(tmp_path) is None
     assert not any(Identity.of(pid) for pid in everyone)
-    assert stop(tmp_path) is False
+    assert stop(tmp_path, "the test") is False
 
 
 def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):
@@ -132,6 +132,24 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
     with up(tmp_path):
         assert not any(Identity.of(pid) for pid in everyone)
         assert len(family(tmp_path)) == 4
+
+
+def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
+    with up(tmp_path):
+        supervisor = read_status(tmp_path).supervisor
+        everyone = family(tmp_path)
+        os.kill(supervisor.pid, signal.SIGKILL)
+        wait_for(lambda: not supervisor.alive)
+        assert left_running(tmp_path) == ["plain", "nest"]
+        assert say_status(tmp_path, "the test", json=False) == 1
+        assert "plain, nest run on" in capsys.readouterr().out
+        assert say_status(tmp_path, "the test", json=True) == 1
+        assert json.loads(capsys.readouterr().out) == {"left_running": ["plain", "nest"]}
+        assert stop(tmp_path, "the test") is True
+        assert not any(Identity.of(pid) for pid in everyone)
+        assert left_running(tmp_path) == [] and stop(tmp_path, "the test") is False
+        assert say_status(tmp_path, "the test", json=False) == 1
+        assert capsys.readouterr().out == "the test is not up\n"
 
 
 def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
@@ -177,7 +195,7 @@ def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
         assert status.supervisor.alive and not status.healthy
         assert status.programs["plain"].state == "running"
     finally:
-        stop(tmp_path)
+        stop(tmp_path, "the test")
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):

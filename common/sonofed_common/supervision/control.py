@@ -8,12 +8,18 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from types import MappingProxyType
 
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.log import last_words
-from sonofed_common.supervision.supervisor import Status, read_status
+from sonofed_common.supervision.supervisor import (
+    Status,
+    end_left_running,
+    left_running,
+    read_status,
+)
 
 START_SECONDS, END_SECONDS = 180.0, 120.0
 POLL_SECONDS = 0.1
@@ -64,18 +70,25 @@ def start_detached(
                 return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
-    stop(folder)
+    stop(folder, title)
     lines = "; ".join(describe(status)) if status is not None else "it said nothing"
     raise DeploymentError(f"{title} did not come up: {lines}; see the logs in {folder}")
 
 
-def stop(folder: Path) -> bool:
-    """End the supervisor of a folder with all its programs.
+def stop(folder: Path, title: str) -> bool:
+    """End the supervisor of a folder with all its programs, or those that one left that was killed.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
 
     Returns
     -------
     bool
-        Whether there was one.
+        Whether any of them ran.
 
     Raises
     ------
@@ -84,16 +97,47 @@ def stop(folder: Path) -> bool:
     """
     status = read_status(folder)
     if status is None:
-        return False
+        return end_left_running(folder, title)
     os.kill(status.supervisor.pid, signal.SIGTERM)
     until = time.monotonic() + END_SECONDS
     while status.supervisor.alive:
         if time.monotonic() > until:
             raise DeploymentError(
-                f"{status.title} does not end; its supervisor is process {status.supervisor.pid}"
+                f"{title} does not end; its supervisor is process {status.supervisor.pid}"
             )
         time.sleep(POLL_SECONDS)
     return True
+
+
+def say_status(folder: Path, title: str, json: bool) -> int:
+    """Print how the programs of a folder are.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+    json : bool
+        For machines: the status, ``null`` where nothing runs, or who runs on as ``left_running``.
+
+    Returns
+    -------
+    int
+        Exit code: 0 if all of them work.
+    """
+    status, left = read_status(folder), left_running(folder)
+    if json:
+        said = status.model_dump_json() if status is not None else "null"
+        print(dumps({"left_running": left}) if left else said)
+    elif status is not None:
+        for line in describe(status):
+            print(line)
+    elif left:
+        print(f"the supervisor of {title} was killed, and {', '.join(left)} run on; say up or down")
+    else:
+        print(f"{title} is not up")
+    return 0 if status is not None and status.healthy else 1
 
 
 def describe(status: Status) -> Iterator[str]:

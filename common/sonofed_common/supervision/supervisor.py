@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.supervision.family import Identity, end
+from sonofed_common.supervision.family import Identity, end, members
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
-from sonofed_common.supervision.program import Child, Program, ProgramStatus, mark
+from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
 
@@ -72,7 +72,7 @@ def supervise(
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(folder, title):
-        _end_what_was_left(folder)
+        _end_what_was_left(folder, 0.0)
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
@@ -108,6 +108,42 @@ def read_status(folder: Path) -> Status | None:
     return kept if kept is not None and kept.supervisor.alive else None
 
 
+def left_running(folder: Path) -> list[str]:
+    """Return the names of programs that run on although their supervisor was killed."""
+    kept = _read(folder)
+    if kept is None or kept.supervisor.alive:
+        return []
+    return [name for name, p in kept.programs.items() if members(mark(folder, name), p.identity)]
+
+
+def end_left_running(folder: Path, title: str) -> bool:
+    """End the programs of a supervisor that was killed.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+
+    Returns
+    -------
+    bool
+        Whether any ran.
+
+    Raises
+    ------
+    DeploymentError
+        Another supervisor begins just now.
+    """
+    if not left_running(folder):
+        return False
+    with _alone(folder, title):
+        _end_what_was_left(folder, END_SECONDS)
+        state_file(folder).unlink(missing_ok=True)
+    return True
+
+
 def state_file(folder: Path) -> Path:
     """Where a supervisor keeps its state."""
     return folder / "supervisor.json"
@@ -124,11 +160,10 @@ def _write(folder: Path, status: Status) -> None:
     write_atomically(state_file(folder), status.model_dump_json(indent=1).encode(), mode=0o600)
 
 
-def _end_what_was_left(folder: Path) -> None:
-    """End the programs of a supervisor that was killed."""
+def _end_what_was_left(folder: Path, patience: float) -> None:
     kept = _read(folder)
-    for name, program in kept.programs.items() if kept is not None else ():
-        end(mark(folder, name), program.identity, 0.0)
+    for name, program in reversed(kept.programs.items()) if kept is not None else ():
+        end(mark(folder, name), program.identity, patience)
 
 
 @contextmanager

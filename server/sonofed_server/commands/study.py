@@ -11,7 +11,7 @@ import typer
 from sonofed_common.contract.errors import ConfigurationError, DeploymentError, error_from_code
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import read_study
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning.project import Coordinator, read_coordinator
 from sonofed_server.study import desk
@@ -148,8 +148,13 @@ def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
 
 
 def _check_up(coordinator: Coordinator) -> None:
-    if read_status(coordinator.run) is None:
+    if read_status(coordinator.run) is not None:
+        return
+    if left := left_running(coordinator.run):
         raise DeploymentError(
-            "the coordinator is not up, and no study runs meanwhile; start it: "
-            "sonofed-coordinator up"
+            f"the coordinator's supervisor was killed, and {', '.join(left)} run on without it; "
+            "end them and start it again: sonofed-coordinator up"
         )
+    raise DeploymentError(
+        "the coordinator is not up, and no study runs meanwhile; start it: sonofed-coordinator up"
+    )

@@ -116,15 +116,20 @@ class Conductor:
             return True
         start = self._submitted[entry.name]
         waited = time.monotonic() - start.at
-        if entry.process == start.before and start.superlink == self._superlink():
+        if entry.process == start.before and not self._lost(start):
             return waited > START_SECONDS
         # Its process began and is gone, or the SuperLink is, which takes its runs along.
         return waited > min(LONGEST_PAUSE, 2.0 ** (wish.attempts - 1))
 
     def _orphaned(self, entry: Entry) -> bool:
         """Whether its process belongs to a SuperLink that died: that one's runs are over."""
-        start, now = self._submitted.get(entry.name), self._superlink()
-        return start is not None and now is not None and start.superlink != now
+        start = self._submitted.get(entry.name)
+        return start is not None and self._lost(start)
+
+    def _lost(self, start: _Start) -> bool:
+        """Whether the SuperLink of a start is another now; without a supervisor nobody knows."""
+        now = self._superlink()
+        return None not in (now, start.superlink) and now != start.superlink
 
     def _superlink(self) -> Identity | None:
         status = read_status(self._coordinator.run)
