@@ -3,14 +3,20 @@
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deployed.deployment import free_ports, wait_for
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.supervision import probes
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.keys import make_keys
+from sonofed_server.provisioning.programs import endpoints
 from sonofed_server.provisioning.project import Coordinator, Project
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +28,10 @@ FOLDERS = {
     "SONOFED_RELAY": "/var/lib/sonofed-relay",
     "SONOFED_PROJECT": "/srv/sonofed",
 }
+
+needs_nginx = pytest.mark.skipif(
+    shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"
+)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
@@ -37,7 +47,7 @@ def test_systemd_takes_the_units(unit, tmp_path):
     assert said == [], said
 
 
-@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx")
+@needs_nginx
 def test_nginx_takes_the_front(tmp_path):
     project = Project(name="trial", address="localhost:18444", sites=("north",), contact="it")
     coordinator = Coordinator(project, tmp_path / "coordinator")
@@ -45,6 +55,46 @@ def test_nginx_takes_the_front(tmp_path):
     command = [find_nginx(), "-t", "-e", "stderr", "-p", tmp_path, "-c", write_front(coordinator)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "[warn]" not in done.stderr, done.stderr
+
+
+@needs_nginx
+def test_a_front_counts_where_it_listens_if_it_answers_with_its_own_certificate(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(probes, "ANSWER_SECONDS", 1.0)
+    (port,) = free_ports(1)
+    project = Project(
+        name="trial",
+        address=f"localhost:{port}",
+        sites=("north",),
+        contact="it",
+        listen="127.0.0.2",
+    )
+    coordinator = Coordinator(project, tmp_path / "coordinator")
+    make_keys(coordinator)
+    _, front = endpoints(coordinator)
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.2", port))
+        stranger.listen()
+        assert not front.works()
+        with pytest.raises(DeploymentError, match=f"port {port}"):
+            front.require_free()
+    front.require_free()
+    command = [find_nginx(), "-e", "stderr", "-p", tmp_path, "-c", write_front(coordinator)]
+    nginx = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(front.works, patience=60)
+        other = Coordinator(project, tmp_path / "other")
+        make_keys(other)
+        assert not endpoints(other)[1].works()
+        os.killpg(nginx.pid, signal.SIGSTOP)
+        assert not front.works()
+        os.killpg(nginx.pid, signal.SIGCONT)
+        wait_for(front.works, patience=60)
+        assert coordinator.front_log.read_text() == ""
+    finally:
+        os.killpg(nginx.pid, signal.SIGKILL)
+        nginx.wait()
 
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")

@@ -14,7 +14,14 @@ import pytest
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.control import say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
-from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, mark
+from sonofed_common.supervision.program import (
+    FAILED_PROBES,
+    LONGEST_PAUSE,
+    PROBE_PAUSE,
+    Child,
+    Program,
+    mark,
+)
 from sonofed_common.supervision.supervisor import left_running, read_status
 
 PATIENCE = 300
@@ -22,6 +29,7 @@ PATIENCE = 300
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from sonofed_common.supervision.probes import Endpoint
 from sonofed_common.supervision.program import Program
 from sonofed_common.supervision.supervisor import supervise
 
@@ -171,6 +179,50 @@ def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
     child.end()
 
 
+def test_who_does_not_answer_for_long_is_silent_and_not_started_again(tmp_path, monkeypatch):
+    now, answers = [0.0], [True]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    child = Child(Program("mute", ("sleep", "1000"), lambda: answers[0]), tmp_path)
+
+    def after(probes):
+        for _ in range(probes):
+            now[0] += PROBE_PAUSE
+            child.step()
+        return child.status.state
+
+    try:
+        assert after(3) == "running"
+        answers[0] = False
+        assert after(FAILED_PROBES - 1) == "running"
+        assert after(1) == "silent" and child.status.reason == "did not answer"
+        answers[0] = True
+        assert after(1) == "running" and child.status.restarts == 0
+        # A few that fail now and then are no silence.
+        for _ in range(3):
+            answers[0] = False
+            after(FAILED_PROBES - 1)
+            answers[0] = True
+            assert after(1) == "running"
+    finally:
+        monkeypatch.undo()
+        child.end()
+
+
+def test_the_sign_of_an_earlier_start_tells_nothing(tmp_path):
+    sign = tmp_path / "sign"
+    sign.touch()
+    child = Child(Program("new", ("sleep", "1000"), sign.exists, sign=sign), tmp_path)
+    try:
+        child.step()
+        child.step()
+        assert child.status.state == "starting"
+        sign.touch()
+        child.step()
+        assert child.status.state == "running"
+    finally:
+        child.end()
+
+
 def test_a_program_that_is_not_there_is_named(tmp_path):
     child = Child(Program("absent", (str(tmp_path / "no"),), lambda: True), tmp_path)
     child.step()
@@ -185,6 +237,19 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
         with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
             start_detached(tmp_path, command, "the test")
+
+
+def test_a_program_does_not_start_where_a_stranger_answers(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        endpoint = f'Endpoint("127.0.0.1", {port}, "localhost", folder, "plain_port")'
+        script = SUPERVISOR.replace("sleep, lambda: True", f"sleep, lambda: True, {{}}, {endpoint}")
+        command = [sys.executable, "-c", script, str(tmp_path), str(free_port())]
+        with pytest.raises(DeploymentError, match=rf"port {port} .* another plain_port"):
+            start_detached(tmp_path, command, "the test")
+    assert not (tmp_path / "plain.log").exists()
 
 
 def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):

@@ -68,11 +68,14 @@ def supervise(
     Raises
     ------
     DeploymentError
-        Another supervisor runs them, or the port is taken.
+        Another supervisor runs them, or a port is taken.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(folder, title):
         _end_what_was_left(folder, 0.0)
+        for program in programs:
+            if program.endpoint is not None:
+                program.endpoint.require_free()
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
