@@ -264,12 +264,14 @@ def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):
-    process = subprocess.Popen(["sleep", "1000"])
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     identity = Identity.of(process.pid)
     assert identity.alive
     assert not identity.model_copy(update={"started": identity.started - 1}).alive
     assert not identity.model_copy(update={"boot": "another"}).alive
-    assert members("nothing", identity.model_copy(update={"boot": "another"})) == []
+    assert members("nothing", identity) == [process.pid]
+    for update in ({"boot": "another"}, {"started": identity.started - 1}):
+        assert members("nothing", identity.model_copy(update=update)) == []
     process.kill()
     # It has ended, and its number is still taken.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
