@@ -134,7 +134,10 @@ def say_status(folder: Path, title: str, json: bool) -> int:
         for line in describe(status):
             print(line)
     elif left:
-        print(f"the supervisor of {title} was killed, and {', '.join(left)} run on; say up or down")
+        print(
+            f"the supervisor of {title} was killed, and {', '.join(left)} run on: "
+            "'up' starts all anew, 'down' ends them"
+        )
     else:
         print(f"{title} is not up")
     return 0 if status is not None and status.healthy else 1
