@@ -22,7 +22,7 @@ from sonofed_common.supervision.program import (
     Program,
     mark,
 )
-from sonofed_common.supervision.supervisor import left_running, read_status
+from sonofed_common.supervision.supervisor import alone, left_running, read_status
 
 PATIENCE = 300
 
@@ -237,6 +237,39 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
         with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
             start_detached(tmp_path, command, "the test")
+
+
+def test_of_two_starts_at_once_the_second_is_told_so(tmp_path):
+    told = pytest.raises(DeploymentError, match="the test is being started already")
+    with alone(tmp_path / "start.lock", ""), told:
+        start_detached(tmp_path, ["true"], "the test")
+    # What an earlier supervisor said is kept, and is not taken for this one's words.
+    (tmp_path / "supervisor.log").write_text("an earlier end\n")
+    command = [sys.executable, "-c", "raise SystemExit('a later end')"]
+    with pytest.raises(DeploymentError, match="ended at once: a later end"):
+        start_detached(tmp_path, command, "the test")
+    with pytest.raises(DeploymentError, match="it said nothing"):
+        start_detached(tmp_path, ["true"], "the test")
+    assert (tmp_path / "supervisor.log").read_text() == "an earlier end\na later end\n"
+
+
+def test_an_interrupted_start_leaves_nothing_running(tmp_path):
+    never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
+    starting = (
+        "import sys;"
+        "from pathlib import Path;"
+        "from sonofed_common.supervision.control import start_detached;"
+        "start_detached(Path(sys.argv[1]), [sys.executable, '-c', *sys.argv[2:]], 'the test')"
+    )
+    command = [sys.executable, "-c", starting, str(tmp_path), never, str(tmp_path)]
+    process = subprocess.Popen([*command, str(free_port())], stderr=subprocess.DEVNULL)
+    supervisor = wait_for(lambda: read_status(tmp_path)).supervisor
+    wait_for((tmp_path / "nested").exists)
+    everyone = family(tmp_path)
+    assert len(everyone) == 4
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT
+    assert not supervisor.alive and not any(Identity.of(pid) for pid in everyone)
 
 
 def test_a_program_does_not_start_where_a_stranger_answers(tmp_path):

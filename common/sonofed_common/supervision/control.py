@@ -16,6 +16,7 @@ from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.log import last_words
 from sonofed_common.supervision.supervisor import (
     Status,
+    alone,
     end_left_running,
     left_running,
     read_status,
@@ -48,21 +49,40 @@ def start_detached(
     Raises
     ------
     DeploymentError
-        It is up already, it ended, or its programs do not come to work; then none is left running.
+        It is up already or being started, it ended, or its programs do not come to work; then none
+        is left running, nor after an interrupt.
     """
-    if read_status(folder) is not None:
-        raise DeploymentError(f"{title} is up already; see its status")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = folder / "supervisor.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
+    # Of two at once, the second would take the first one's words for those of its own supervisor.
+    with alone(folder / "start.lock", f"{title} is being started already; see its status"):
+        if read_status(folder) is not None:
+            raise DeploymentError(f"{title} is up already; see its status")
+        log = folder / "supervisor.log"
+        with log.open("ab") as file:
+            before = file.tell()
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            return _wait_until_it_works(folder, process, title, elsewhere, log, before)
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+
+
+def _wait_until_it_works(
+    folder: Path,
+    process: subprocess.Popen[bytes],
+    title: str,
+    elsewhere: Mapping[str, Callable[[], bool]],
+    log: Path,
+    before: int,
+) -> Status:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
-            said = last_words(log.read_text(encoding="utf-8", errors="replace"))[-500:]
-            raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
+            words = last_words(log.read_bytes()[before:].decode(errors="replace"))[-500:]
+            raise DeploymentError(f"{title} ended at once: {words or 'it said nothing'}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:
             idle = [name for name, p in status.programs.items() if p.state != "running"]
@@ -70,9 +90,15 @@ def start_detached(
                 return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
-    stop(folder, title)
+    _end(process)
     lines = "; ".join(describe(status)) if status is not None else "it said nothing"
     raise DeploymentError(f"{title} did not come up: {lines}; see the logs in {folder}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # It ends its programs itself.
+    process.terminate()
+    process.wait()
 
 
 def stop(folder: Path, title: str) -> bool:

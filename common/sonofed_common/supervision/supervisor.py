@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def supervise(
         Another supervisor runs them, or a port is taken.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(folder, title):
+    with _only_supervisor(folder, title):
         _end_what_was_left(folder, 0.0)
         for program in programs:
             if program.endpoint is not None:
@@ -141,7 +141,7 @@ def end_left_running(folder: Path, title: str) -> bool:
     """
     if not left_running(folder):
         return False
-    with _alone(folder, title):
+    with _only_supervisor(folder, title):
         _end_what_was_left(folder, END_SECONDS)
         state_file(folder).unlink(missing_ok=True)
     return True
@@ -170,13 +170,24 @@ def _end_what_was_left(folder: Path, patience: float) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, title: str) -> Iterator[None]:
-    with (folder / "supervisor.lock").open("a") as file:
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock, which a process that dies gives back.
+
+    Raises
+    ------
+    DeploymentError
+        Another process holds it, said in the words of `otherwise`.
+    """
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DeploymentError(f"{title} is up already; see its status") from None
+            raise DeploymentError(otherwise) from None
         yield
+
+
+def _only_supervisor(folder: Path, title: str) -> AbstractContextManager[None]:
+    return alone(folder / "supervisor.lock", f"{title} is up already; see its status")
 
 
 @contextmanager
