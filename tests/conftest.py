@@ -15,7 +15,7 @@ from sonofed_common.runtime import SILENT
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import read_scenario
 
-pytest_plugins = ["deployed.fixtures"]
+pytest_plugins = ["deployed.fixtures", "two_programs"]
 
 TINY = Path(__file__).parent / "integration" / "tiny.toml"
 

@@ -45,6 +45,28 @@ def image_id(key: bytes, name: str, content: str) -> str:
     return hmac.new(key, f"{content} {name}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
+def load_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Load an Ed25519 private key from a PEM file.
+
+    Raises
+    ------
+    ConfigurationError
+        The file is missing, or is not an Ed25519 private key.
+    """
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the signing key {path.name} cannot be read ({error.strerror}); restore it from its "
+            "backup: with another one the hospitals know neither bundles nor kits"
+        ) from None
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigurationError(f"{path.name} is not an Ed25519 private key in PEM form")
+    return key
+
+
 def load_or_create_signing_key(path: Path) -> Ed25519PrivateKey:
     """Load an Ed25519 private key from a PEM file (mode 0600), or make one there.
 
@@ -54,13 +76,7 @@ def load_or_create_signing_key(path: Path) -> Ed25519PrivateKey:
         The file is not an Ed25519 private key.
     """
     if path.exists():
-        try:
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-        except ValueError:
-            key = None
-        if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigurationError(f"{path.name} is not an Ed25519 private key in PEM form")
-        return key
+        return load_signing_key(path)
     key = Ed25519PrivateKey.generate()
     write_atomically(
         path,

@@ -14,6 +14,7 @@ import pytest
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision.control import say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import (
     FAILED_PROBES,
     LONGEST_PAUSE,
@@ -29,6 +30,7 @@ PATIENCE = 300
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.probes import Endpoint
 from sonofed_common.supervision.program import Program
 from sonofed_common.supervision.supervisor import supervise
@@ -235,22 +237,36 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
+        log = tmp_path / "supervisor.log"
+        log.write_text("how the last one ended\n")
         with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
             start_detached(tmp_path, command, "the test")
+        with pytest.raises(DeploymentError, match="ended at once: it said nothing"):
+            start_detached(tmp_path, ["true"], "the test")
+        assert log.read_text().startswith("how the last one ended\n")
+
+
+def test_a_large_log_is_set_aside_while_its_program_writes_on(tmp_path):
+    large, small, stuck = (tmp_path / f"{name}.log" for name in ("large", "small", "stuck"))
+    small.write_text("short\n")
+    (tmp_path / "stuck.log.1").mkdir()
+    (tmp_path / "stuck.log.1" / "stuck.log").mkdir()
+    stuck.write_text("long enough\n")
+    with large.open("ab", buffering=0) as program:
+        for said in ("first words\n", "second words\n"):
+            program.write(said.encode())
+            set_large_aside(tmp_path, 10)
+            assert large.read_bytes() == b""
+            assert (tmp_path / "large.log.1").read_text() == said
+        program.write(b"then\n")
+    assert large.read_text() == "then\n"
+    assert small.read_text() == "short\n" and stuck.read_text() == "long enough\n"
 
 
 def test_of_two_starts_at_once_the_second_is_told_so(tmp_path):
     told = pytest.raises(DeploymentError, match="the test is being started already")
     with alone(tmp_path / "start.lock", ""), told:
         start_detached(tmp_path, ["true"], "the test")
-    # What an earlier supervisor said is kept, and is not taken for this one's words.
-    (tmp_path / "supervisor.log").write_text("an earlier end\n")
-    command = [sys.executable, "-c", "raise SystemExit('a later end')"]
-    with pytest.raises(DeploymentError, match="ended at once: a later end"):
-        start_detached(tmp_path, command, "the test")
-    with pytest.raises(DeploymentError, match="it said nothing"):
-        start_detached(tmp_path, ["true"], "the test")
-    assert (tmp_path / "supervisor.log").read_text() == "an earlier end\na later end\n"
 
 
 def test_an_interrupted_start_leaves_nothing_running(tmp_path):

@@ -224,6 +224,9 @@ def test_a_signed_request_counts_once(deployment):
     assert caller.again(sent) == caller.steal(sent, node) == 401
     paths = ["/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"]
     assert refusals(deployment.coordinator)[-2:] == paths
+    # Who asks and is told that there is nothing leaves no line: that would be all day long.
+    calls = map(json.loads, deployment.coordinator.front_log.read_text().splitlines())
+    assert not {call["status"] for call in calls if call["path"] in paths} & {200}
     log = deployment.coordinator.run / "superlink.log"
     assert "a signed request that was met before" in log.read_text()
     assert caller.beat(node) == 200
@@ -231,16 +234,19 @@ def test_a_signed_request_counts_once(deployment):
 
 def test_a_revoked_site_is_cut_off(deployment):
     """Last: the site does not come back."""
-    name = deployment.names[-1]
+    other, name = deployment.names[0], deployment.names[-1]
     hospital = deployment.hospitals[name]
+    # A damaged record harms neither its own site nor what is done with others.
+    record = deployment.coordinator.sites / f"{other}.json"
+    kept = record.read_bytes()
+    record.write_bytes(b"{")
+    node, staying = (number_of(deployment, site)[0] for site in (name, other))
     run("sonofed-coordinator", "revoke", name, "--project", deployment.project)
-    log = deployment.coordinator.front_log
-
-    def refused():
-        lines = map(json.loads, log.read_text().splitlines())
-        return any(line["status"] in (401, 403) for line in lines)
-
-    wait_for(refused)
+    log = deployment.coordinator.run / "conductor.log"
+    wait_for(lambda: f"node {node} is unregistered" in log.read_text())
+    assert f"{record} is damaged" in log.read_text()
+    assert number_of(deployment, other)[0] == staying
+    record.write_bytes(kept)
     file = deployment.write("afterwards")
     said = deployment.study("check", file, "--bundle", deployment.bundle, code=20)
     assert f"not enrolled: {name}" in said

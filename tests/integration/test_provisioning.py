@@ -2,8 +2,6 @@
 
 import io
 import json
-import re
-import shlex
 import subprocess
 import zipfile
 from pathlib import Path
@@ -14,9 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from two_programs import coordinator, enrol, run, site, words
 
-from sonofed_client.cli import app as site
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.provisioning.place import Hospital
@@ -26,39 +23,7 @@ from sonofed_common.contract.enrolment import EnrolmentRequest, canonical, node_
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.fingerprint import WORDS, compare_words, words_of
 from sonofed_common.security import load_or_create_signing_key, public_hex
-from sonofed_server.cli import app as coordinator
 from sonofed_server.provisioning.certificates import expiry
-
-PROJECT = """
-name = "trial"
-address = "localhost:8443"
-sites = ["north", "south"]
-contact = "it@example.org"
-"""
-
-
-def run(program, words, code=0):
-    done = CliRunner().invoke(program, shlex.split(words))
-    assert done.exit_code == code, (done.output, done.exception)
-    return done.output
-
-
-def words(output):
-    return re.search(r"(?:words|phone): ([a-z]+(?: [a-z]+){11})$", output, re.M).group(1)
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("project.toml").write_text(PROJECT)
-    Path("images").mkdir()
-    return tmp_path
-
-
-def enrol(name="north", folder="north"):
-    said = words(run(site, f"init {name} --folder {folder}"))
-    told = words(run(coordinator, f"enrol {folder}/request.json --words '{said}'"))
-    return f"install coordinator/kits/{name}.zip --folder {folder} --data images --words '{told}'"
 
 
 def private_parts(folder):

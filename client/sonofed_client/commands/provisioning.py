@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sonofed_client.provisioning.kit import check_kit, install_kit, read_kit
+from sonofed_client.provisioning.kit import (
+    check_images,
+    check_kit,
+    check_same,
+    install_kit,
+    read_kit,
+)
 from sonofed_client.provisioning.place import Hospital, RelaySettings
 from sonofed_client.provisioning.request import make_request, replace_node_key
 from sonofed_client.settings import MasterKeySource, SiteData, SiteSettings, read_site
@@ -44,12 +50,16 @@ def install(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images; needed the first time.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="How the images are read: table, busi ...")] = "table",
+    kind: Annotated[
+        str | None, typer.Option(help="How the images are read: table (the default), busi ...")
+    ] = None,
     folder: Folder = Path("site"),
     words: Annotated[
         str | None, typer.Option(help="What the coordinator read out; else it is asked for.")
     ] = None,
-    health_port: Annotated[int, typer.Option(help="Loopback port of the supervisor.")] = 9095,
+    health_port: Annotated[
+        int | None, typer.Option(help="Loopback port of the supervisor; 9095 by default.")
+    ] = None,
     simulated: Annotated[
         bool,
         typer.Option("--simulated", help="Answer labels from the data set; approve every study."),
@@ -62,15 +72,23 @@ def install(
         print(f"kit of project {read.project} for site {read.site}, contact {read.contact}")
         said = agreed_words(words, words_of(read.coordinator))
         compare_words(said, read.coordinator, "this kit's coordinator")
+    images = None if data is None else data.resolve()
     if hospital.site.exists():
         settings = read_site(hospital.site)
-    elif data is None:
+        wanted = {"--data": images, "--kind": kind, "--simulated": simulated or None}
+        written = {
+            "--data": settings.data.path,
+            "--kind": settings.data.kind,
+            "--simulated": settings.oracle,
+        }
+        check_same(hospital.site, wanted, written)
+    elif images is None:
         raise ConfigurationError("give the folder of the images: --data")
     else:
         settings = SiteSettings(
             name=read.site,
             store=hospital.store,
-            data=SiteData(kind=kind, path=data.resolve()),
+            data=SiteData(kind=kind or "table", path=images),
             coordinator_key=read.public_key,
             oracle=simulated,
             policy=hospital.policy,
@@ -78,7 +96,14 @@ def install(
             socket=hospital.socket,
             auto_approve=(read.public_key,) if simulated else (),
         )
-    values = {"health_port": health_port}
-    relay = validate(RelaySettings, values, "the relay's settings")
+        check_images(settings.data)
+    if hospital.relay.exists():
+        relay = hospital.relay_settings
+        check_same(
+            hospital.relay, {"--health-port": health_port}, {"--health-port": relay.health_port}
+        )
+    else:
+        values = {} if health_port is None else {"health_port": health_port}
+        relay = validate(RelaySettings, values, "the relay's settings")
     install_kit(hospital, read, files, settings, relay)
     print(f"site {read.site} is installed in {hospital.root}; next: sonofed-site up")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import shutil
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,13 +16,23 @@ from pydantic import ValidationError
 from sonofed_client.enclave.policy import STANDARD
 from sonofed_client.provisioning.place import Hospital, RelaySettings
 from sonofed_client.provisioning.request import read_node_key
-from sonofed_client.settings import SiteSettings, read_site
+from sonofed_client.settings import SiteData, SiteSettings, read_site
 from sonofed_common.contract.enrolment import MOST_BYTES, Kit, node_public_text
-from sonofed_common.contract.errors import BundleError, EnrolmentError
+from sonofed_common.contract.errors import (
+    BundleError,
+    ConfigurationError,
+    DataMissingError,
+    EnrolmentError,
+)
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import sha256, verify
 
 FILES = ("kit.json", "kit.sig", "ca.pem")
+UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError),
+    *(KeyError, ValueError, RuntimeError),
+)
+"""What a damaged or foreign zip is met with; `ValidationError` is a `ValueError`."""
 
 
 def read_kit(path: Path) -> tuple[Kit, dict[str, bytes]]:
@@ -52,7 +65,7 @@ def read_kit(path: Path) -> tuple[Kit, dict[str, bytes]]:
                 raise EnrolmentError(f"{path.name} is too large for a startup kit")
             files = {name: archive.read(name) for name in FILES}
         kit = Kit.model_validate_json(files["kit.json"])
-    except (zipfile.BadZipFile, KeyError, ValidationError, NotImplementedError):
+    except UNREADABLE:
         raise EnrolmentError(
             f"{path.name} is no startup kit; ask the coordinator to send it again"
         ) from None
@@ -87,15 +100,62 @@ def check_kit(hospital: Hospital, kit: Kit) -> bool:
             f"the kit is for other keys of site {kit.site} than those here; send the coordinator "
             f"{hospital.request} and ask for its kit"
         )
-    if not hospital.kit.exists():
+    try:
+        installed = Kit.model_validate_json((hospital.kit / "kit.json").read_bytes())
+    except (OSError, ValidationError):
         return False
-    installed = Kit.model_validate_json((hospital.kit / "kit.json").read_bytes())
     if installed.coordinator != kit.coordinator:
         raise EnrolmentError(
             f"the kit is of another coordinator than the one of project {installed.project}, which "
             "is installed; install it in another folder, with keys of its own"
         )
     return True
+
+
+def check_images(data: SiteData) -> None:
+    """Check what can be seen of a site's images at once; ``check`` reads them.
+
+    Raises
+    ------
+    ConfigurationError
+        No reader is of that kind.
+    DataMissingError
+        There is no such folder.
+    """
+    # The readers load an image library; the other commands start faster without.
+    from sonofed_common.data.readers import READERS
+
+    if data.kind not in READERS:
+        raise ConfigurationError(
+            f"no reader is called '{data.kind[:64]}'; choose one of {', '.join(READERS)}: --kind"
+        )
+    if not data.path.is_dir():
+        raise DataMissingError(f"{data.path} is no folder; give that of the images: --data")
+
+
+def check_same(file: Path, wanted: Mapping[str, object], written: Mapping[str, object]) -> None:
+    """Check that options do not contradict a file that is there, which stays as it is.
+
+    Parameters
+    ----------
+    file : Path
+        The hospital's own.
+    wanted : mapping
+        What options say, None where they say nothing.
+    written : mapping
+        What the file says.
+
+    Raises
+    ------
+    ConfigurationError
+        They differ.
+    """
+    for option, value in wanted.items():
+        if value is not None and value != written[option]:
+            raise ConfigurationError(
+                f"{file} says otherwise than {option}, and is the hospital's own: edit it there, "
+                f"and install without {option}"
+            )
 
 
 def install_kit(

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,10 +21,12 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
 from sonofed_common.supervision.family import Identity, end, members
+from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
 from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
+LOGS_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,11 @@ def supervise(
         with _health(health_port, status, metrics):
             log.info("the supervisor begins")
             try:
+                looked = -LOGS_SECONDS
                 while not ended.is_set():
+                    if time.monotonic() - looked > LOGS_SECONDS:
+                        looked = time.monotonic()
+                        set_large_aside(folder)
                     changes = [child.step() for child in children]
                     if any(changes):
                         _write(folder, status())

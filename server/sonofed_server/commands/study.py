@@ -24,6 +24,8 @@ Bundle = Annotated[Path, typer.Option(help="Folder of the source's signed bundle
 Name = Annotated[str, typer.Argument(help="The study's name.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
 FOLLOW_SECONDS = 1.0
+STOP_SECONDS = 120.0
+"""How long the conductor may take to end a study's process: it may wait for the SuperLink."""
 
 
 @app.callback()
@@ -100,7 +102,13 @@ def stop(name: Name, project: Project = DEFAULT) -> None:
         raise ConfigurationError(f"study {name} is {entry.state}; there is nothing to stop")
     entry.want(desk.Wish(wanted="stop"))
     _check_up(coordinator)
+    until = time.monotonic() + STOP_SECONDS
     while entry.state == "running":
+        if time.monotonic() > until:
+            raise DeploymentError(
+                f"study {name} still runs; it stops as soon as the conductor comes to it, see "
+                f"{coordinator.run / 'conductor.log'}"
+            )
         time.sleep(FOLLOW_SECONDS / 4)
     print(f"study {name} is {entry.state}")
 

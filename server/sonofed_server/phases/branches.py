@@ -14,7 +14,7 @@ from sonofed_common.contract.errors import BundleError, ParameterError
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
 from sonofed_common.runtime import device
-from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.security import load_signing_key, public_hex
 from sonofed_server.phases.ship import install_everywhere
 from sonofed_server.study.run import StudyRun
 
@@ -104,7 +104,7 @@ def install_branches(
         writer.add(f"segmenters/{name}.safetensors", data)
     kept = {name: source.facts[name] for name in ("image_size", "segmentation")}
     writer.facts = {**kept, "source_bundle": run.bundle.id, "study": run.study.name, **facts}
-    bundle = writer.sign(load_or_create_signing_key(run.workspace.key))
+    bundle = writer.sign(load_signing_key(run.workspace.key))
     run.state.facts[origin] = {"bundle": bundle.id, "names": list(weights)}
     install_everywhere(run, bundle, f"install {origin}")
 
@@ -114,7 +114,7 @@ def _opened(run: StudyRun, origin: Origin) -> Branches | None:
     if known is None:
         return None
     folder = run.workspace.branches if origin == "branches" else run.workspace.adapted
-    key = public_hex(load_or_create_signing_key(run.workspace.key))
+    key = public_hex(load_signing_key(run.workspace.key))
     bundle = Bundle.open(folder, key, check_blobs=False)
     if bundle.id != known["bundle"]:
         raise BundleError(

@@ -11,7 +11,7 @@ from sonofed_common.contract.study import PLAIN_MEAN
 from sonofed_common.models.ensemble import INFUSION, infusion_records
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key
+from sonofed_common.security import load_signing_key
 from sonofed_server.phases.branches import Origin, adapted, branches
 from sonofed_server.phases.model_card import model_card
 from sonofed_server.phases.ship import install_everywhere
@@ -43,7 +43,7 @@ def publish(run: StudyRun) -> None:
     }
     if SEGMENTING & set(run.state.done):
         _add_segmenters(run, writer)
-    bundle = writer.sign(load_or_create_signing_key(run.workspace.key))
+    bundle = writer.sign(load_signing_key(run.workspace.key))
     write_atomically(run.workspace.model_card, card)
     run.state.facts["final_bundle"] = bundle.id
     install_everywhere(run, bundle, "publish")

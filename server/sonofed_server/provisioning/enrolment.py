@@ -13,7 +13,7 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.enrolment import EnrolmentRequest, Kit, canonical
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
+from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_server.provisioning.project import Coordinator
 
 SAME_TIME = (1980, 1, 1, 0, 0, 0)
@@ -68,8 +68,12 @@ def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
     EnrolmentError
         The project does not name the site, the key was revoked, or the site is enrolled with
         another key.
+    ConfigurationError
+        The coordinator's signing key is missing.
     """
     enrolment, project = request.enrolment, coordinator.project
+    # Before a record is kept: without it no kit can be signed.
+    load_signing_key(coordinator.signing_key)
     if enrolment.site not in project.sites:
         raise EnrolmentError(
             f"project {project.name} names no site {enrolment.site}; add it to its sites"
@@ -83,7 +87,7 @@ def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
         raise EnrolmentError(
             f"site {enrolment.site} is enrolled with another key; revoke that first"
         )
-    for record in records(coordinator):
+    for record in records(coordinator)[0].values():
         if record.site != enrolment.site and record.node_key == enrolment.node_key:
             raise EnrolmentError(f"this key is already that of site {record.site}")
     record = SiteRecord(
@@ -114,28 +118,40 @@ def revoke(coordinator: Coordinator, site: str) -> SiteRecord:
     return record
 
 
-def records(coordinator: Coordinator) -> list[SiteRecord]:
-    """Records of all hospitals that ever enrolled, by name."""
-    found = []
+def records(coordinator: Coordinator) -> tuple[dict[str, SiteRecord], dict[str, str]]:
+    """Read what is kept of all hospitals that ever enrolled.
+
+    Returns
+    -------
+    dict of str to SiteRecord
+        By the hospital's name.
+    dict of str to str
+        What to do about each record that is damaged: no hospital suffers by another's.
+    """
+    found, damaged = {}, {}
     for path in sorted(coordinator.sites.glob("*.json")):
         try:
-            found.append(SiteRecord.model_validate_json(path.read_bytes()))
-        except ValidationError:
-            raise ConfigurationError(
-                f"{path} is damaged; restore it from its backup, or delete it and enrol the site "
-                "again"
-            ) from None
-    return found
+            found[path.stem] = _read(path)
+        except ConfigurationError as error:
+            damaged[path.stem] = error.message
+    return found, damaged
 
 
 def find_record(coordinator: Coordinator, site: str) -> SiteRecord | None:
-    """Return the record of one hospital, or None."""
-    return next((r for r in records(coordinator) if r.site == site), None)
+    """Return the record of one hospital, or None.
+
+    Raises
+    ------
+    ConfigurationError
+        It is damaged.
+    """
+    known = {path.stem: path for path in coordinator.sites.glob("*.json")}
+    return _read(known[site]) if site in known else None
 
 
 def write_kit(coordinator: Coordinator, record: SiteRecord) -> Path:
     """Write a hospital's startup kit: what it is told, the signature of that, the authority."""
-    key = load_or_create_signing_key(coordinator.signing_key)
+    key = load_signing_key(coordinator.signing_key)
     authority = coordinator.authority.read_bytes()
     kit = Kit(
         project=coordinator.project.name,
@@ -159,6 +175,16 @@ def write_kit(coordinator: Coordinator, record: SiteRecord) -> Path:
     path = _kit_path(coordinator, record.site)
     write_atomically(path, packed.getvalue())
     return path
+
+
+def _read(path: Path) -> SiteRecord:
+    try:
+        return SiteRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise ConfigurationError(
+            f"{path} is damaged; restore it from its backup, or delete it, which shuts the site "
+            "out, and enrol the site again"
+        ) from None
 
 
 def _keep(coordinator: Coordinator, record: SiteRecord) -> None:

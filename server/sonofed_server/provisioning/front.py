@@ -10,6 +10,9 @@ from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
 from sonofed_server.provisioning.project import Coordinator
 
+IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
+"""Calls that come while nothing moves; what a message holds is asked for by calls of its own."""
+
 SBIN = ("/usr/sbin", "/usr/local/sbin")
 
 # The path is passed on as nginx has normalised it, never as it came: a way round such as
@@ -31,7 +34,12 @@ http {{
     '"method":"$request_method",'
     '"path":"$uri","status":$status,"in":$request_length,"out":$bytes_sent,'
     '"seconds":$request_time,"tls":"$ssl_protocol"}}';
-  access_log {log} front;
+  # Hospitals ask for messages all day: without those answers a log tells what happened.
+  map "$uri $status" $is_told {{
+    default 1;
+{idle}
+  }}
+  access_log {log} front if=$is_told;
   server_tokens off;
 
   client_body_temp_path {run}/nginx;
@@ -111,13 +119,14 @@ def write_front(coordinator: Coordinator) -> Path:
     (run / "nginx").mkdir(parents=True, exist_ok=True, mode=0o700)
     path = run / "nginx.conf"
     text = TEMPLATE.format(
+        idle="\n".join(f'    "{path} 200" 0;' for path in IDLE),
         run=run,
         log=coordinator.front_log,
         body=project.body_megabytes,
         rate=project.requests_per_second,
         burst=10 * project.requests_per_second,
         superlink_port=project.superlink_port,
-        listen=project.listen,
+        listen=f"[{project.listen}]" if ":" in project.listen else project.listen,
         port=project.port,
         certificate=coordinator.front,
         authority=coordinator.authority,

@@ -8,7 +8,7 @@ from datetime import datetime
 from sonofed_common.contract.enrolment import coordinator_words
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key
+from sonofed_common.security import load_or_create_signing_key, load_signing_key
 from sonofed_server.provisioning.certificates import (
     AUTHORITY_DAYS,
     expiry,
@@ -74,5 +74,5 @@ def renew_front(coordinator: Coordinator) -> datetime:
 
 def words_of_coordinator(coordinator: Coordinator) -> str:
     """Return the fingerprint that hospitals compare when they install a kit."""
-    key = load_or_create_signing_key(coordinator.signing_key)
+    key = load_signing_key(coordinator.signing_key)
     return coordinator_words(key, coordinator.authority.read_bytes())

@@ -42,11 +42,13 @@ def provision_sites(coordinator: Coordinator, data: Path, simulated: bool) -> li
     folders = []
     for number, site in enumerate(coordinator.project.sites):
         folder = coordinator.root.parent / "sites" / site
+        port = FIRST_HEALTH_PORT + number
         _site("init", site, "--folder", folder)
         kit = enrol(coordinator, EnrolmentRequest.read((folder / "request.json").read_bytes()))
         _site(
             *("install", kit, "--folder", folder, "--data", data / site, "--words", words),
-            *("--health-port", FIRST_HEALTH_PORT + number),
+            # Who is installed may have chosen another since.
+            *(() if (folder / "relay.toml").exists() else ("--health-port", port)),
             *(("--simulated",) if simulated else ()),
         )
         folders.append(folder)

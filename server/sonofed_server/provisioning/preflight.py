@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sonofed_common.contract.errors import SonoFedError
 from sonofed_common.preflight import Finding, certificate, front, look, machine
-from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.security import load_signing_key, public_hex
 from sonofed_common.supervision.supervisor import read_status
 from sonofed_server.provisioning.enrolment import SiteRecord, records
 from sonofed_server.provisioning.front import find_nginx
@@ -15,9 +14,7 @@ from sonofed_server.provisioning.project import Coordinator
 
 def check(coordinator: Coordinator) -> Iterator[Finding]:
     """Look at everything that a study will need; what is missing hides nothing else."""
-    yield look(
-        "signing key", lambda: public_hex(load_or_create_signing_key(coordinator.signing_key))
-    )
+    yield look("signing key", lambda: public_hex(load_signing_key(coordinator.signing_key)))
     authority = coordinator.authority.read_bytes()
     yield certificate("authority", authority, "enrol every site with a new one")
     yield certificate(
@@ -46,13 +43,12 @@ def _programs(coordinator: Coordinator) -> Iterator[Finding]:
 
 
 def _sites(coordinator: Coordinator) -> Iterator[Finding]:
-    try:
-        known = {record.site: record for record in records(coordinator)}
-    except SonoFedError as error:
-        yield Finding(subject="sites", state="fails", said=error.message)
-        return
+    known, damaged = records(coordinator)
+    for site, said in damaged.items():
+        yield Finding(subject=f"site {site}", state="fails", said=said)
     for site in coordinator.project.sites:
-        yield _site(site, known.get(site))
+        if site not in damaged:
+            yield _site(site, known.get(site))
 
 
 def _site(site: str, record: SiteRecord | None) -> Finding:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.enrolment import SITE_NAME
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.study import check_site_name
+
+LAST_PORT = 65535
+HOST_PART = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+"""Between the dots of a name (RFC 1123)."""
 
 
 class Project(Model):
@@ -22,11 +29,45 @@ class Project(Model):
     )
     sites: tuple[str, ...] = Field(min_length=1, description="hospitals that may enrol")
     contact: str = Field(max_length=300, description="whom a hospital calls")
-    listen: str = Field(default="0.0.0.0", description="address that the front listens on")
+    listen: str = Field(default="0.0.0.0", description="IP address that the front listens on")
     superlink_port: int = Field(default=8000, ge=1, le=65535, description="loopback only")
     health_port: int = Field(default=8001, ge=1, le=65535, description="loopback only")
     body_megabytes: int = Field(default=64, ge=16, description="largest request of a hospital")
     requests_per_second: int = Field(default=50, ge=1, description="of one address")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return check_site_name(name)
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not 1 <= int(port) <= LAST_PORT:
+            raise ValueError(f"{port} is no port; use 1 to {LAST_PORT}")
+        if not all(map(HOST_PART.fullmatch, host.split("."))):
+            raise ValueError(f"{host!r} is no name or IPv4 address of a machine")
+        return address
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, listen: str) -> str:
+        try:
+            return str(ipaddress.ip_address(listen.removeprefix("[").removesuffix("]")))
+        except ValueError:
+            raise ValueError(
+                f"{listen[:64]!r} is no IP address; use that of a card of this machine, or 0.0.0.0"
+            ) from None
+
+    @model_validator(mode="after")
+    def _ports(self) -> Self:
+        if len({self.port, self.superlink_port, self.health_port}) < 3:
+            raise ValueError(
+                "the ports of address, superlink_port and health_port are the same for two; give "
+                "each its own"
+            )
+        return self
 
     @field_validator("sites")
     @classmethod

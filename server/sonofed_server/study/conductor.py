@@ -10,10 +10,12 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
-from structlog.contextvars import bind_contextvars, unbind_contextvars
+from structlog.contextvars import bound_contextvars
 
 from sonofed_common.contract.errors import DeploymentError, SonoFedError
 from sonofed_common.runtime import write_atomically
@@ -67,19 +69,27 @@ class Conductor:
             time.sleep(STEP_SECONDS)
 
     def step(self) -> None:
-        """Do what is due now."""
-        if not answers(self._coordinator.project.superlink_port):
-            return
+        """Do what is due now; what fails for one study keeps no other back."""
+        each = entries(self._coordinator)
+        for entry in each:
+            self._try(partial(self._end, entry), study=entry.name)
+        there = answers(self._coordinator.project.superlink_port)
+        if there and self._try(self._keep_registrations):
+            for entry in each:
+                self._try(partial(self._begin, entry), study=entry.name)
+
+    def _try(self, work: Callable[[], None], **named: str) -> bool:
         try:
-            self._keep_registrations()
-            for entry in entries(self._coordinator):
-                bind_contextvars(study=entry.name)
-                self._tend(entry)
+            with bound_contextvars(**named):
+                work()
         except SonoFedError as error:
             log.warning("%s", error)
-            self._not_before = time.monotonic() + 5.0
-        finally:
-            unbind_contextvars("study")
+        except Exception:
+            log.exception("a step failed, and is tried again")
+        else:
+            return True
+        self._not_before = time.monotonic() + 5.0
+        return False
 
     def _keep_registrations(self) -> None:
         files = self._coordinator.sites.glob("*.json")
@@ -89,15 +99,17 @@ class Conductor:
                 log.warning("%s", line)
             self._registered = now
 
-    def _tend(self, entry: Entry) -> None:
-        state, wish = entry.state, entry.wish
-        if state == "running" and (wish.wanted == "stop" or self._orphaned(entry)):
+    def _end(self, entry: Entry) -> None:
+        if entry.state == "running" and (entry.wish.wanted == "stop" or self._orphaned(entry)):
             process = entry.process
             assert process is not None
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
             log.warning("the study's process is ended")
-        if state != "waiting" or not self._due(entry, wish):
+
+    def _begin(self, entry: Entry) -> None:
+        wish = entry.wish
+        if entry.state != "waiting" or not self._due(entry, wish):
             return
         got_on = entry.checkpoint > wish.checkpoint
         attempts = 0 if got_on else wish.attempts

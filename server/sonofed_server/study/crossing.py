@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
-"""Calls that come while nothing moves; what a message holds is asked for by calls of its own."""
+from sonofed_server.provisioning.front import IDLE
 
 BLOCK_BYTES = 65_536
 LONGEST_BYTES = 256 * BLOCK_BYTES
@@ -28,8 +27,8 @@ def bytes_since(log: Path, since: float) -> int:
     Returns
     -------
     int
-        Of all hospitals and studies. A request is counted when it ends, and arrays are sent as
-        requests of little over 7 MB.
+        Of all hospitals and studies, since the log was last set aside for its size. A request is
+        counted when it ends, and arrays are sent as requests of little over 7 MB.
     """
     total = 0
     for line in _backwards(log):

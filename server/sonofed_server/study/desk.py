@@ -9,16 +9,16 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from sonofed_common.contract.bundle import Bundle
+from sonofed_common.contract.bundle import MANIFEST, Bundle
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError, EngineError
 from sonofed_common.contract.study import Study, check_site_name, read_study
 from sonofed_common.runtime import write_atomically
-from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_common.supervision.family import Identity
 from sonofed_server.provisioning.enrolment import records
 from sonofed_server.provisioning.project import Coordinator
-from sonofed_server.study.workspace import Workspace
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 State = Literal["waiting", "running", "stopped", "failed", "completed"]
 
@@ -136,7 +136,7 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
     Raises
     ------
     ConfigurationError
-        A hospital of the cohort is not enrolled, or the name is no folder's.
+        A hospital of the cohort is not enrolled, its record is damaged, or the name is no folder's.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
     """
@@ -146,10 +146,14 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
         raise ConfigurationError(
             f"the study's name {study.name[:64]!r} is no plain name; use letters, digits, _ . -"
         ) from None
-    enrolled = {record.site for record in records(coordinator) if not record.revoked}
+    known, damaged = records(coordinator)
+    for site in study.cohort.sites:
+        if site in damaged:
+            raise ConfigurationError(damaged[site])
+    enrolled = {site for site, record in known.items() if not record.revoked}
     if absent := [site for site in study.cohort.sites if site not in enrolled]:
         raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
-    key = public_hex(load_or_create_signing_key(coordinator.signing_key))
+    key = public_hex(load_signing_key(coordinator.signing_key))
     opened = Bundle.open(bundle, key)
     return [
         f"study {study.name}: phases {', '.join(study.phases)}",
@@ -177,7 +181,7 @@ def put_on(
     Raises
     ------
     ConfigurationError, BundleError
-        See `check`; or another study of this name is there.
+        See `check`; or another study of this name is there, or this one with another bundle.
     """
     study = read_study(file)
     check(coordinator, study, bundle)
@@ -185,6 +189,11 @@ def put_on(
     if workspace.study.exists() and read_study(workspace.study).digest() != study.digest():
         raise ConfigurationError(
             f"another study is named {study.name} here; choose another name for this one"
+        )
+    if _began_with_another(workspace, study, sha256((bundle / MANIFEST).read_bytes())):
+        raise ConfigurationError(
+            f"study {study.name} began with another bundle; name that one, or choose another name "
+            "for a study with this one"
         )
     workspace.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     _link(workspace.bundle, bundle)
@@ -198,6 +207,15 @@ def put_on(
     # The study's file makes it an entry: it comes last.
     write_atomically(workspace.study, file.read_bytes())
     return Entry(workspace)
+
+
+def _began_with_another(workspace: Workspace, study: Study, bundle: str) -> bool:
+    # The folder may have got another bundle since, or be gone.
+    if workspace.checkpoint.exists():
+        identity = identity_of(study, bundle)
+        return not StudyState.load(workspace.checkpoint, identity).facts
+    linked = workspace.bundle / MANIFEST
+    return linked.exists() and sha256(linked.read_bytes()) != bundle
 
 
 def _link(link: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.log import log_event
 from sonofed_common.runtime import Events, write_atomically
-from sonofed_common.security import load_or_create_signing_key, public_hex
+from sonofed_common.security import load_signing_key, public_hex
 from sonofed_server.phases.annotate import annotate
 from sonofed_server.phases.classifier import classifier
 from sonofed_server.phases.cluster import cluster
@@ -104,7 +104,7 @@ def run_study(
 def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Results:
     study = read_study(workspace.study)
     bind_contextvars(study=study.name)
-    key = load_or_create_signing_key(workspace.key)
+    key = load_signing_key(workspace.key)
     bundle = Bundle.open(workspace.bundle, public_hex(key))
     state = StudyState.load(workspace.checkpoint, identity_of(study, bundle.id))
     state.facts.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))

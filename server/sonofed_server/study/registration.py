@@ -16,10 +16,12 @@ GONE = "unregistered"
 def register(coordinator: Coordinator) -> list[str]:
     """Register enrolled hospitals, and unregister revoked ones and whoever else is registered.
 
+    While a record is damaged, keys that no record names stay as they are: one of them is its.
+
     Returns
     -------
     list of str
-        What was done, in words.
+        What was done, and which records are damaged, in words.
 
     Raises
     ------
@@ -30,14 +32,19 @@ def register(coordinator: Coordinator) -> list[str]:
     there = {str(node["node-id"]) for node in listed if node["status"] != GONE}
     # Numbers of a database that is gone are of no use.
     known = {key: node for key, node in _read(_file(coordinator)).items() if node in there}
-    every = records(coordinator)
+    found, damaged = records(coordinator)
+    every = found.values()
     wanted = {record.node_key: record.site for record in every if not record.revoked}
-    done = []
+    kept = set(wanted)
+    if damaged:
+        revoked = {key for record in every for key in record.revoked_keys}
+        kept |= known.keys() - revoked
+    done = list(damaged.values())
     # Strangers too: for example a node whose number was lost when this was killed.
-    for node in sorted(there - {known[key] for key in wanted.keys() & known.keys()}):
+    for node in sorted(there - {known[key] for key in kept & known.keys()}):
         ask(coordinator, "supernode", "unregister", node, CONNECTION)
         done.append(f"node {node} is unregistered")
-    known = {key: node for key, node in known.items() if key in wanted}
+    known = {key: node for key, node in known.items() if key in kept}
     for key, site in wanted.items():
         if key not in known:
             file = key_file(coordinator, site, key)
