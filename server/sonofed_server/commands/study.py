@@ -15,7 +15,8 @@ from sonofed_common.supervision.supervisor import left_running, read_status
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning.project import Coordinator, read_coordinator
 from sonofed_server.study import desk
-from sonofed_server.study.standing import standing
+from sonofed_server.study.hindrance import hindrance
+from sonofed_server.study.standing import Standing, standing
 from sonofed_server.study.summary import summary
 
 app = typer.Typer(help="Studies with the enrolled hospitals.", no_args_is_help=True)
@@ -80,7 +81,7 @@ def status(
     if follow:
         _follow(coordinator, entry)
         return
-    now = standing(entry, coordinator.front_log)
+    now = _standing(coordinator, entry)
     print(now.model_dump_json() if json else "\n".join(now.lines()))
 
 
@@ -141,7 +142,7 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
 def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
     said: list[str] = []
     while True:
-        now = standing(entry, coordinator.front_log)
+        now = _standing(coordinator, entry)
         lines = now.lines()
         for line in lines:
             if line not in said:
@@ -153,6 +154,13 @@ def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
             return
         _check_up(coordinator)
         time.sleep(FOLLOW_SECONDS)
+
+
+def _standing(coordinator: Coordinator, entry: desk.Entry) -> Standing:
+    now = standing(entry, coordinator.front_log)
+    if now.state != "waiting":
+        return now
+    return now.model_copy(update={"reason": hindrance(coordinator, entry.name)})
 
 
 def _check_up(coordinator: Coordinator) -> None:
