@@ -14,6 +14,7 @@ import yaml
 from deployed.deployment import free_ports, wait_for
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.supervision import probes
+from sonofed_common.supervision.program import END_SECONDS
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.keys import make_keys
 from sonofed_server.provisioning.programs import endpoints
@@ -136,6 +137,17 @@ def test_the_enclave_of_a_composition_has_no_network_and_the_relay_no_images():
     for number, name in ((account, "sonofed-enclave"), (own[0], "sonofed-user")):
         assert re.search(rf"useradd --uid {number} .* {name}\b", recipe)
     assert f"groupadd --gid {group} sonofed-relay" in recipe
+
+
+def test_whoever_ends_a_supervisor_waits_for_all_its_programs():
+    longest = {"coordinator": 4 * END_SECONDS, "relay": END_SECONDS}
+    for file, service in (("coordinator", "coordinator"), ("hospital", "relay")):
+        text = (COMPOSE / f"{file}.yaml").read_text()
+        grace = yaml.safe_load(text)["services"][service]["stop_grace_period"]
+        assert float(grace.removesuffix("s")) > longest[service]
+        unit = (ROOT / "deploy" / "systemd" / f"sonofed-{service}.service").read_text()
+        (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)
+        assert float(seconds) > longest[service]
 
 
 def test_the_recipe_installs_what_is_there():

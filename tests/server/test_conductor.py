@@ -157,3 +157,12 @@ def test_a_program_that_does_not_work_is_why_a_study_waits(coordinator):
     put(coordinator, "tiny").want(Wish())
     supervised(coordinator, None, state="waiting", reason="ended by signal 9")
     assert "superlink is waiting (ended by signal 9)" in run(program, "study status tiny")
+
+
+def test_a_damaged_project_file_keeps_nobody_from_ending_what_runs(project, coordinator):
+    supervised(coordinator, None)
+    (project / "project.toml").write_text("listen = ")
+    assert "superlink" in run(program, "status")
+    state_file(coordinator.run).unlink()
+    assert "was not up" in run(program, "down")
+    assert "holds no keys" in run(program, "down --project elsewhere/project.toml", 20)
