@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import ssl
 import subprocess
 from contextlib import contextmanager
@@ -15,9 +17,12 @@ import yaml
 from answering import answering
 
 from deployed.deployment import free_ports, wait_for
-from sonofed_common.supervision.program import answers
+from sonofed_common.contract.errors import DeploymentError
+from sonofed_common.supervision import probes
+from sonofed_common.supervision.program import END_SECONDS, answers
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.keys import make_keys
+from sonofed_server.provisioning.programs import endpoints
 from sonofed_server.provisioning.project import Coordinator, Project
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +34,10 @@ FOLDERS = {
     "SONOFED_RELAY": "/var/lib/sonofed-relay",
     "SONOFED_PROJECT": "/srv/sonofed",
 }
+
+needs_nginx = pytest.mark.skipif(
+    shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"
+)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
@@ -44,7 +53,7 @@ def test_systemd_takes_the_units(unit, tmp_path):
     assert said == [], said
 
 
-@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx")
+@needs_nginx
 def test_nginx_takes_the_front(tmp_path):
     project = Project(name="trial", address="localhost:18444", sites=("north",), contact="it")
     coordinator = Coordinator(project, tmp_path / "coordinator")
@@ -102,6 +111,46 @@ def test_the_front_logs_what_happens_and_works_in_a_folder_with_spaces(root):
     ]
 
 
+@needs_nginx
+def test_a_front_counts_where_it_listens_if_it_answers_with_its_own_certificate(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(probes, "ANSWER_SECONDS", 1.0)
+    (port,) = free_ports(1)
+    project = Project(
+        name="trial",
+        address=f"localhost:{port}",
+        sites=("north",),
+        contact="it",
+        listen="127.0.0.2",
+    )
+    coordinator = Coordinator(project, tmp_path / "coordinator")
+    make_keys(coordinator)
+    _, front = endpoints(coordinator)
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.2", port))
+        stranger.listen()
+        assert not front.works()
+        with pytest.raises(DeploymentError, match=f"port {port}"):
+            front.require_free()
+    front.require_free()
+    command = [find_nginx(), "-e", "stderr", "-p", tmp_path, "-c", write_front(coordinator)]
+    nginx = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(front.works, patience=60)
+        other = Coordinator(project, tmp_path / "other")
+        make_keys(other)
+        assert not endpoints(other)[1].works()
+        os.killpg(nginx.pid, signal.SIGSTOP)
+        assert not front.works()
+        os.killpg(nginx.pid, signal.SIGCONT)
+        wait_for(front.works, patience=60)
+        assert coordinator.front_log.read_text() == ""
+    finally:
+        os.killpg(nginx.pid, signal.SIGKILL)
+        nginx.wait()
+
+
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
 @pytest.mark.parametrize(
     "names", [["hospital"], ["hospital", "hospital-gpu"], ["coordinator"]], ids="+".join
@@ -141,6 +190,17 @@ def test_the_enclave_of_a_composition_has_no_network_and_the_relay_no_images():
     for number, name in ((account, "sonofed-enclave"), (own[0], "sonofed-user")):
         assert re.search(rf"useradd --uid {number} .* {name}\b", recipe)
     assert f"groupadd --gid {group} sonofed-relay" in recipe
+
+
+def test_whoever_ends_a_supervisor_waits_for_all_its_programs():
+    longest = {"coordinator": 4 * END_SECONDS, "relay": END_SECONDS}
+    for file, service in (("coordinator", "coordinator"), ("hospital", "relay")):
+        text = (COMPOSE / f"{file}.yaml").read_text()
+        grace = yaml.safe_load(text)["services"][service]["stop_grace_period"]
+        assert float(grace.removesuffix("s")) > longest[service]
+        unit = (ROOT / "deploy" / "systemd" / f"sonofed-{service}.service").read_text()
+        (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)
+        assert float(seconds) > longest[service]
 
 
 def test_the_recipe_installs_what_is_there():

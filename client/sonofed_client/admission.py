@@ -15,25 +15,25 @@ NOT_KNOWN = (
 log = logging.getLogger(__name__)
 
 
-def refusal(connected: Path) -> Path:
-    """Return what is there, beside the mark of a connection, while the node is refused."""
-    return connected.with_suffix(".refused")
+def refusal(heartbeat: Path) -> Path:
+    """Return what is there, beside the file of heartbeats, while the node is refused."""
+    return heartbeat.with_suffix(".refused")
 
 
-def explain_refusal(connected: Path | None) -> None:
+def explain_refusal(heartbeat: Path | None) -> None:
     """Have Flower's connection, in this process, say in words that the node is not let in.
 
     Parameters
     ----------
-    connected : Path or None
-        The mark of a connection; one of the refusal is made beside it.
+    heartbeat : Path or None
+        The file of heartbeats; a mark of the refusal is made beside it.
     """
     # Who asks only how a node is needs nothing of Flower.
     from flwr.supercore.error import ApiErrorCode
     from flwr.supernode import fleet_http_connection
 
-    if connected is not None:
-        refusal(connected).unlink(missing_ok=True)
+    if heartbeat is not None:
+        refusal(heartbeat).unlink(missing_ok=True)
     code = f"[code: {ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED.value}]"
     theirs = vars(fleet_http_connection)
     its_own = theirs["flwr_exit"]
@@ -41,8 +41,8 @@ def explain_refusal(connected: Path | None) -> None:
     def end(number: int, message: str | None = None, **others: Any) -> None:
         if message is None or code not in message:
             its_own(number, message, **others)
-        if connected is not None:
-            refusal(connected).touch(mode=0o600)
+        if heartbeat is not None:
+            refusal(heartbeat).touch(mode=0o600)
         log.error(NOT_KNOWN)
         raise SystemExit(1)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+
+from sonofed_common.supervision.probes import fresh
 
 STALE_SECONDS = 60.0
 
@@ -20,7 +21,7 @@ def read_metrics(socket: Path) -> list[Metric]:
     """Return what the enclave of a socket wrote; nothing if it has not lately."""
     file = metrics_file(socket)
     try:
-        if time.time() - file.stat().st_mtime > STALE_SECONDS:
+        if not fresh(file, STALE_SECONDS):
             return []
         return list(text_string_to_metric_families(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):

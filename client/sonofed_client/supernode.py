@@ -32,6 +32,7 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.exit import register_signal_handlers
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -181,17 +182,17 @@ def main() -> None:
     parser.add_argument("--root-certificates", required=True, type=Path, help="PEM")
     parser.add_argument("--auth-supernode-private-key", required=True, type=Path, help="OpenSSH")
     parser.add_argument("--node-config", default="", help='enclave="SOCKET"')
-    parser.add_argument("--connected", type=Path, help="file that is there once it was let in")
+    parser.add_argument("--heartbeat", type=Path, help="file that each answered heartbeat touches")
     given = parser.parse_args()
-    if given.connected is not None:
-        given.connected.unlink(missing_ok=True)
     key = load_ssh_private_key(given.auth_supernode_private_key.read_bytes(), None)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
-    explain_refusal(given.connected)
+    explain_refusal(given.heartbeat)
     be_patient()
     send_larger_parts()
+    if given.heartbeat is not None:
+        show_heartbeats(given.heartbeat)
     certificates = given.root_certificates.read_bytes()
     keys = (key, key.public_key())
     threading.excepthook = partial(end_with_thread, threading.excepthook)
@@ -201,8 +202,6 @@ def main() -> None:
         Client.lost.clear()
         again = False
         with http_request_response(given.superlink, False, certificates, keys) as connection:
-            if given.connected is not None:
-                given.connected.touch(mode=0o600)
             Node(connection, settings, Client.lost).serve()
             again = True
             log.info("an answer was lost on its way; the node comes anew")
@@ -215,6 +214,21 @@ def be_patient() -> None:
     defaults = ProtobufClient.__init__.__kwdefaults__
     assert defaults is not None
     defaults["timeout"] = PATIENCE
+
+
+def show_heartbeats(file: Path) -> None:
+    """Touch a file with each heartbeat of this process's nodes that the SuperLink answered."""
+
+    def sender(send: Callable[[], bool]) -> HeartbeatSender:
+        def send_and_show() -> bool:
+            answered = send()
+            if answered:
+                file.touch(mode=0o600)
+            return answered
+
+        return HeartbeatSender(send_and_show)
+
+    vars(fleet_http_connection)["HeartbeatSender"] = sender
 
 
 def end_with_thread(

@@ -12,6 +12,7 @@ from sonofed_client.enclave.ledger import Ledger
 from sonofed_client.enclave.metrics import keep_written
 from sonofed_client.enclave.store import Store
 from sonofed_client.metrics_file import STALE_SECONDS, metrics_file, read_metrics
+from sonofed_common.contract.actions import ACTIONS
 
 
 def told(socket):
@@ -52,6 +53,13 @@ def test_what_left_and_what_was_refused_is_counted(socket):
     assert found["sonofed_ledger_entries_total", "refused", "train.embed"] == 1
     assert found["sonofed_sent_bytes_total", "trial"] == 200
     assert found["sonofed_noised_replies_total", "train.embed", "trial"] == 1
+
+
+def test_a_first_refusal_will_be_an_increase(socket):
+    found = told(socket)
+    refused = {key[1:] for key in found if key[0] == "sonofed_ledger_entries_total"}
+    assert {tuple(sorted(("refused", action))) for action in ("", *ACTIONS)} <= refused
+    assert found["sonofed_ledger_entries_total", "query.describe", "refused"] == 0
 
 
 def test_a_strangers_name_of_an_action_is_no_label(socket):

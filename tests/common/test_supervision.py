@@ -12,11 +12,19 @@ from itertools import pairwise
 import pytest
 
 from sonofed_common.contract.errors import DeploymentError
-from sonofed_common.supervision.control import start_detached, stop
+from sonofed_common.supervision.control import say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
 from sonofed_common.supervision.logs import set_large_aside
-from sonofed_common.supervision.program import LONGEST_PAUSE, Child, Program, answers_on, mark
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.program import (
+    FAILED_PROBES,
+    LONGEST_PAUSE,
+    PROBE_PAUSE,
+    Child,
+    Program,
+    answers_on,
+    mark,
+)
+from sonofed_common.supervision.supervisor import alone, left_running, read_status
 
 PATIENCE = 300
 
@@ -24,6 +32,7 @@ SUPERVISOR = """
 import sys
 from pathlib import Path
 from sonofed_common.supervision.logs import set_large_aside
+from sonofed_common.supervision.probes import Endpoint
 from sonofed_common.supervision.program import Program
 from sonofed_common.supervision.supervisor import supervise
 
@@ -83,7 +92,7 @@ def up(folder):
     try:
         yield port
     finally:
-        stop(folder)
+        stop(folder, "the test")
 
 
 def test_a_family_is_watched_and_ends_whole(tmp_path):
@@ -100,7 +109,7 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
             start_detached(tmp_path, ["true"], "the test")
     assert read_status(tmp_path) is None
     assert not any(Identity.of(pid) for pid in everyone)
-    assert stop(tmp_path) is False
+    assert stop(tmp_path, "the test") is False
 
 
 def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):
@@ -137,6 +146,24 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
         assert len(family(tmp_path)) == 4
 
 
+def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
+    with up(tmp_path):
+        supervisor = read_status(tmp_path).supervisor
+        everyone = family(tmp_path)
+        os.kill(supervisor.pid, signal.SIGKILL)
+        wait_for(lambda: not supervisor.alive)
+        assert left_running(tmp_path) == ["plain", "nest"]
+        assert say_status(tmp_path, "the test", json=False) == 1
+        assert "plain, nest run on" in capsys.readouterr().out
+        assert say_status(tmp_path, "the test", json=True) == 1
+        assert json.loads(capsys.readouterr().out) == {"left_running": ["plain", "nest"]}
+        assert stop(tmp_path, "the test") is True
+        assert not any(Identity.of(pid) for pid in everyone)
+        assert left_running(tmp_path) == [] and stop(tmp_path, "the test") is False
+        assert say_status(tmp_path, "the test", json=False) == 1
+        assert capsys.readouterr().out == "the test is not up\n"
+
+
 def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
     child = Child(Program("brief", ("false",), lambda: False), tmp_path)
     now, starts = [0.0], []
@@ -154,6 +181,50 @@ def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
     assert pauses[:4] == [0.5, 1, 2, 4] and pauses[-1] == LONGEST_PAUSE
     assert child.status.reason == "ended by exit code 1"
     child.end()
+
+
+def test_who_does_not_answer_for_long_is_silent_and_not_started_again(tmp_path, monkeypatch):
+    now, answers = [0.0], [True]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    child = Child(Program("mute", ("sleep", "1000"), lambda: answers[0]), tmp_path)
+
+    def after(probes):
+        for _ in range(probes):
+            now[0] += PROBE_PAUSE
+            child.step()
+        return child.status.state
+
+    try:
+        assert after(3) == "running"
+        answers[0] = False
+        assert after(FAILED_PROBES - 1) == "running"
+        assert after(1) == "silent" and child.status.reason == "did not answer"
+        answers[0] = True
+        assert after(1) == "running" and child.status.restarts == 0
+        # A few that fail now and then are no silence.
+        for _ in range(3):
+            answers[0] = False
+            after(FAILED_PROBES - 1)
+            answers[0] = True
+            assert after(1) == "running"
+    finally:
+        monkeypatch.undo()
+        child.end()
+
+
+def test_the_sign_of_an_earlier_start_tells_nothing(tmp_path):
+    sign = tmp_path / "sign"
+    sign.touch()
+    child = Child(Program("new", ("sleep", "1000"), sign.exists, sign=sign), tmp_path)
+    try:
+        child.step()
+        child.step()
+        assert child.status.state == "starting"
+        sign.touch()
+        child.step()
+        assert child.status.state == "running"
+    finally:
+        child.end()
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path):
@@ -194,6 +265,44 @@ def test_a_large_log_is_set_aside_while_its_program_writes_on(tmp_path):
     assert small.read_text() == "short\n" and stuck.read_text() == "long enough\n"
 
 
+def test_of_two_starts_at_once_the_second_is_told_so(tmp_path):
+    told = pytest.raises(DeploymentError, match="the test is being started already")
+    with alone(tmp_path / "start.lock", ""), told:
+        start_detached(tmp_path, ["true"], "the test")
+
+
+def test_an_interrupted_start_leaves_nothing_running(tmp_path):
+    never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
+    starting = (
+        "import sys;"
+        "from pathlib import Path;"
+        "from sonofed_common.supervision.control import start_detached;"
+        "start_detached(Path(sys.argv[1]), [sys.executable, '-c', *sys.argv[2:]], 'the test')"
+    )
+    command = [sys.executable, "-c", starting, str(tmp_path), never, str(tmp_path)]
+    process = subprocess.Popen([*command, str(free_port())], stderr=subprocess.DEVNULL)
+    supervisor = wait_for(lambda: read_status(tmp_path)).supervisor
+    wait_for((tmp_path / "nested").exists)
+    everyone = family(tmp_path)
+    assert len(everyone) == 4
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT
+    assert not supervisor.alive and not any(Identity.of(pid) for pid in everyone)
+
+
+def test_a_program_does_not_start_where_a_stranger_answers(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        endpoint = f'Endpoint("127.0.0.1", {port}, "localhost", folder, "plain_port")'
+        script = SUPERVISOR.replace("sleep, lambda: True", f"sleep, lambda: True, {{}}, {endpoint}")
+        command = [sys.executable, "-c", script, str(tmp_path), str(free_port())]
+        with pytest.raises(DeploymentError, match=rf"port {port} .* another plain_port"):
+            start_detached(tmp_path, command, "the test")
+    assert not (tmp_path / "plain.log").exists()
+
+
 def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
     never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
     command = [sys.executable, "-c", never, str(tmp_path), str(free_port())]
@@ -202,7 +311,7 @@ def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
         assert status.supervisor.alive and not status.healthy
         assert status.programs["plain"].state == "running"
     finally:
-        stop(tmp_path)
+        stop(tmp_path, "the test")
 
 
 def test_a_path_that_is_too_long_for_a_socket_answers_not(tmp_path):
@@ -210,12 +319,14 @@ def test_a_path_that_is_too_long_for_a_socket_answers_not(tmp_path):
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):
-    process = subprocess.Popen(["sleep", "1000"])
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     identity = Identity.of(process.pid)
     assert identity.alive
     assert not identity.model_copy(update={"started": identity.started - 1}).alive
     assert not identity.model_copy(update={"boot": "another"}).alive
-    assert members("nothing", identity.model_copy(update={"boot": "another"})) == []
+    assert members("nothing", identity) == [process.pid]
+    for update in ({"boot": "another"}, {"started": identity.started - 1}):
+        assert members("nothing", identity.model_copy(update=update)) == []
     process.kill()
     # It has ended, and its number is still taken.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -212,7 +212,7 @@ def test_a_hospital_is_told_that_its_node_is_not_known(project):
 
     assert registration()["state"] == "warning"
     hospital.run.mkdir(exist_ok=True)
-    refusal(hospital.connected).touch()
+    refusal(hospital.heartbeat).touch()
     assert registration()["state"] == "fails" and "revoked" in registration()["said"]
 
 
@@ -220,16 +220,16 @@ def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
     its_own = vars(fleet_http_connection)
     monkeypatch.setitem(its_own, "flwr_exit", its_own["flwr_exit"])
     error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "").to_json("not activated")
-    connected = tmp_path / "supernode.connected"
-    refusal(connected).touch()
-    explain_refusal(connected)
-    assert not refusal(connected).exists()
+    heartbeat = tmp_path / "supernode.heartbeat"
+    refusal(heartbeat).touch()
+    explain_refusal(heartbeat)
+    assert not refusal(heartbeat).exists()
     key = ec.generate_private_key(ec.SECP384R1())
     with answering(400, json.dumps(error).encode()) as port:
         coordinator_there = (f"127.0.0.1:{port}", True, None, (key, key.public_key()))
         with pytest.raises(SystemExit), http_request_response(*coordinator_there):
             raise AssertionError("the node was let in")
-    assert refusal(connected).exists() and NOT_KNOWN in caplog.messages
+    assert refusal(heartbeat).exists() and NOT_KNOWN in caplog.messages
 
 
 def test_a_socket_whose_path_is_too_long_is_refused(project):

@@ -1,8 +1,10 @@
 """What the conductor, the desk and the commands of studies do without a SuperLink."""
 
+import json
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 import tomli_w
@@ -16,11 +18,13 @@ from sonofed_common.contract.study import read_study
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
 from sonofed_common.supervision.family import Identity
+from sonofed_common.supervision.program import ProgramStatus
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning.project import read_coordinator
-from sonofed_server.study.conductor import Conductor
+from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
+from sonofed_server.study.hindrance import hindrance, note
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 
@@ -107,3 +111,58 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     write_bundle(coordinator, one, b"3")
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, one, None)
+
+
+def supervised(coordinator, superlink, state="running", reason=""):
+    """A supervisor that runs, with this SuperLink."""
+    program = ProgramStatus(state=state, identity=superlink, restarts=0, since=0.0, reason=reason)
+    here = Identity.of(os.getpid())
+    status = Status(title="trial", supervisor=here, health_port=1, programs={"superlink": program})
+    write_atomically(state_file(coordinator.run), status.model_dump_json().encode())
+
+
+def test_a_run_counts_as_over_with_its_superlink_and_not_with_the_supervisor(coordinator):
+    here = Identity.of(os.getpid())
+    conductor, entry = Conductor(coordinator), put(coordinator, "tiny")
+    began = time.monotonic() - START_SECONDS / 2
+    conductor._submitted["tiny"] = _Start(began, superlink=here, before=None)
+
+    def over():
+        return conductor._due(entry, Wish(attempts=1)), conductor._orphaned(entry)
+
+    # Nobody says which SuperLink there is.
+    assert over() == (False, False)
+    supervised(coordinator, here)
+    assert over() == (False, False)
+    supervised(coordinator, here.model_copy(update={"started": here.started + 1}))
+    assert over() == (True, True)
+
+
+def test_why_a_study_waits_is_told(coordinator):
+    entry = put(coordinator, "tiny")
+    entry.want(Wish())
+    assert "study tiny: waiting; the coordinator is not up" in run(program, "study status tiny")
+    supervised(coordinator, Identity.of(os.getpid()))
+    assert "yet to begin" in run(program, "study status tiny")
+    # Of port 1, where nobody answers.
+    Conductor(coordinator).step()
+    reason = json.loads(run(program, "study status tiny --json"))["reason"]
+    assert reason == "the SuperLink does not answer"
+    note(coordinator, {"tiny": "it is refused"})
+    assert hindrance(coordinator, "tiny") == "it is refused"
+    assert "yet to begin" in hindrance(coordinator, "other")
+
+
+def test_a_program_that_does_not_work_is_why_a_study_waits(coordinator):
+    put(coordinator, "tiny").want(Wish())
+    supervised(coordinator, None, state="waiting", reason="ended by signal 9")
+    assert "superlink is waiting (ended by signal 9)" in run(program, "study status tiny")
+
+
+def test_a_damaged_project_file_keeps_nobody_from_ending_what_runs(project, coordinator):
+    supervised(coordinator, None)
+    (project / "project.toml").write_text("listen = ")
+    assert "superlink" in run(program, "status")
+    state_file(coordinator.run).unlink()
+    assert "was not up" in run(program, "down")
+    assert "holds no keys" in run(program, "down --project elsewhere/project.toml", 20)

@@ -20,9 +20,9 @@ from sonofed_client.provisioning.programs import (
 )
 from sonofed_common import log
 from sonofed_common.cli import tell
-from sonofed_common.supervision.control import describe, start_detached, stop
+from sonofed_common.supervision.control import describe, say_status, start_detached, stop
 from sonofed_common.supervision.program import answers
-from sonofed_common.supervision.supervisor import read_status, supervise
+from sonofed_common.supervision.supervisor import supervise
 
 DEFAULT = Path("site")
 
@@ -63,7 +63,7 @@ def up(
 def down(folder: Folder = DEFAULT) -> None:
     """End all that `up` started; jobs that are not over go on when it is up again."""
     hospital = Hospital(folder.resolve())
-    ended = stop(hospital.run)
+    ended = stop(hospital.run, _title(hospital))
     print(f"{_title(hospital)} is down" if ended else f"{_title(hospital)} was not up")
 
 
@@ -73,14 +73,7 @@ def status(
 ) -> None:
     """Say how each program is; exit code 1 unless all of them work."""
     hospital = Hospital(folder.resolve())
-    found = read_status(hospital.run)
-    if json:
-        print(found.model_dump_json() if found is not None else "null")
-    else:
-        absent = (f"{_title(hospital)} is not up",)
-        for line in describe(found) if found is not None else absent:
-            print(line)
-    raise typer.Exit(0 if found is not None and found.healthy else 1)
+    raise typer.Exit(say_status(hospital.run, _title(hospital), json))
 
 
 def check(

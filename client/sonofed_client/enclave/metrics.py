@@ -63,7 +63,8 @@ def enclave_metrics(ledger: Ledger, jobs: Jobs) -> Iterable[Metric]:
         labels=["study", "action"],
     )
     tally = ledger.tally()
-    counted: Counter[tuple[str, str]] = Counter()
+    # Prometheus sees the first refusal as an increase only if it saw none before.
+    counted = Counter({("refused", action): 0 for action in ("", *ACTIONS)})
     for (outcome, action), count in tally.entries.items():
         # A refused action bears whatever name a stranger gave it.
         counted[outcome, action if action in ACTIONS else ""] += count

@@ -83,9 +83,9 @@ class Hospital:
         return self.root / "run"
 
     @property
-    def connected(self) -> Path:
-        """There since the coordinator let the node in, until the node starts anew."""
-        return self.run / "supernode.connected"
+    def heartbeat(self) -> Path:
+        """Touched by each answered heartbeat of the node, and gone when it starts anew."""
+        return self.run / "supernode.heartbeat"
 
     @property
     def socket(self) -> Path:

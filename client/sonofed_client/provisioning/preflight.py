@@ -67,9 +67,9 @@ def _program(hospital: Hospital, name: str, settings: SiteSettings) -> Finding:
 
 def _registration(hospital: Hospital) -> Finding:
     subject = "registration"
-    if read_status(hospital.run) is not None and hospital.connected.exists():
+    if read_status(hospital.run) is not None and hospital.heartbeat.exists():
         return Finding(subject=subject, state="ok", said="the coordinator let this node in")
-    if refusal(hospital.connected).exists():
+    if refusal(hospital.heartbeat).exists():
         return Finding(subject=subject, state="fails", said=NOT_KNOWN)
     said = "the coordinator was not asked yet whether it knows this node"
     return Finding(subject=subject, state="warning", said=said)

@@ -8,15 +8,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from sonofed_client.metrics_file import STALE_SECONDS, metrics_file
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.relay import SOCKET_KEY
 from sonofed_client.settings import read_site
 from sonofed_common.contract.enrolment import Kit
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.log import told
+from sonofed_common.supervision.probes import fresh
 from sonofed_common.supervision.program import Program, answers_on
 
 SUPERNODE = "supernode"
+HEARTBEAT_SECONDS = 30.0
+"""Flower's interval, within which the next heartbeat comes."""
 
 
 def programs(hospital: Hospital, relay_only: bool = False) -> list[Program]:
@@ -59,21 +63,30 @@ def socket_of(hospital: Hospital, relay_only: bool = False) -> Path:
 def _enclave(hospital: Hospital) -> Program:
     socket = read_site(hospital.site).socket
     command = (str(beside("sonofed-site")), "enclave", "--site", str(hospital.site))
-    return Program("enclave", command, lambda: socket is not None and answers_on(socket))
+
+    def ready() -> bool:
+        # Who is stopped still has a socket that takes connections, and writes no metrics.
+        return (
+            socket is not None and answers_on(socket) and fresh(metrics_file(socket), STALE_SECONDS)
+        )
+
+    return Program("enclave", command, ready)
 
 
 def _supernode(hospital: Hospital, socket: Path) -> Program:
-    kit, connected = installed_kit(hospital), hospital.connected
+    kit, heartbeat = installed_kit(hospital), hospital.heartbeat
     command = (
         *(sys.executable, "-m", "sonofed_client.supernode"),
         *("--superlink", kit.address),
         *("--root-certificates", str(hospital.authority)),
         *("--auth-supernode-private-key", str(hospital.node_key)),
         *("--node-config", f"{SOCKET_KEY}={json.dumps(str(socket))}"),
-        *("--connected", str(connected)),
+        *("--heartbeat", str(heartbeat)),
     )
     environment = {**_environment(hospital), **told(SUPERNODE, site=kit.site)}
-    return Program(SUPERNODE, command, connected.exists, environment)
+    return Program(
+        SUPERNODE, command, lambda: fresh(heartbeat, HEARTBEAT_SECONDS), environment, sign=heartbeat
+    )
 
 
 def installed_kit(hospital: Hospital) -> Kit:

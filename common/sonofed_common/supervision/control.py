@@ -8,12 +8,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from types import MappingProxyType
 
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.log import last_words
-from sonofed_common.supervision.supervisor import Status, read_status
+from sonofed_common.supervision.supervisor import (
+    Status,
+    alone,
+    end_left_running,
+    left_running,
+    read_status,
+)
 
 START_SECONDS, END_SECONDS = 180.0, 120.0
 POLL_SECONDS = 0.1
@@ -42,24 +49,40 @@ def start_detached(
     Raises
     ------
     DeploymentError
-        It is up already, it ended, or its programs do not come to work; then none is left running.
+        It is up already or being started, it ended, or its programs do not come to work; then none
+        is left running, nor after an interrupt.
     """
-    if read_status(folder) is not None:
-        raise DeploymentError(f"{title} is up already; see its status")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = folder / "supervisor.log"
-    # What the last one said of its end stays.
-    with log.open("ab") as file:
-        before = file.tell()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
+    # Of two at once, the second would take the first one's words for those of its own supervisor.
+    with alone(folder / "start.lock", f"{title} is being started already; see its status"):
+        if read_status(folder) is not None:
+            raise DeploymentError(f"{title} is up already; see its status")
+        log = folder / "supervisor.log"
+        with log.open("ab") as file:
+            before = file.tell()
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            return _wait_until_it_works(folder, process, title, elsewhere, log, before)
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+
+
+def _wait_until_it_works(
+    folder: Path,
+    process: subprocess.Popen[bytes],
+    title: str,
+    elsewhere: Mapping[str, Callable[[], bool]],
+    log: Path,
+    before: int,
+) -> Status:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
-            words = log.read_bytes()[before:].decode(errors="replace")
-            said = last_words(words)[-500:]
-            raise DeploymentError(f"{title} ended at once: {said or 'it said nothing'}")
+            words = last_words(log.read_bytes()[before:].decode(errors="replace"))[-500:]
+            raise DeploymentError(f"{title} ended at once: {words or 'it said nothing'}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:
             idle = [name for name, p in status.programs.items() if p.state != "running"]
@@ -67,18 +90,31 @@ def start_detached(
                 return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
-    stop(folder)
+    _end(process)
     lines = "; ".join(describe(status)) if status is not None else "it said nothing"
     raise DeploymentError(f"{title} did not come up: {lines}; see the logs in {folder}")
 
 
-def stop(folder: Path) -> bool:
-    """End the supervisor of a folder with all its programs.
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # It ends its programs itself.
+    process.terminate()
+    process.wait()
+
+
+def stop(folder: Path, title: str) -> bool:
+    """End the supervisor of a folder with all its programs, or those that one left that was killed.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
 
     Returns
     -------
     bool
-        Whether there was one.
+        Whether any of them ran.
 
     Raises
     ------
@@ -87,16 +123,50 @@ def stop(folder: Path) -> bool:
     """
     status = read_status(folder)
     if status is None:
-        return False
+        return end_left_running(folder, title)
     os.kill(status.supervisor.pid, signal.SIGTERM)
     until = time.monotonic() + END_SECONDS
     while status.supervisor.alive:
         if time.monotonic() > until:
             raise DeploymentError(
-                f"{status.title} does not end; its supervisor is process {status.supervisor.pid}"
+                f"{title} does not end; its supervisor is process {status.supervisor.pid}"
             )
         time.sleep(POLL_SECONDS)
     return True
+
+
+def say_status(folder: Path, title: str, json: bool) -> int:
+    """Print how the programs of a folder are.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+    json : bool
+        For machines: the status, ``null`` where nothing runs, or who runs on as ``left_running``.
+
+    Returns
+    -------
+    int
+        Exit code: 0 if all of them work.
+    """
+    status, left = read_status(folder), left_running(folder)
+    if json:
+        said = status.model_dump_json() if status is not None else "null"
+        print(dumps({"left_running": left}) if left else said)
+    elif status is not None:
+        for line in describe(status):
+            print(line)
+    elif left:
+        print(
+            f"the supervisor of {title} was killed, and {', '.join(left)} run on: "
+            "'up' starts all anew, 'down' ends them"
+        )
+    else:
+        print(f"{title} is not up")
+    return 0 if status is not None and status.healthy else 1
 
 
 def describe(status: Status) -> Iterator[str]:

@@ -60,6 +60,10 @@ def members(mark: str, leader: Identity | None) -> list[int]:
         does, is found by this.
     """
     wanted = f"{MARK}={mark}".encode()
+    # A session whose number another process has by now is that one's: ours is gone.
+    ours = (
+        leader is not None and leader.boot == _boot() and Identity.of(leader.pid) in (None, leader)
+    )
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -69,7 +73,7 @@ def members(mark: str, leader: Identity | None) -> list[int]:
             continue
         in_session = (
             leader is not None
-            and leader.boot == _boot()
+            and ours
             and int(stat[_SESSION]) == leader.pid
             and int(stat[_START]) >= leader.started
         )

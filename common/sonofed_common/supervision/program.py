@@ -14,6 +14,7 @@ from typing import Literal
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.supervision.family import MARK, Identity, end
+from sonofed_common.supervision.probes import Endpoint
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 SETTLED_SECONDS = 120.0
@@ -22,7 +23,10 @@ SETTLED_SECONDS = 120.0
 END_SECONDS = 20.0
 PROBE_SECONDS = 2.0
 
-State = Literal["starting", "running", "waiting"]
+PROBE_PAUSE, FAILED_PROBES = 5.0, 5
+"""Seconds between two probes of a program that runs, and how many may fail on a busy machine."""
+
+State = Literal["starting", "running", "silent", "waiting"]
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +45,18 @@ class Program:
         Whether it works.
     environment : mapping
         In addition to the supervisor's own.
+    endpoint : Endpoint or None
+        Where it answers; nobody else may before its start.
+    sign : Path or None
+        What `ready` looks at, if that is a file; one of an earlier start tells nothing.
     """
 
     name: str
     command: tuple[str, ...]
     ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
+    endpoint: Endpoint | None = None
+    sign: Path | None = None
 
 
 class ProgramStatus(Model):
@@ -54,14 +64,15 @@ class ProgramStatus(Model):
 
     Attributes
     ----------
-    state : {"starting", "running", "waiting"}
-        ``waiting`` after it ended, until it is started again.
+    state : {"starting", "running", "silent", "waiting"}
+        ``silent`` when it runs and does not answer any more, ``waiting`` after it ended, until it
+        is started again.
     restarts : int
         How often it was started again.
     since : float
         When it came into this state, seconds since the epoch.
     reason : str
-        How it ended the last time.
+        How it ended the last time, or that it did not answer since.
     """
 
     state: State
@@ -87,7 +98,8 @@ class Child:
         self._mark = mark(folder, program.name)
         self._log = folder / f"{program.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._started = self._next = 0.0
+        self._started = self._next = self._next_probe = 0.0
+        self._failed_probes = 0
         self._pause = FIRST_PAUSE
         self.status = ProgramStatus(state="waiting", identity=None, restarts=-1, since=time.time())
 
@@ -102,8 +114,11 @@ class Child:
             self._bury(code, now)
         elif self.status.state == "starting" and self.program.ready():
             self._become("running")
-        elif self.status.state == "running" and now - self._started > SETTLED_SECONDS:
-            self._pause = FIRST_PAUSE
+        elif self.status.state != "starting":
+            if now - self._started > SETTLED_SECONDS:
+                self._pause = FIRST_PAUSE
+            if now >= self._next_probe:
+                self._probe(now)
         return self.status != before
 
     def end(self) -> None:
@@ -114,7 +129,19 @@ class Child:
         self._process.wait()
         self._process = None
 
+    def _probe(self, now: float) -> None:
+        self._next_probe = now + PROBE_PAUSE
+        self._failed_probes = 0 if self.program.ready() else self._failed_probes + 1
+        if self.status.state == "silent" and not self._failed_probes:
+            self._become("running")
+        elif self.status.state == "running" and self._failed_probes == FAILED_PROBES:
+            # It is not started again: what is only slow would lose its work.
+            log.warning("a program does not answer", extra={"program": self.program.name})
+            self._become("silent", reason="did not answer")
+
     def _start(self, now: float) -> None:
+        if self.program.sign is not None:
+            self.program.sign.unlink(missing_ok=True)
         environment = {**os.environ, **self.program.environment, MARK: self._mark}
         with self._log.open("ab") as log:
             try:
@@ -129,7 +156,7 @@ class Child:
             except OSError as error:
                 self._wait_for_another_try(f"cannot be started: {error.strerror}", now)
                 return
-        self._started = now
+        self._started, self._failed_probes = now, 0
         identity = Identity.of(self._process.pid)
         restarts = self.status.restarts + 1
         self._become("starting", identity=identity, restarts=restarts)

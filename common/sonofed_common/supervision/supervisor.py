@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.supervision.family import Identity, end
+from sonofed_common.supervision.family import Identity, end, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
-from sonofed_common.supervision.program import Child, Program, ProgramStatus, mark
+from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
 LOGS_SECONDS = 60.0
@@ -71,11 +71,14 @@ def supervise(
     Raises
     ------
     DeploymentError
-        Another supervisor runs them, or the port is taken.
+        Another supervisor runs them, or a port is taken.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(folder, title):
-        _end_what_was_left(folder)
+    with _only_supervisor(folder, title):
+        _end_what_was_left(folder, 0.0)
+        for program in programs:
+            if program.endpoint is not None:
+                program.endpoint.require_free()
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
@@ -115,6 +118,42 @@ def read_status(folder: Path) -> Status | None:
     return kept if kept is not None and kept.supervisor.alive else None
 
 
+def left_running(folder: Path) -> list[str]:
+    """Return the names of programs that run on although their supervisor was killed."""
+    kept = _read(folder)
+    if kept is None or kept.supervisor.alive:
+        return []
+    return [name for name, p in kept.programs.items() if members(mark(folder, name), p.identity)]
+
+
+def end_left_running(folder: Path, title: str) -> bool:
+    """End the programs of a supervisor that was killed.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+
+    Returns
+    -------
+    bool
+        Whether any ran.
+
+    Raises
+    ------
+    DeploymentError
+        Another supervisor begins just now.
+    """
+    if not left_running(folder):
+        return False
+    with _only_supervisor(folder, title):
+        _end_what_was_left(folder, END_SECONDS)
+        state_file(folder).unlink(missing_ok=True)
+    return True
+
+
 def state_file(folder: Path) -> Path:
     """Where a supervisor keeps its state."""
     return folder / "supervisor.json"
@@ -131,21 +170,31 @@ def _write(folder: Path, status: Status) -> None:
     write_atomically(state_file(folder), status.model_dump_json(indent=1).encode(), mode=0o600)
 
 
-def _end_what_was_left(folder: Path) -> None:
-    """End the programs of a supervisor that was killed."""
+def _end_what_was_left(folder: Path, patience: float) -> None:
     kept = _read(folder)
-    for name, program in kept.programs.items() if kept is not None else ():
-        end(mark(folder, name), program.identity, 0.0)
+    for name, program in reversed(kept.programs.items()) if kept is not None else ():
+        end(mark(folder, name), program.identity, patience)
 
 
 @contextmanager
-def _alone(folder: Path, title: str) -> Iterator[None]:
-    with (folder / "supervisor.lock").open("a") as file:
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock, which a process that dies gives back.
+
+    Raises
+    ------
+    DeploymentError
+        Another process holds it, said in the words of `otherwise`.
+    """
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DeploymentError(f"{title} is up already; see its status") from None
+            raise DeploymentError(otherwise) from None
         yield
+
+
+def _only_supervisor(folder: Path, title: str) -> AbstractContextManager[None]:
+    return alone(folder / "supervisor.lock", f"{title} is up already; see its status")
 
 
 @contextmanager

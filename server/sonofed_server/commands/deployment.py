@@ -8,12 +8,12 @@ import typer
 
 from sonofed_common import log
 from sonofed_common.cli import tell
-from sonofed_common.supervision.control import describe, start_detached, stop
-from sonofed_common.supervision.supervisor import read_status, supervise
+from sonofed_common.supervision.control import describe, say_status, start_detached, stop
+from sonofed_common.supervision.supervisor import supervise
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning import preflight
 from sonofed_server.provisioning.programs import beside, programs
-from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.provisioning.project import find_root, read_coordinator, run_folder
 from sonofed_server.study.metrics import study_metrics
 
 TITLE = "the coordinator"
@@ -47,7 +47,7 @@ def up(
 
 def down(project: Project = DEFAULT) -> None:
     """End all that `up` started; studies go on when it is up again."""
-    ended = stop(read_coordinator(project).run)
+    ended = stop(run_folder(find_root(project)), TITLE)
     print(f"{TITLE} is down" if ended else f"{TITLE} was not up")
 
 
@@ -56,13 +56,7 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say how each program is; exit code 1 unless all of them work."""
-    found = read_status(read_coordinator(project).run)
-    if json:
-        print(found.model_dump_json() if found is not None else "null")
-    else:
-        for line in describe(found) if found is not None else (f"{TITLE} is not up",):
-            print(line)
-    raise typer.Exit(0 if found is not None and found.healthy else 1)
+    raise typer.Exit(say_status(run_folder(find_root(project)), TITLE, json))
 
 
 def check(

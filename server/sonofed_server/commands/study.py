@@ -12,11 +12,12 @@ import typer
 from sonofed_common.contract.errors import ConfigurationError, DeploymentError, error_from_code
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import read_study
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning.project import Coordinator, read_coordinator
 from sonofed_server.study import desk
-from sonofed_server.study.standing import standing
+from sonofed_server.study.hindrance import hindrance
+from sonofed_server.study.standing import Standing, standing
 from sonofed_server.study.summary import summary
 
 app = typer.Typer(help="Studies with the enrolled hospitals.", no_args_is_help=True)
@@ -84,7 +85,7 @@ def status(
     if follow:
         _follow(coordinator, entry)
         return
-    now = standing(entry, coordinator.front_log)
+    now = _standing(coordinator, entry)
     print(now.model_dump_json() if json else "\n".join(now.lines()))
 
 
@@ -145,7 +146,7 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
 def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
     said: dict[str, str] = {}
     while True:
-        now = standing(entry, coordinator.front_log)
+        now = _standing(coordinator, entry)
         lines = {SECONDS.sub("", line): line for line in now.lines()}
         for told, line in lines.items():
             if told not in said:
@@ -159,9 +160,21 @@ def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
         time.sleep(FOLLOW_SECONDS)
 
 
+def _standing(coordinator: Coordinator, entry: desk.Entry) -> Standing:
+    now = standing(entry, coordinator.front_log)
+    if now.state != "waiting":
+        return now
+    return now.model_copy(update={"reason": hindrance(coordinator, entry.name)})
+
+
 def _check_up(coordinator: Coordinator) -> None:
-    if read_status(coordinator.run) is None:
+    if read_status(coordinator.run) is not None:
+        return
+    if left := left_running(coordinator.run):
         raise DeploymentError(
-            "the coordinator is not up, and no study runs meanwhile; start it: "
-            "sonofed-coordinator up"
+            f"the coordinator's supervisor was killed, and {', '.join(left)} run on without it; "
+            "end them and start it again: sonofed-coordinator up"
         )
+    raise DeploymentError(
+        "the coordinator is not up, and no study runs meanwhile; start it: sonofed-coordinator up"
+    )

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 from sonofed_common.log import told
-from sonofed_common.supervision.program import Program, answers
+from sonofed_common.supervision.probes import Endpoint
+from sonofed_common.supervision.program import Program
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.project import Coordinator
+
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
+"""Where one calls who listens on every address."""
 
 
 def programs(coordinator: Coordinator, project: Path) -> list[Program]:
@@ -47,9 +51,14 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
     )
     front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
+    inside, outside = endpoints(coordinator)
     return [
         Program(
-            "superlink", superlink, lambda: answers(port), {**environment, **told("superlink")}
+            "superlink",
+            superlink,
+            inside.works,
+            {**environment, **told("superlink")},
+            endpoint=inside,
         ),
         Program(
             "executor",
@@ -65,9 +74,30 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
                 "MALLOC_MMAP_THRESHOLD_": str(2**20),
             },
         ),
-        Program("front", (*front, "-e", "stderr"), lambda: answers(coordinator.project.port)),
+        Program("front", (*front, "-e", "stderr"), outside.works, endpoint=outside),
         Program("conductor", conductor, lambda: True),
     ]
+
+
+def endpoints(coordinator: Coordinator) -> tuple[Endpoint, Endpoint]:
+    """Return where the SuperLink and where the front answers, as this machine asks them."""
+    project = coordinator.project
+    superlink = Endpoint(
+        host="127.0.0.1",
+        port=project.superlink_port,
+        name="localhost",
+        authority=coordinator.authority,
+        setting="superlink_port",
+        path="/health",
+    )
+    front = Endpoint(
+        host=ANY.get(project.listen, project.listen.strip("[]")),
+        port=project.port,
+        name=project.host,
+        authority=coordinator.authority,
+        setting="port in address",
+    )
+    return superlink, front
 
 
 def flower_environment(coordinator: Coordinator) -> dict[str, str]:

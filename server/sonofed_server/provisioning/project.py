@@ -157,7 +157,7 @@ class Coordinator:
     @property
     def run(self) -> Path:
         """Where the supervisor keeps its state and the logs."""
-        return self.root / "run"
+        return run_folder(self.root)
 
     @property
     def front_log(self) -> Path:
@@ -183,13 +183,34 @@ def read_coordinator(project: Path, *, new: bool = False) -> Coordinator:
         The superuser asks, and the folder is another account's.
     """
     read = validate(Project, read_toml(project), project.name)
+    return Coordinator(read, find_root(project, new=new))
+
+
+def find_root(project: Path, *, new: bool = False) -> Path:
+    """Find a project's folder, whatever its file says.
+
+    Parameters
+    ----------
+    project, new
+        See `read_coordinator`.
+
+    Raises
+    ------
+    ConfigurationError
+        The folder is not there.
+    """
     root = project.resolve().parent / "coordinator"
     _refuse_superuser(root)
     if not new and not (root / "ca.pem").is_file():
         raise ConfigurationError(
             f"{root} holds no keys; run 'sonofed-coordinator init {project}' first"
         )
-    return Coordinator(read, root)
+    return root
+
+
+def run_folder(root: Path) -> Path:
+    """Where in a project's folder the supervisor keeps its state and the logs."""
+    return root / "run"
 
 
 def _refuse_superuser(root: Path) -> None:

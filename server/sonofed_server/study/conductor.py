@@ -25,6 +25,7 @@ from sonofed_common.supervision.supervisor import read_status
 from sonofed_server.provisioning.project import Coordinator
 from sonofed_server.study.desk import Entry, Wish, entries
 from sonofed_server.study.flower import submit
+from sonofed_server.study.hindrance import EVERY, note
 from sonofed_server.study.registration import register
 
 STEP_SECONDS = 0.25
@@ -60,9 +61,11 @@ class Conductor:
         self._registered: frozenset[tuple[str, float]] | None = None
         self._submitted: dict[str, _Start] = {}
         self._not_before = 0.0
+        self._hindrances: dict[str, str] = {}
 
     def run(self) -> None:
         """Do what is due, again and again, until this process is ended."""
+        note(self._coordinator, self._hindrances)
         while True:
             if time.monotonic() >= self._not_before:
                 self.step()
@@ -70,13 +73,17 @@ class Conductor:
 
     def step(self) -> None:
         """Do what is due now; what fails for one study keeps no other back."""
+        before, self._hindrances = self._hindrances, {}
         each = entries(self._coordinator)
         for entry in each:
             self._try(partial(self._end, entry), study=entry.name)
-        there = answers(self._coordinator.project.superlink_port)
-        if there and self._try(self._keep_registrations):
+        if not answers(self._coordinator.project.superlink_port):
+            self._hindrances[EVERY] = "the SuperLink does not answer"
+        elif self._try(self._keep_registrations):
             for entry in each:
                 self._try(partial(self._begin, entry), study=entry.name)
+        if self._hindrances != before:
+            note(self._coordinator, self._hindrances)
 
     def _try(self, work: Callable[[], None], **named: str) -> bool:
         try:
@@ -84,10 +91,13 @@ class Conductor:
                 work()
         except SonoFedError as error:
             log.warning("%s", error)
-        except Exception:
+            reason = error.message
+        except Exception as error:
             log.exception("a step failed, and is tried again")
+            reason = f"the conductor met a defect ({type(error).__name__}); see conductor.log"
         else:
             return True
+        self._hindrances[named.get("study", EVERY)] = reason
         self._not_before = time.monotonic() + 5.0
         return False
 
@@ -128,15 +138,20 @@ class Conductor:
             return True
         start = self._submitted[entry.name]
         waited = time.monotonic() - start.at
-        if entry.process == start.before and start.superlink == self._superlink():
+        if entry.process == start.before and not self._lost(start):
             return waited > START_SECONDS
         # Its process began and is gone, or the SuperLink is, which takes its runs along.
         return waited > min(LONGEST_PAUSE, 2.0 ** (wish.attempts - 1))
 
     def _orphaned(self, entry: Entry) -> bool:
         """Whether its process belongs to a SuperLink that died: that one's runs are over."""
-        start, now = self._submitted.get(entry.name), self._superlink()
-        return start is not None and now is not None and start.superlink != now
+        start = self._submitted.get(entry.name)
+        return start is not None and self._lost(start)
+
+    def _lost(self, start: _Start) -> bool:
+        """Whether the SuperLink of a start is another now; without a supervisor nobody knows."""
+        now = self._superlink()
+        return None not in (now, start.superlink) and now != start.superlink
 
     def _superlink(self) -> Identity | None:
         status = read_status(self._coordinator.run)

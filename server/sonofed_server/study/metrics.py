@@ -29,7 +29,7 @@ def study_metrics(coordinator: Coordinator) -> Iterable[Metric]:
             ("phases_done", "Phases that are over."),
             ("phases", "Phases of the study."),
             ("sites", "Hospitals of the cohort."),
-            ("sites_missing", "Hospitals that were left out of what was asked last."),
+            ("sites_missing", "Hospitals that a running study left out of what it asked last."),
             ("quorum", "Hospitals without which the study fails."),
             ("attempts", "Starts since the study last finished a round."),
         )
@@ -51,7 +51,8 @@ def study_metrics(coordinator: Coordinator) -> Iterable[Metric]:
             continue
         for name in get_args(State):
             state.add_metric([entry.name, name], float(found.state == name))
-        missing = sum(word.startswith("missing") for word in found.sites.values())
+        running = found.state == "running"
+        missing = running * sum(word.startswith("missing") for word in found.sites.values())
         values = {
             "phases_done": found.phases_done,
             "phases": found.phases,

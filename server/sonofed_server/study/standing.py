@@ -52,7 +52,7 @@ class Standing(Model):
     attempts : int
         Starts since the study last finished a round.
     reason : str
-        Why it failed.
+        Why it failed, or does not run yet.
     quorum : int
         Hospitals without which it fails.
     costs : tuple of PhaseCost
