@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,7 +103,7 @@ def light_site(hospital: Hospital, site: int) -> None:
     key = supernode.load_ssh_private_key(hospital.node_key.read_bytes(), None)
     address, certificates = installed_kit(hospital).address, hospital.authority.read_bytes()
     with http_request_response(address, False, certificates, (key, key.public_key())) as connection:
-        Light(connection, {}).serve()
+        Light(connection, {}, threading.Event()).serve()
 
 
 def free_ports(number: int) -> list[int]:

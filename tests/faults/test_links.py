@@ -89,7 +89,7 @@ def test_a_study_goes_on_after_a_link_was_down(laboratory, root, tmp_path):
             now = json.loads(deployment.study("status", "cut", "--json"))
             assert now["state"] == "running" and now["sites"][name].startswith("awaited: ")
             machines.mend(name)
-            assert reaches(machines, name, port)
+            wait_for(lambda: reaches(machines, name, port))
             said = deployment.study("status", "cut", "--follow")
             assert entry.state == "completed", said
             assert read_results(entry.workspace.results).missing_sites == ()

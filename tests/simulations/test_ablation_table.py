@@ -13,10 +13,10 @@ from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.tables import maker
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of, select
-from sonofed_simulations.tables.adaptation_ablation import ABOUT, FULL, PARTS, PUBLISHED
-from sonofed_simulations.tables.features import Start
+from sonofed_simulations.tables.adaptation_ablation_page import ABOUT, FULL, PARTS, PUBLISHED
 from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
 from sonofed_simulations.tables.request import Request
+from sonofed_simulations.tables.start import Start
 
 SMALL = Embedding(rounds=1, dimension=8, batch_size=4)
 
@@ -26,7 +26,7 @@ def start() -> Start:
         torch.manual_seed(0)
         model = build_classifier("shufflenet_v2", pretrained=False)
     centroids = np.eye(2, model.feature_dim, dtype=np.float32)
-    return Start("0" * 64, "shufflenet_v2", dict(model.state_dict()), centroids, 0.5)
+    return Start("0" * 64, "shufflenet_v2", dict(model.state_dict()), "0" * 64, centroids, 0.5)
 
 
 def pools() -> dict[str, Pooled]:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
+from skactiveml.pool import batch_bald as library_batch_bald
 
 from sonofed_simulations.rivals import DUAL_SCORES, TWO_VIEWS, Pool
 from sonofed_simulations.rivals import STRATEGIES as ALL
+from sonofed_simulations.rivals.batch_bald import JOINT_SAMPLES, batch_bald
 from sonofed_simulations.rivals.pool import UNLABELLED, united
 
 FEATURES, PASSES = 12, 6
@@ -106,6 +108,21 @@ def test_batch_bald_does_not_ask_the_same_question_twice() -> None:
     assert set(STRATEGIES["batch-bald"].select(shown, 2, 0).tolist()) & {0, 1}
     assert 2 in STRATEGIES["batch-bald"].select(shown, 2, 0).tolist()
     assert 2 not in STRATEGIES["bald"].select(shown, 2, 0).tolist()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_batch_bald_picks_what_the_library_picks(classes: int) -> None:
+    draws = np.random.default_rng(classes)
+    passes = softmax(
+        2 * draws.normal(size=(40, classes)) + draws.normal(size=(10, 40, classes)), axis=2
+    )
+    passes[:, 5:8] = passes[:, :3]
+    utilities = library_batch_bald(passes.copy(), 25, JOINT_SAMPLES, random_state=7)
+    found = batch_bald(passes, 25, 7)
+    # What the library has picked has no utility in its later rows.
+    for done, utility in enumerate(utilities):
+        assert set(np.flatnonzero(np.isnan(utility))) == set(found[:done])
+    assert utilities[-1][found[-1]] == np.nanmax(utilities[-1])
 
 
 def blobs(sizes: tuple[int, ...], spread: float = 0.05) -> np.ndarray:

@@ -7,14 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load, save
 
+from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.contract.study import Finetuning
+from sonofed_common.models.classifiers import TWO_VIEWS as SUFFIX
 from sonofed_common.runtime import SILENT, Events
+from sonofed_common.security import load_or_create_signing_key
+from sonofed_server.source.settings import SegmenterTraining
+from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
+from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.tables import cells as cells_module
 from sonofed_simulations.tables.adaptation_selection import run_selection_table
 from sonofed_simulations.tables.cells import Cell, fingerprint
+from sonofed_simulations.tables.hospitals import places_of, read_hospitals, split_of
 from sonofed_simulations.tables.preset import choose, preset_cells
 from sonofed_simulations.tables.selection_findings import findings
 from sonofed_simulations.tables.selection_summary import summarise
@@ -27,6 +37,7 @@ from sonofed_simulations.tables.settings import (
     SplitName,
     chains,
 )
+from sonofed_simulations.tables.start import read_start
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
 
@@ -44,6 +55,16 @@ def tiny(**changes: object) -> SelectionTable:
         "training": Finetuning(rounds=1, local_epochs=1),
     }
     return SelectionTable.model_validate({**values, **changes})
+
+
+SMALL = {"encoder": "unet", "epochs": 1, "batch_size": 8}
+TWO = tiny(
+    strategies=("random", "two-view-random"),
+    budgets=(0.2,),
+    draws=1,
+    pooled=False,
+    lesions=SegmenterTraining(**SMALL),
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +137,65 @@ def test_an_interrupted_table_is_of_what_has_finished(made: Path, tmp_path: Path
     assert f"5 of {values['wanted']} cells have run" in (tmp_path / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def two_views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two-views")
+    # The first of both splits.
+    run_selection_table(TWO, out, None, (1, 2), SILENT)
+    return out
+
+
+def test_cells_of_two_views_start_from_the_products_classifier(two_views: Path) -> None:
+    work = two_views / "work"
+    single, start = (read_start(work / "source", f"shufflenet_v2{view}") for view in ("", SUFFIX))
+    hospitals = read_hospitals(Laboratory(read_scenario(str(TINY)), work, None, SILENT), 32)
+    folder = work / "cells" / "seed-0-fold-0" / "federated" / "two-view-bn-adapted"
+    kept = cells_module.from_bytes((folder / "0.safetensors").read_bytes())
+    for hospital in hospitals:
+        parts = places_of(hospital, split_of(hospital, TWO, SplitName(0, 0)))
+        seen = start.seen(hospital, parts[0], SILENT)
+        assert torch.equal(seen[:, :1], hospital.images) and seen.shape[1] == 2
+        model = start.model()
+        adapt_batch_norm(model, seen[parts[0]])
+        with torch.inference_mode():
+            expected = model(seen[parts[1]]).softmax(1)[:, 1]
+        found = kept.arrays[f"probabilities/{hospital.name}"]
+        assert found == pytest.approx(expected.numpy(), abs=1e-5)
+    assert start.begin.head["weight"].shape == (2, 2048) != single.begin.head["weight"].shape
+    rows = {row["strategy"] for row in json.loads((two_views / "table.json").read_text())["rows"]}
+    assert {"two-view-random", "two-view-all-labels", "random", "all-labels"} <= rows
+
+
+def signed_anew(folder: Path, changes: dict[str, bytes]) -> None:
+    """Sign a laboratory's source again under another name, some of its files changed."""
+    old = Bundle.open(folder / "source")
+    facts = old.manifest
+    writer = BundleWriter(old.folder, name="anew", kind=facts.kind, provenance=facts.provenance)
+    writer.facts = facts.facts
+    for path in old.paths:
+        writer.add(path, changes.get(path) or old.read(path))
+    assert writer.sign(load_or_create_signing_key(folder / "coordinator.pem")).id != old.id
+
+
+def test_what_was_made_of_weights_is_kept_while_they_stay_the_same(
+    two_views: Path, tmp_path: Path
+) -> None:
+    work, segmenter = tmp_path / "work", "segmenters/source.safetensors"
+    shutil.copytree(two_views / "work", work)
+    before = files(tmp_path)
+    weights = load(Bundle.open(work / "source").read(segmenter))
+    others = {segmenter: save({name: -tensor for name, tensor in weights.items()})}
+    for changes, kept in (({}, before), (others, [path for path in before if single(path)])):
+        signed_anew(work, changes)
+        summary = run_selection_table(TWO, tmp_path, None, (1, 40), SILENT)
+        assert summary.cells == sum("cells" in path.parts for path in kept)
+    assert files(tmp_path) == before
+
+
+def single(path: Path) -> bool:
+    return not any(name.startswith("two-view-") for name in path.parts)
+
+
 def test_cells_of_other_training_do_not_count(made: Path) -> None:
     other = tiny(training=Finetuning(rounds=1, local_epochs=1, learning_rate=0.5))
     before = files(made)
@@ -158,6 +238,9 @@ def test_the_quick_table_has_every_strategy_and_shards_make_it_whole() -> None:
     assert sum(name == "feal" for name, _, _ in main) == 15
     full = [c for c in everything if c.strategy == "badge" and c.budgets == QUICK.budgets]
     assert {c.split.seed for c in full} == {0, 1, 2} and {c.split.fold for c in full} == {0}
+    # Every split has run with few draws before one has more, and pooled ones wait for all.
+    order = [(c.mode == "pooled", c.mode == "federated" and c.draw >= 3) for c in everything]
+    assert order == sorted(order) and len(set(order)) == 3
 
 
 def test_a_strategys_fingerprint_is_of_its_code() -> None:
@@ -175,14 +258,14 @@ def cell(strategy: str, split: SplitName, right: float, mode: Mode = "federated"
         predictions[site] = (labels, np.where(correct, labels, 1 - labels) * 0.8 + 0.1, groups)
     chosen = {"north": [0, 1, 2], "south": [0]}
     chain = Chain(strategy, mode, 0, split, (0.2,))
-    return Cell(chain, 0.2, chosen, {"north": 1, "south": 0}, predictions, 1.0)
+    return Cell(chain, 0.2, chosen, {"north": 1, "south": 0}, predictions, 0.5, 1.0)
 
 
 def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> None:
     splits = [SplitName(0, fold) for fold in range(3)]
     rights = {"random": 0.6, "max-entropy": 0.6, "badge": 0.9, "dual-margin-near": 0.6}
     made = [cell(name, split, right) for name, right in rights.items() for split in splits]
-    summary = summarise(tiny(), made, 20, 0.5)
+    summary = summarise(tiny(), made, 20)
     rows = {row.strategy: row for row in summary.rows}
     expected = np.mean(
         [
@@ -218,7 +301,8 @@ def at_sites(strategy: str, split: SplitName, right: dict[str, float]) -> Cell:
         predictions[site] = (labels, probabilities, np.array([f"{split.fold}-{n}" for n in labels]))
     counts = {site: n for n, site in enumerate(right)}
     chosen = {site: list(range(n)) for site, n in counts.items()}
-    return Cell(Chain(strategy, "federated", 0, split, (0.2,)), 0.2, chosen, counts, predictions, 1)
+    chain = Chain(strategy, "federated", 0, split, (0.2,))
+    return Cell(chain, 0.2, chosen, counts, predictions, 0.5, 1)
 
 
 def test_the_preset_is_chosen_at_the_other_sites_alone() -> None:
@@ -245,10 +329,23 @@ def test_the_preset_is_chosen_at_the_other_sites_alone() -> None:
 def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:
     made = [cell("random", SplitName(0, fold), 0.5) for fold in range(2)]
     made.append(cell("badge", SplitName(0, 1), 0.9))
-    row = next(r for r in summarise(tiny(), made, 4, 0.5).rows if r.strategy == "badge")
+    row = next(r for r in summarise(tiny(), made, 4).rows if r.strategy == "badge")
     one, other = (
         np.mean([np.mean((p >= 0.5) == y) for y, p, _ in c.predictions.values()])
         for c in (made[2], made[1])
     )
     assert row.splits == 1
     assert row.over_random["accuracy"].value == pytest.approx(one - other)
+
+
+def test_the_best_rival_is_picked_on_splits_that_random_has_too() -> None:
+    hard, easy = SplitName(0, 0), SplitName(0, 1)
+    rights = {hard: {"random": 0.5, "badge": 0.7}, easy: {"random": 0.9, "clue": 0.92}}
+    made = [
+        at_sites(name, split, {"north": right, "south": right})
+        for split, found in rights.items()
+        for name, right in found.items()
+    ]
+    summary = summarise(tiny(), made, 4)
+    means = {row.strategy: row.accuracy.value for row in summary.rows}
+    assert means["clue"] > means["badge"] and summary.best_rival == "badge"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.records import Records
 from sonofed_common.data.lesions import BATCH, ENLARGED, lesion_boxes, with_lesions
 from sonofed_common.models.classifiers import sees_lesions
+from sonofed_common.models.segmenter import Segmenter
 from sonofed_common.security import sha256
 
 
@@ -64,18 +65,33 @@ def _boxes(site: Site, rows: list[CataloguedImage], bundle: str, image_size: int
     return boxes[torch.tensor([row.position for row in rows], dtype=torch.long)]
 
 
-@torch.inference_mode()
 def _found(site: Site, bundle: str, image_size: int) -> Tensor:
-    """Boxes of the whole catalogue, by the source's segmenter with statistics of the pool."""
+    """Boxes of the whole catalogue, by the source's segmenter."""
     _, pool = site.images("pool", image_size)
-    model = site.segmenter(bundle, "source", image_size)
-    adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))
-    model.eval()
     batches = torch.split(pixels(site.store, image_size), BATCH)
-    track = partial(site.events.track, task="outline lesions", total=len(batches))
-    return torch.cat(
-        [
-            lesion_boxes(1 - model.probabilities(batch.to(site.device).float() / 255)[:, 0])
-            for batch in track(batches)
-        ]
-    )
+    tracked = site.events.track(batches, "outline lesions", len(batches))
+    shown = (batch.to(site.device).float() / 255 for batch in tracked)
+    return outlined(site.segmenter(bundle, "source", image_size), pool, shown)
+
+
+@torch.inference_mode()
+def outlined(segmenter: Segmenter, pool: Tensor, batches: Iterable[Tensor]) -> Tensor:
+    """Find a square around the lesion of each image.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        The source's; its normalisation statistics are re-estimated on the pool.
+    pool : Tensor (P, 1, S, S)
+        In [0, 1].
+    batches : iterable of Tensor (B, 1, S, S)
+        The images, in [0, 1], on the segmenter's device.
+
+    Returns
+    -------
+    Tensor of float32 (N, 3)
+        See `lesion_boxes`.
+    """
+    adapt_batch_norm(segmenter, evenly_spaced(pool, BATCH_NORM_IMAGES))
+    segmenter.eval()
+    return torch.cat([lesion_boxes(1 - segmenter.probabilities(batch)[:, 0]) for batch in batches])

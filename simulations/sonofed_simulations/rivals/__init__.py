@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sonofed_simulations.rivals.batch_bald import BatchBald
 from sonofed_simulations.rivals.diversity import Badge, Clue, CoreSet, ProbCover, TypiClust
 from sonofed_simulations.rivals.federated import Feal, Kafal, LoGo
 from sonofed_simulations.rivals.learned import LfOSA, Vaal
@@ -9,7 +10,7 @@ from sonofed_simulations.rivals.ours import DualScore
 from sonofed_simulations.rivals.pool import Pool, Strategy
 from sonofed_simulations.rivals.random import Random
 from sonofed_simulations.rivals.two_views import TWO_VIEWS
-from sonofed_simulations.rivals.uncertainty import Bald, BatchBald, MaxEntropy
+from sonofed_simulations.rivals.uncertainty import Bald, MaxEntropy
 
 DUAL_SCORES: dict[str, Strategy] = {
     f"dual-{uncertainty}-{order}": DualScore(uncertainty, order)

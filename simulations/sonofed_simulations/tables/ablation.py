@@ -34,8 +34,9 @@ from sonofed_server.phases.clustering_math import (
     update_centroids,
 )
 from sonofed_simulations.tables.arms import Array
-from sonofed_simulations.tables.features import Start, features_of
+from sonofed_simulations.tables.features import features_of
 from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
+from sonofed_simulations.tables.start import Start
 
 Stage = Literal["full", "without reconstruction", "without hypersphere", "without contrast"]
 

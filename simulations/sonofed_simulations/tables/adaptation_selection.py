@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.models.classifiers import TWO_VIEWS
 from sonofed_common.runtime import Events, set_threads
 from sonofed_server.source.settings import DiffusionTraining
 from sonofed_simulations.laboratory import Laboratory
@@ -15,8 +16,9 @@ from sonofed_simulations.tables.cells import Cell, cell_origin, decode, read_rec
 from sonofed_simulations.tables.manifest import write_manifest
 from sonofed_simulations.tables.material import Material
 from sonofed_simulations.tables.request import Made, Request
-from sonofed_simulations.tables.selection_page import summary_table, write_page
+from sonofed_simulations.tables.selection_page import write_page
 from sonofed_simulations.tables.selection_summary import Summary, summarise
+from sonofed_simulations.tables.selection_tables import summary_table
 from sonofed_simulations.tables.settings import QUICK, Chain, SelectionTable, chains
 
 THREADS = 1
@@ -71,7 +73,7 @@ def run_selection_table(
     scenario = _scenario(table)
     material = Material.prepare(table, Laboratory(scenario, out / "work", data, events))
     everything = list(chains(table))
-    # Contiguous shards: a machine extracts the features of few splits.
+    # Contiguous shards share few splits, whose features each machine extracts.
     first, last = ((n * len(everything)) // total for n in (number - 1, number))
     try:
         _run(everything[first:last], material)
@@ -84,7 +86,7 @@ def run_selection_table(
 def _write(everything: Sequence[Chain], material: Material, out: Path) -> Summary:
     cells, wanted = finished(everything, material)
     material.laboratory.events.emit("table", cells=len(cells), wanted=wanted)
-    summary = summarise(material.table, cells, wanted, material.start.threshold)
+    summary = summarise(material.table, cells, wanted)
     write_page(summary, material.table, out)
     write_manifest(out, material, cells)
     return summary
@@ -95,13 +97,13 @@ def finished(wanted: Sequence[Chain], material: Material) -> tuple[list[Cell], i
     found: list[Cell] = []
     count = 0
     for chain in wanted:
-        features = material.origins(chain)
+        start, features = material.starts[chain.two_views], material.origins(chain)
         for budget in chain.budgets:
             count += 1
-            origin = cell_origin(chain, budget, material.table, features)
+            origin = cell_origin(chain, budget, material.table, start.begin, features)
             records = read_records(material.cells / chain.path(budget), origin)
             if records is not None:
-                found.append(decode(chain, budget, records))
+                found.append(decode(chain, budget, records, start.threshold))
     return found, count
 
 
@@ -113,7 +115,7 @@ def _run(wanted: Sequence[Chain], material: Material) -> None:
             missing.append(chain)
     done = len(wanted) - len(missing)
     for (split, two_views), group in groupby(missing, key=lambda c: (c.split, c.two_views)):
-        sites, begin = material.sites(split, two_views), material.begin(two_views)
+        sites, begin = material.sites(split, two_views), material.starts[two_views].begin
         for chain in group:
             run_chain(chain, material.table, begin, sites, material.origins(chain), material.cells)
             done += 1
@@ -123,9 +125,17 @@ def _run(wanted: Sequence[Chain], material: Material) -> None:
 
 
 def _scenario(table: SelectionTable) -> Scenario:
-    """The table's scenario, without what its cells have no use for."""
+    """The table's scenario with the models that its cells start from, and no others."""
     scenario = read_scenario(table.scenario)
+    classifier = scenario.study.classifiers[0]
+    two_views = (f"{classifier}{TWO_VIEWS}",) if table.lesions is not None else ()
     source = scenario.source.model_copy(
-        update={"threads": THREADS, "diffusion": DiffusionTraining(kind="none"), "synthetic": None}
+        update={
+            "threads": THREADS,
+            "classifiers": (classifier, *two_views),
+            "segmentation": table.lesions,
+            "diffusion": DiffusionTraining(kind="none"),
+            "synthetic": None,
+        }
     )
     return scenario.model_copy(update={"threads": THREADS, "source": source})

@@ -23,9 +23,10 @@ from sonofed_simulations.tables.aggregation_page import about
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
-from sonofed_simulations.tables.features import HospitalImages, Start, read_hospitals, read_start
+from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals
 from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.start import Start, read_start
 
 IMAGE_SIZE = 64
 BUDGET = 0.2
@@ -50,6 +51,7 @@ VARIANTS = (
     Variant(Arm("FedAvg")),
     Variant(Arm("FedProx", "FedAvg"), aggregation=Aggregation(strategy="fedprox")),
     Variant(Arm("SiloBN", "FedAvg"), settings=ADAM.model_copy(update={"batch_norm": "site"})),
+    Variant(Arm("FedBN", "FedAvg"), settings=ADAM.model_copy(update={"batch_norm": "local"})),
     Variant(Arm("FedDG-GA", "FedAvg"), aggregation=Aggregation(strategy="feddg_ga")),
     Variant(Arm("FedAdam", "FedAvg"), aggregation=Aggregation(strategy="fedadam")),
     Variant(Arm("FedAvg, SGD", "FedAvg"), settings=SGD),
@@ -120,10 +122,10 @@ class AggregationTable:
         ends = [train(self.start, cohort, settings, aggregation, seed) for cohort in cohorts]
         by_site = ends if arm.name == LOCAL else ends * len(sites)
         predictions = {
-            site.name: test(self.start, weights, site, settings)
-            for site, (weights, _) in zip(sites, by_site, strict=True)
+            site.name: test(self.start, end, site, settings)
+            for site, end in zip(sites, by_site, strict=True)
         }
-        shares = ends[0][1].config.get("shares", {})
+        shares = ends[0].state.config.get("shares", {})
         facts = {f"weight of {name}": share for name, share in shares.items()}
         return Outcome(predictions, {"labels": sum(len(s.labels) for s in sites), **facts})
 

@@ -22,14 +22,22 @@ from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_common.security import sha256
 from sonofed_simulations.rivals import STRATEGIES, Pool, Strategy
 from sonofed_simulations.rivals.pool import UNLABELLED, united
-from sonofed_simulations.tables.features import Begin, SiteFeatures
-from sonofed_simulations.tables.head import Head, Labelled, dropout_passes, logits, train_head
+from sonofed_simulations.tables.features import SiteFeatures
+from sonofed_simulations.tables.head import (
+    SETTINGS,
+    Head,
+    Labelled,
+    dropout_passes,
+    logits,
+    train_head,
+)
 from sonofed_simulations.tables.settings import (
     CONTROLS,
     SOURCE,
     Chain,
     SelectionTable,
 )
+from sonofed_simulations.tables.start import Begin
 
 Array = NDArray[Any]
 Chosen = dict[str, list[int]]
@@ -51,6 +59,8 @@ class Cell:
         How many of them are malignant.
     predictions : dict of str to tuple
         Labels (M,), P(malignant) (M,) and patients (M,) of each site's test images.
+    threshold : float
+        Of P(malignant): the operating point of the classifier that it started from.
     seconds : float
         What selection, training and prediction took.
     """
@@ -60,6 +70,7 @@ class Cell:
     chosen: Chosen
     malignant: dict[str, int]
     predictions: dict[str, tuple[Array, Array, Array]]
+    threshold: float
     seconds: float
 
 
@@ -78,14 +89,19 @@ def fingerprint(strategy: str) -> str:
 
 
 def cell_origin(
-    chain: Chain, budget: float, table: SelectionTable, features: Sequence[Mapping[str, Any]]
+    chain: Chain,
+    budget: float,
+    table: SelectionTable,
+    begin: Begin,
+    features: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What a cell is made of: it is made anew when any of it changes."""
     return {
         "strategy": [chain.strategy, chain.mode, chain.draw, fingerprint(chain.strategy)],
         "budgets": [b for b in chain.budgets if b <= budget],
-        "training": table.training.model_dump(mode="json"),
+        "training": table.training.model_dump(mode="json", include=SETTINGS),
         "passes": table.passes,
+        "begin": begin.digest,
         "features": [dict(origin) for origin in features],
     }
 
@@ -117,7 +133,7 @@ def run_chain(
     chosen: Chosen = {site.name: [] for site in sites}
     for budget in chain.budgets:
         path = folder / chain.path(budget)
-        origin = cell_origin(chain, budget, table, origins)
+        origin = cell_origin(chain, budget, table, begin, origins)
         kept = read_records(path, origin)
         if kept is None:
             began = time.perf_counter()
@@ -138,7 +154,7 @@ def read_records(path: Path, origin: Mapping[str, Any]) -> Records | None:
     return records if records.config["origin"] == dict(origin) else None
 
 
-def decode(chain: Chain, budget: float, records: Records) -> Cell:
+def decode(chain: Chain, budget: float, records: Records, threshold: float) -> Cell:
     """Make a cell of what its file holds."""
     predictions = {
         site: (
@@ -149,8 +165,15 @@ def decode(chain: Chain, budget: float, records: Records) -> Cell:
         for site, groups in records.config["groups"].items()
     }
     config = records.config
-    seconds = float(records.metrics["seconds"])
-    return Cell(chain, budget, config["chosen"], config["malignant"], predictions, seconds)
+    return Cell(
+        chain,
+        budget,
+        config["chosen"],
+        config["malignant"],
+        predictions,
+        threshold,
+        float(records.metrics["seconds"]),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from sonofed_common.contract.study import Finetuning
 from sonofed_common.runtime import derive_seed
 from sonofed_common.training import Training, fit
 
+SETTINGS = {"rounds", "local_epochs", "learning_rate", "batch_size", "balanced"}
+"""Of `Finetuning`: what `train_head` reads."""
 Head = Mapping[str, Tensor]
 """State of the linear layer: ``weight`` (C, F) and ``bias`` (C,)."""
 

@@ -13,7 +13,7 @@ from sonofed_common.data.splits import Split
 from sonofed_common.runtime import write_atomically
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.tables.cells import Cell
-from sonofed_simulations.tables.features import HospitalImages, split_of
+from sonofed_simulations.tables.hospitals import HospitalImages, split_of
 from sonofed_simulations.tables.material import Material
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
@@ -54,8 +54,7 @@ def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None
     facts = {
         "table": table.model_dump(mode="json"),
         "source": {
-            "bundle": material.start.bundle,
-            "lesions": material.lesion.digest if material.lesion is not None else None,
+            "bundle": material.starts[False].bundle,
             "settings": source.model_dump(mode="json", exclude_none=True),
         },
         "data": {h.name: h.provenance.model_dump(mode="json") for h in material.hospitals},

@@ -77,6 +77,7 @@ def preset_cells(cells: Sequence[Cell], table: SelectionTable) -> list[Cell]:
                     {site: cell.chosen[site] for site, cell in parts.items()},
                     {site: cell.malignant[site] for site, cell in parts.items()},
                     {site: cell.predictions[site] for site, cell in parts.items()},
+                    one.threshold,
                     0.0,
                 )
             )

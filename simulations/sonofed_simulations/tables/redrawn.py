@@ -30,8 +30,10 @@ from sonofed_simulations.report.clouds import similarity
 from sonofed_simulations.report.view import SourceView
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
 from sonofed_simulations.tables.cells import read_records
-from sonofed_simulations.tables.features import Start, features_of, read_hospitals, read_start
+from sonofed_simulations.tables.features import features_of
+from sonofed_simulations.tables.hospitals import read_hospitals
 from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.start import Start, read_start
 
 THREADS = 1
 IMAGE_SIZE = 64

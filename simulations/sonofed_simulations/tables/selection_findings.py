@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sonofed_simulations.paired import Contrast
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
-from sonofed_simulations.tables.selection_summary import RANDOM, Row, Summary
-from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS
+from sonofed_simulations.tables.selection_rows import Row
+from sonofed_simulations.tables.selection_summary import Summary
+from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS, RANDOM
 
 LEVEL = 0.05
 NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
@@ -46,8 +48,8 @@ def findings(summary: Summary) -> list[str]:
 
 
 def _over_random(rows: Sequence[Row], metric: str, budget: float) -> str:
-    better = [r for r in rows if r.over_random[metric].low > 0 and _sure(r, metric)]
-    worse = [r for r in rows if r.over_random[metric].high < 0 and _sure(r, metric)]
+    better = [r for r in rows if _sure(r.over_random[metric]) > 0]
+    worse = [r for r in rows if _sure(r.over_random[metric]) < 0]
     open_ones = len(rows) - len(better) - len(worse)
     subject = f"{NAMES[metric]} at {budget:.0%} of the labels, against Random after Holm"
     return (
@@ -57,19 +59,21 @@ def _over_random(rows: Sequence[Row], metric: str, budget: float) -> str:
 
 
 def _over_best(rows: Sequence[Row], summary: Summary) -> str:
-    better = [r.strategy for r in rows if r.over_best["accuracy"].low > 0]
-    worse = [r.strategy for r in rows if r.over_best["accuracy"].high < 0]
+    better = [r.strategy for r in rows if _sure(r.over_best["accuracy"]) > 0]
+    worse = [r.strategy for r in rows if _sure(r.over_best["accuracy"]) < 0]
     said = [
         f"{', '.join(names)} {verb}" for names, verb in ((better, "above"), (worse, "below"))
         if names
     ]  # fmt: skip
-    text = "; ".join(said) or "no variant's interval excludes 0"
-    return f"Ours against the best rival, `{summary.best_rival}`, by accuracy: {text}."
+    text = "; ".join(said) or f"none of {len(rows)} can be told from it"
+    return f"Ours against the best rival, `{summary.best_rival}`, by accuracy after Holm: {text}."
 
 
-def _sure(row: Row, metric: str) -> bool:
-    p = row.over_random[metric].p_holm
-    return p is not None and p < LEVEL
+def _sure(found: Contrast) -> int:
+    """Sign of a difference; 0 where its interval holds 0 or the corrected p is too large."""
+    if found.p_holm is None or found.p_holm >= LEVEL:
+        return 0
+    return int(found.low > 0) - int(found.high < 0)
 
 
 def _list(rows: Sequence[Row], metric: str) -> str:

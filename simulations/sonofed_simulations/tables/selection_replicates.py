@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.replicates import Replicates
-from sonofed_simulations.tables.settings import SplitName
+from sonofed_simulations.tables.settings import Mode, SplitName
 
 METRICS = ("accuracy", "auroc")
-Key = tuple[str, str, float]
+Key = tuple[str, Mode, float]
 """Strategy, mode and budget."""
 SelectionReplicates = Replicates[Key, SplitName, Cell]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,10 @@ from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
 
 Mode = Literal["federated", "pooled"]
 
-DRAWN = ("random", "two-view-random")
+RANDOM = "random"
+DRAWN = (RANDOM, "two-view-random")
+FIRST_DRAWS = 3
+"""Draws that run before the next split does: more splits say more than more draws."""
 
 SOURCE, BASELINE, ALL_LABELS = "source-only", "bn-adapted", "all-labels"
 """Weights as shipped, with normalisation re-estimated on site, and trained on every label."""
@@ -117,21 +120,32 @@ class Chain:
 
 
 def chains(table: SelectionTable) -> Iterator[Chain]:
-    """All chains, those that make the first whole picture first: split by split, pooled last."""
+    """All chains, those that say most first: every split with few draws, more draws, pooled."""
     splits = [SplitName(s, f) for f in range(table.folds) for s in table.seeds]
-    modes: list[Mode] = ["federated", "pooled"] if table.pooled else ["federated"]
-    for mode in modes:
+    for draws in (range(FIRST_DRAWS), range(FIRST_DRAWS, table.draws)):
         for split in splits:
-            budgets = tuple(b for b in table.budgets if split.fold == 0 or b <= table.main_budget)
-            if mode == "pooled" and split.fold > 0:
-                continue
-            if mode == "federated":
-                for name in CONTROLS:
-                    chain = Chain(name, mode, 0, split, (0.0,))
-                    if table.lesions or not chain.two_views:
-                        yield replace(chain, budgets=(1.0,)) if chain.labels_everything else chain
+            if 0 in draws:
+                yield from _controls(table, split)
             for name in table.strategies:
-                if name in TWO_VIEWS and (mode == "pooled" or not table.lesions):
-                    continue
-                for draw in range(table.draws if name in DRAWN else 1):
-                    yield Chain(name, mode, draw, split, budgets)
+                if table.lesions is not None or name not in TWO_VIEWS:
+                    yield from _draws(table, name, "federated", split, draws)
+    for split in splits:
+        for name in table.strategies:
+            if table.pooled and split.fold == 0 and name not in TWO_VIEWS:
+                yield from _draws(table, name, "pooled", split, range(table.draws))
+
+
+def _controls(table: SelectionTable, split: SplitName) -> Iterator[Chain]:
+    for name in CONTROLS:
+        chain = Chain(name, "federated", 0, split, (0.0,))
+        if table.lesions is not None or not chain.two_views:
+            yield replace(chain, budgets=(1.0,)) if chain.labels_everything else chain
+
+
+def _draws(
+    table: SelectionTable, name: str, mode: Mode, split: SplitName, draws: Iterable[int]
+) -> Iterator[Chain]:
+    budgets = tuple(b for b in table.budgets if split.fold == 0 or b <= table.main_budget)
+    for draw in draws:
+        if draw < (table.draws if name in DRAWN else 1):
+            yield Chain(name, mode, draw, split, budgets)

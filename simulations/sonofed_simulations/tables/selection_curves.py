@@ -1,0 +1,77 @@
+"""Budget curves of a selection table: areas, and the labels that a strategy saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sonofed_common.contract.configuration import Model
+from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
+from sonofed_simulations.statistics import budget_area, needed_budget
+from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
+from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, RANDOM, Mode, SelectionTable
+
+MARGIN = 0.01
+"""Accuracy below that of all labels at which labels count as saved."""
+
+
+class Curve(Model):
+    """One strategy over all budgets, on the splits that have finished every one of them.
+
+    Notes
+    -----
+    ``area`` is the mean accuracy over the budgets' range. ``saving`` is by how large a share of
+    the pools fewer labels than Random's reach the accuracy of all labels less one point, on curves
+    that are linear between no label, the budgets and all labels.
+    """
+
+    strategy: str
+    mode: Mode
+    splits: int
+    accuracy: dict[str, Interval]
+    area: Interval
+    over_random: Contrast | None = None
+    saving: Interval | None = None
+
+
+def curve_of(
+    strategy: str, mode: Mode, table: SelectionTable, replicates: SelectionReplicates
+) -> Curve | None:
+    """Return a strategy's curve; None where no split has finished every budget."""
+    keys: list[Key] = [(strategy, mode, budget) for budget in table.budgets]
+    splits = replicates.splits(*keys)
+    if not splits or len(keys) < 2:
+        return None
+    values = [replicates.over_sites(key, splits)[0] for key in keys]
+    area = _area(table, values)
+    reference: list[Key] = [(RANDOM, mode, budget) for budget in table.budgets]
+    common = replicates.splits(*keys, *reference)
+    over_random = saving = None
+    if common and strategy != RANDOM:
+        own, others = (
+            [replicates.over_sites(key, common)[0] for key in chain] for chain in (keys, reference)
+        )
+        over_random = contrast(_area(table, own), _area(table, others))
+        ends: list[Key] = [(BASELINE, "federated", 0.0), (ALL_LABELS, "federated", 1.0)]
+        if mode == "federated" and set(common) <= set(replicates.splits(*ends)):
+            low, high = (replicates.over_sites(key, common)[0] for key in ends)
+            budgets = [0.0, *table.budgets, 1.0]
+            needs = [
+                needed_budget(budgets, np.stack([low, *curve, high], axis=1), high - MARGIN)
+                for curve in (others, own)
+            ]
+            saving = interval(needs[0] - needs[1])
+    return Curve(
+        strategy=strategy,
+        mode=mode,
+        splits=len(splits),
+        accuracy={f"{b:g}": interval(v) for b, v in zip(table.budgets, values, strict=True)},
+        area=interval(area),
+        over_random=over_random,
+        saving=saving,
+    )
+
+
+def _area(table: SelectionTable, values: Sequence[Floats]) -> Floats:
+    return budget_area(table.budgets, np.stack(values, axis=-1))

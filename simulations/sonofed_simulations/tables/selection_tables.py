@@ -1,0 +1,124 @@
+"""The tables of a selection table's page, in Markdown and for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
+from sonofed_simulations.tables.preset import is_ours
+from sonofed_simulations.tables.selection_replicates import METRICS
+from sonofed_simulations.tables.selection_rows import Row
+from sonofed_simulations.tables.selection_summary import Summary
+from sonofed_simulations.tables.settings import CONTROLS, SelectionTable
+
+HEADER = ("strategy", "splits", "labels", "accuracy (95%)", "AUROC (95%)", "worst site",
+          "accuracy over Random (95%), p Holm", "AUROC over Random (95%), p Holm")  # fmt: skip
+
+
+def summary_table(summary: Summary) -> Table:
+    """Return the rows at the main budget, for a terminal."""
+    table = Table(*HEADER)
+    for row in main_rows(summary):
+        table.add_row(*_cells(row))
+    return table
+
+
+def main_table(summary: Summary) -> list[str]:
+    """Return the rows at the main budget, federated."""
+    return markdown(HEADER, map(_cells, main_rows(summary)))
+
+
+def rival_table(summary: Summary) -> list[str]:
+    """Return differences to the best rival."""
+    rows = [
+        [row.strategy, *(contrast_text(row.over_best.get(metric)) for metric in METRICS)]
+        for row in main_rows(summary)
+        if row.over_best
+    ]
+    return markdown(("strategy", "accuracy (95%), p Holm", "AUROC (95%), p Holm"), rows)
+
+
+def details_table(summary: Summary) -> list[str]:
+    """Return other metrics, tests, effects, and of which images the labels are."""
+    sites = list(summary.rows[0].sites) if summary.rows else []
+    header = ("strategy", "balanced accuracy", "ECE", "d", "p permutation", "p DeLong",
+              "malignant chosen", *(f"from {site}" for site in sites))  # fmt: skip
+    rows = [
+        [
+            row.strategy,
+            number_text(row.points["balanced_accuracy"], ".3f"),
+            number_text(row.points["ece"], ".3f"),
+            number_text(row.effect, "+.2f"),
+            number_text(row.p_permutation, ".4f"),
+            number_text(row.p_delong, ".3f"),
+            number_text(row.malignant_share, ".0%"),
+            *(number_text(row.site_share.get(site), ".0%") for site in sites),
+        ]
+        for row in main_rows(summary)
+    ]
+    return [
+        *markdown(header, rows),
+        "",
+        "d: Cohen's d of the splits' accuracy differences to Random, of five splits or more. "
+        "Permutation: signs of the patients' differences in correct images, all images alike. "
+        "DeLong: the first seed's folds and sites together, against Random's first draw, images "
+        "taken as independent. These p values are not corrected.",
+    ]
+
+
+def site_table(summary: Summary) -> list[str]:
+    """Return the AUROC at each site."""
+    sites = list(summary.rows[0].sites) if summary.rows else []
+    rows = [[r.strategy, *(interval_text(r.sites[s]) for s in sites)] for r in main_rows(summary)]
+    return markdown(("strategy", *sites), rows)
+
+
+def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
+    """Return the budget curves."""
+    header = ("strategy", "mode", "splits", *(f"accuracy at {b:.0%}" for b in table.budgets),
+              "area", "area over Random (95%)", "labels saved (95%)")  # fmt: skip
+    ordered = sorted(summary.curves, key=lambda curve: (curve.mode, -curve.area.value))
+    rows = [
+        [
+            curve.strategy,
+            curve.mode,
+            str(curve.splits),
+            *(f"{value.value:.3f}" for value in curve.accuracy.values()),
+            f"{curve.area.value:.3f}",
+            "" if curve.over_random is None else interval_text(curve.over_random, "+.3f"),
+            "" if curve.saving is None else interval_text(curve.saving, "+.0%"),
+        ]
+        for curve in ordered
+    ]
+    return [
+        *markdown(header, rows),
+        "",
+        "Area: mean accuracy over the budgets' range. Labels saved: share of the pools by which "
+        "fewer labels than Random's reach the accuracy of all labels less one point.",
+    ]
+
+
+def main_rows(summary: Summary) -> list[Row]:
+    """Return the federated rows at the main budget, controls first, by accuracy."""
+    rows = [
+        row
+        for row in summary.rows
+        if row.mode == "federated" and (row.budget == summary.main_budget or _control(row))
+    ]
+    return sorted(rows, key=lambda row: (not _control(row), -row.accuracy.value))
+
+
+def _control(row: Row) -> bool:
+    return row.strategy in CONTROLS
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        f"{row.strategy} (ours)" if is_ours(row.strategy) else row.strategy,
+        str(row.splits),
+        f"{row.labels:.0f}",
+        interval_text(row.accuracy),
+        interval_text(row.auroc),
+        f"{row.worst_site_auroc:.3f}",
+        *(contrast_text(row.over_random.get(metric)) for metric in METRICS),
+    ]
