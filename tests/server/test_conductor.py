@@ -81,7 +81,7 @@ def write_bundle(coordinator, folder, text):
     data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
     provenance = Provenance(data=data, settings="0" * 64)
     writer = BundleWriter(folder, name="source", kind="source", provenance=provenance)
-    writer.add("weights", text)
+    writer.add("classifiers/resnet18.safetensors", text)
     return writer.sign(load_signing_key(coordinator.signing_key)).id
 
 
@@ -92,7 +92,8 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     kept = write_bundle(coordinator, one, b"1")
     write_bundle(coordinator, other, b"2")
     file = project / "tiny.toml"
-    file.write_text(tomli_w.dumps({"name": "tiny", "cohort": {"sites": ["north", "south"]}}))
+    study = {"name": "tiny", "cohort": {"sites": ["north", "south"]}, "classifiers": ["resnet18"]}
+    file.write_text(tomli_w.dumps(study))
     workspace = put_on(coordinator, file, one, None).workspace
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, other, None)

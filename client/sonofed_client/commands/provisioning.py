@@ -7,14 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sonofed_client.provisioning.kit import (
-    check_images,
-    check_kit,
-    check_same,
-    check_socket,
-    install_kit,
-    read_kit,
-)
+from sonofed_client.provisioning.kit import check_kit, install_kit, read_kit
+from sonofed_client.provisioning.options import check_images, check_same, check_socket
 from sonofed_client.provisioning.place import Hospital, RelaySettings
 from sonofed_client.provisioning.programs import site_of
 from sonofed_client.provisioning.request import make_request, replace_node_key
