@@ -19,8 +19,8 @@ from sonofed_simulations.paired import (
     interval,
 )
 from sonofed_simulations.report.clouds import density
+from sonofed_simulations.report.figures import INK, drawing, site_colours
 from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
-from sonofed_simulations.report.figures import drawing, site_colours
 from sonofed_simulations.tables.article import Article, Row, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.manifest import write_facts
@@ -108,7 +108,7 @@ def found_text(moves: Mapping[Key, Moved]) -> str:
         for name in DISTANCES:
             own = {s: m.change for (w, s, n), m in moves.items() if (w, n) == (way, name)}
             if own:
-                parts.append(f"{name} {_verdict(own, name)}")
+                parts.append(f"{name}: {_verdict(own, name)}")
         said.append(f"**{way}**: {'; '.join(parts) or 'no hospital has run'}.")
     return (
         "The work reports that reconstruction homogenises three target domains with the source. "
@@ -140,6 +140,8 @@ def _shared(moves: Mapping[Key, Moved]) -> str:
     nearer = {key for key, move in moves.items() if _side(move.change, key[2]) == "nearer"}
     drawn = [key for key in nearer if key[0] != BLUR]
     shared = [key for key in drawn if (BLUR, *key[1:]) in nearer]
+    if not drawn:
+        return "Under diffusion no hospital comes nearer."
     return (
         f"Of the {len(drawn)} approaches under diffusion, {len(shared)} stand under the blur too, "
         "which knows nothing of the source."
@@ -233,7 +235,8 @@ def _figure(cells: Cells, order: Sequence[str]) -> bytes:
     }
     for way in ways:
         panels[f"redrawn: {way}"] = {s: first[way, s].after for s in order if (way, s) in first}
-    own, colours = first[ways[0], SOURCE].before, site_colours(list(order))
+    own = first[ways[0], SOURCE].before
+    colours = {SOURCE: INK, **site_colours([site for site in order if site != SOURCE])}
     buffer = io.BytesIO()
     with drawing(8.6, 2.9) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]

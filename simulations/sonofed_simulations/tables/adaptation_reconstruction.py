@@ -129,7 +129,8 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
     order = [shown.site for shown in redrawing.shown]
     count, wanted = sum(map(len, cells.values())), len(redrawing.wanted)
     header, lines = _table(means, drops, order, cells)
-    compared = [key for key in drops if key[2] == MEASURES[0]]
+    shown = [(way, site, MEASURES[0]) for way, site in _keys(means, order)]
+    compared = [key for key in shown if key in drops]
     article = Article(
         title="How well the source's diffusion redraws images",
         work=f"Table 4 of {WORK}",

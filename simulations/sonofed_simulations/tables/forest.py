@@ -33,6 +33,7 @@ def forest(labels: Sequence[str], panels: Mapping[str, Sequence[Interval]], widt
             axes.axvline(0, color=SOFT, linewidth=0.8)
             axes.set(title=title, xlabel="difference (95%)")
             axes.grid(axis="x")
+            axes.locator_params(axis="x", nbins=4)
         drawn[0].set_yticks(range(len(labels)), labels)
         drawn[0].invert_yaxis()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -54,13 +54,14 @@ def about(settings: FederatedSettings) -> About:
                 metrics=("auroc", "accuracy"),
             ),
             Claim(
-                "It reports that diffusion images raise it by .0156 and .0145",
+                "The work reports that diffusion images raise the mean AUROC of FedAvg by .0156 "
+                "and of FedProx by .0145",
                 tuple(f"{base} + diffusion images" for base in ("FedAvg", "FedProx")),
                 MEAN,
                 metrics=("auroc", "accuracy"),
             ),
             Claim(
-                "It reports that FedProx is .0223 above FedAvg",
+                "The work reports that FedProx is .0223 above FedAvg",
                 ("FedProx",),
                 MEAN,
                 metrics=("auroc", "accuracy"),
