@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +42,7 @@ from sonofed_client.enclave.store import Store
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.provisioning.programs import installed_kit
 from sonofed_client.provisioning.programs import programs as site_programs
-from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
+from sonofed_common.contract.recorddict import from_recorddict, send_larger_parts, to_recorddict
 from sonofed_common.contract.records import Records, grouped
 from sonofed_common.supervision.program import Program, answers
 from sonofed_server.provisioning.keys import make_keys
@@ -98,10 +99,11 @@ def light_site(hospital: Hospital, site: int) -> None:
             return Message(to_recorddict(reply), reply_to=message)
 
     supernode.be_patient()
+    send_larger_parts()
     key = supernode.load_ssh_private_key(hospital.node_key.read_bytes(), None)
     address, certificates = installed_kit(hospital).address, hospital.authority.read_bytes()
     with http_request_response(address, False, certificates, (key, key.public_key())) as connection:
-        Light(connection, {}).serve()
+        Light(connection, {}, threading.Event()).serve()
 
 
 def free_ports(number: int) -> list[int]:

@@ -129,6 +129,10 @@ COVERED = {
     "sonofed-lab run breast_three_countries --data DATA --out runs/breast": (
         "options, here; its data is read in tests/common/data"
     ),
+    "sonofed-lab run breast_two_views --data DATA --out runs/two-views": (
+        "options, here; validated in tests/common/test_presets.py, and a smaller one runs in "
+        "tests/integration/test_two_views.py"
+    ),
     "sonofed-lab compare breast_selection --data DATA --out runs/selection": (
         "options, here; validated in tests/simulations/test_comparison.py"
     ),
@@ -162,6 +166,9 @@ COVERED = {
     ),
     "sonofed-lab run breast_segmentation --data DATA --out runs/outlines": (
         "options, here; validated in tests/simulations/test_scenarios.py"
+    ),
+    "sonofed-lab page runs/organs runs/outlines --out runs/outlines.md": (
+        "options, here; runs in tests/simulations/test_report_segmentation.py"
     ),
     "sonofed-lab compare breast_segmentation --data DATA --out runs/methods": (
         "options, here; validated in tests/simulations/test_comparison.py"
@@ -305,6 +312,15 @@ def test_the_example_of_a_source_is_valid() -> None:
     validate(SourceSettings, tomllib.loads(example('name = "cairo"')), "cairo")
 
 
+def test_the_example_of_our_own_method_is_valid() -> None:
+    values = tomllib.loads(example('preset = "sonofed"'))
+    validate(SourceSettings, {"name": "cairo", **values["source"]}, "source")
+    cohort = {"sites": ["north"]}
+    study = validate(Study, {"name": "ours", "cohort": cohort, **values["study"]}, "study")
+    assert set(study.classifiers) <= set(values["source"]["classifiers"])
+    assert study.selection.strategy == "typiclust" and f"`{study.preset}`" in METHODS
+
+
 def test_names_that_can_be_chosen_are_documented() -> None:
     assert all(f"`{name}`" in RESEARCHER for name in (*READERS, *SCANNERS))
     assert all(f"`{name}`" in METHODS for name in (*CLASSIFIERS, *ENCODERS))
@@ -371,7 +387,7 @@ def test_option_tables_are_the_models(
         if key == "phases":
             assert re.findall(r"`(\w+)`", default) == list(field.default)
             assert field.default == ACTIVE_LEARNING
-        elif field.is_required() or field.default is None:
+        elif field.is_required() or field.default_factory or field.default is None:
             assert "`" not in default or "with" in default, key
         else:
             assert default == f"`{field.default}`", key

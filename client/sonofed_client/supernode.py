@@ -4,7 +4,7 @@ Flower's own SuperNode starts a process for every message, hands the message on 
 takes the app from the coordinator that this process loads. Here one process does all of it, with
 Flower's connection and its keys: nothing that the coordinator sends is ever run, and a message is
 on its way to the enclave as soon as it is there. Flower's calls get more time for an answer than
-thirty seconds, in which the two pieces of 5 MB that go at a time cross no link below 3 Mbit/s.
+thirty seconds, in which the two parts that go at a time cross no slow link.
 
 Use: ``python -m sonofed_client.supernode --help``
 """
@@ -29,6 +29,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.config import parse_config_args
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.exit import register_signal_handlers
 from flwr.supercore.inflatable.inflatable_object import (
@@ -41,10 +42,12 @@ from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.telemetry import EventType
+from flwr.supernode import fleet_http_connection
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from sonofed_client.app import app
-from sonofed_common.contract.recorddict import take_apart
+from sonofed_common.contract.recorddict import send_larger_parts, take_apart
 
 SHORTEST_REST = 0.05
 LONGEST_REST = 0.5
@@ -59,6 +62,30 @@ PATIENCE = httpx.Timeout(180.0, connect=30.0)
 log = logging.getLogger(__name__)
 
 
+class Client(FleetHttpClient):
+    """Flower's calls, which tell where the answer to one for a message did not come.
+
+    Flower asks again by itself, and may then be told that there is nothing: what the SuperLink gave
+    to the first call is gone.
+    """
+
+    lost = threading.Event()
+
+    def PullMessages(  # noqa: N802, for it is Flower's
+        self, request: PullMessagesRequest
+    ) -> PullMessagesResponse:
+        """Ask for a message."""
+        try:
+            return super().PullMessages(request)
+        except httpx.HTTPStatusError as error:
+            if error.response.is_server_error:
+                self.lost.set()
+            raise
+        except httpx.TransportError:
+            self.lost.set()
+            raise
+
+
 class Node:
     """A hospital's node, connected.
 
@@ -68,15 +95,25 @@ class Node:
         Flower's calls of the Fleet API.
     settings : mapping
         The hospital's own words, for the relay.
+    lost : threading.Event
+        Set where an answer that may have held a message did not come.
     """
 
-    def __init__(self, connection: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, connection: tuple[Any, ...], settings: Mapping[str, Any], lost: threading.Event
+    ) -> None:
         self._id, self._receive, self._send, *_, self._pull, self._push, self._confirm = connection
-        self._settings = dict(settings)
+        self._settings, self._lost = dict(settings), lost
         TaskIdentity.node_id, TaskIdentity.task_id = self._id, 0
 
     def serve(self) -> None:
-        """Answer messages, one after the other, until the process is asked to end."""
+        """Answer messages, one after the other, until one may have been lost on its way here.
+
+        Notes
+        -----
+        The SuperLink gives a message once. Only a node that comes anew is sent again what it did
+        not answer.
+        """
         since = time.monotonic()
         while True:
             try:
@@ -85,6 +122,8 @@ class Node:
                 # A proxy on the way may refuse a call; to Flower that is a run which is over.
                 found = None
             if found is None:
+                if self._lost.is_set():
+                    return
                 waited = WAITED_SHARE * (time.monotonic() - since)
                 time.sleep(min(max(SHORTEST_REST, waited), LONGEST_REST))
                 continue
@@ -150,14 +189,22 @@ def main() -> None:
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
     be_patient()
+    send_larger_parts()
     certificates = given.root_certificates.read_bytes()
     keys = (key, key.public_key())
     threading.excepthook = partial(end_with_thread, threading.excepthook)
-    with http_request_response(given.superlink, False, certificates, keys) as connection:
-        if given.connected is not None:
-            given.connected.touch(mode=0o600)
-        Node(connection, parse_config_args([given.node_config])).serve()
-    # It serves until it is ended: Flower keeps to itself what else ended the connection.
+    settings, again = parse_config_args([given.node_config]), True
+    vars(fleet_http_connection)["FleetHttpClient"] = Client
+    while again:
+        Client.lost.clear()
+        again = False
+        with http_request_response(given.superlink, False, certificates, keys) as connection:
+            if given.connected is not None:
+                given.connected.touch(mode=0o600)
+            Node(connection, settings, Client.lost).serve()
+            again = True
+            log.info("an answer was lost on its way; the node comes anew")
+    # Flower keeps to itself what else ended the connection.
     raise SystemExit("the connection to the SuperLink ended")
 
 

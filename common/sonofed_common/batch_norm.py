@@ -1,4 +1,4 @@
-"""Normalisation statistics of the images at hand."""
+"""Batch normalisation: statistics of the images at hand, and which weights are its own."""
 
 from __future__ import annotations
 
@@ -72,6 +72,19 @@ def adapt_batch_norm(
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def layers_of(model: nn.Module) -> frozenset[str]:
+    """Names of what normalisation layers hold: scales, shifts and statistics.
+
+    These are what FedBN (Li et al., ICLR 2021) leaves at each site.
+    """
+    return frozenset(
+        f"{place}.{name}"
+        for place, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for name in layer.state_dict()
+    )
 
 
 def _running(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -122,6 +122,19 @@ def table_(
 
 
 @app.command()
+def page(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, in this order.")],
+    out: Annotated[Path, typer.Option("--out", help="The page, FILE.md; numbers go to FILE.json.")],
+) -> None:
+    """Set finished runs of segmentation side by side: a page of Markdown and its numbers."""
+    from sonofed_common.contract.results import read_results
+    from sonofed_simulations.report.outlines import write_outlines
+
+    write_outlines([read_results(run / "results.json") for run in runs], out)
+    _console().print(f"page: {out}\nnumbers: {out.with_suffix('.json')}")
+
+
+@app.command()
 def prepare(
     scenario: Annotated[str, typer.Argument(help="Name of a built-in scenario, or a TOML file.")],
     out: Out,

@@ -23,12 +23,12 @@ from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array, Records, from_bytes, grouped, to_bytes
 from sonofed_common.contract.results import Results, read_results
-from sonofed_common.contract.study import PRESETS, Study
+from sonofed_common.contract.study import PRESETS, ClassifierNorm, Study
 from sonofed_common.runtime import SILENT, Events, write_atomically
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.scenarios.scenario import SHARED, Scenario, read_scenario
 
 PREDICTIONS = "predictions.safetensors"
 
@@ -119,9 +119,12 @@ def study_of(comparison: Comparison, scenario: Scenario, variant: str, seed: int
     preset = comparison.variants[variant].get("preset", scenario.study.preset)
     if preset != scenario.study.preset:
         # The scenario's study holds what its own preset set as if it had said so itself.
-        for section, settings in PRESETS[scenario.study.preset].items():
-            own = values[section].items()
-            values[section] = {k: v for k, v in own if k not in settings or v != settings[k]}
+        for key, settings in PRESETS[scenario.study.preset].items():
+            if isinstance(settings, Mapping):
+                own = values[key].items()
+                values[key] = {k: v for k, v in own if k not in settings or v != settings[k]}
+            elif key not in SHARED and values[key] == settings:
+                del values[key]
     for key, value in comparison.variants[variant].items():
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if both else value
@@ -317,9 +320,10 @@ def _predict(
     bundle: Path,
     sites: list[Path],
     weights: dict[str, Array],
-    batch_norm: Literal["site", "global"],
+    batch_norm: ClassifierNorm,
 ) -> Records:
     """Predict each test image, as only a laboratory that owns all data may."""
+    last = len(study.selection.budgets) - 1
     parameters = EvaluateClassifier(
         study=study.name,
         seed=study.seed,
@@ -327,6 +331,7 @@ def _predict(
         image_size=study.image_size,
         classifier=study.classifiers[0],
         batch_norm=batch_norm,
+        budget=last if batch_norm == "local" else None,
     )
     arrays: dict[str, Array] = {}
     groups = {}

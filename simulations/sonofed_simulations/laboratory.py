@@ -199,7 +199,6 @@ class Laboratory:
         )
 
     def _phantoms(self, name: str, wanted: PhantomData) -> Path:
-        self.events.progress(f"phantoms {name}", 0, 1)
         folder = write_dataset(
             self.root / "phantoms" / name,
             SCANNERS[wanted.scanner],
@@ -208,8 +207,8 @@ class Laboratory:
             PHANTOM_SIZE,
             wanted.malignant_fraction,
             wanted.anatomy,
+            self.events,
         )
-        self.events.progress(f"phantoms {name}", 1, 1)
         return folder.resolve()
 
 

@@ -29,7 +29,10 @@ Curves = Mapping[tuple[str, int], Mapping[str, Mapping[str, Floats]]]
 
 
 class MaskSummaryRow(Model):
-    """One method over its finished seeds; Dice, NSD and ECE in [0, 1], HD95 in pixels."""
+    """One method over its finished seeds; Dice, NSD and ECE in [0, 1], HD95 in pixels.
+
+    ``sites`` is Dice, as ``sites_over_baseline`` is.
+    """
 
     name: str
     seeds: tuple[int, ...]
@@ -40,6 +43,8 @@ class MaskSummaryRow(Model):
     worst_site: str
     worst_site_dice: float
     sites: dict[str, Interval]
+    sites_nsd: dict[str, Interval] = Field(default={})
+    sites_hd95: dict[str, Interval] = Field(default={})
     over_baseline: Contrast | None = None
     sites_over_baseline: dict[str, Interval] = Field(default={})
     way_to_supervised: Interval | None = None
@@ -182,6 +187,8 @@ def _row(
         worst_site=worst,
         worst_site_dice=float(sites[worst][0]),
         sites={site: interval(values) for site, values in sites.items()},
+        sites_nsd={site: interval(_at(curves, name, seeds, site, "nsd")) for site in sites},
+        sites_hd95={site: interval(_at(curves, name, seeds, site, "hd95")) for site in sites},
         over_baseline=contrast(mean, _over(curves, baseline, seeds)) if paired else None,
         sites_over_baseline=(
             {s: interval(own - _at(curves, baseline, seeds, s)) for s, own in sites.items()}
@@ -223,9 +230,9 @@ def _over(curves: Curves, name: str, seeds: Sequence[int], metric: str = "dice")
     return values
 
 
-def _at(curves: Curves, name: str, seeds: Sequence[int], site: str) -> Floats:
-    """Mean Dice of a site over seeds (1 + R,)."""
-    values: Floats = np.mean([curves[name, seed][site]["dice"] for seed in seeds], axis=0)
+def _at(curves: Curves, name: str, seeds: Sequence[int], site: str, metric: str = "dice") -> Floats:
+    """Mean of a site over seeds (1 + R,)."""
+    values: Floats = np.mean([curves[name, seed][site][metric] for seed in seeds], axis=0)
     return values
 
 

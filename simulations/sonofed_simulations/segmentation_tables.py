@@ -42,8 +42,13 @@ def write_mask_summary(summary: MaskSummary, out: Path) -> None:
     """Write ``comparison.json`` and ``comparison.md``."""
     text = json.dumps(summary.model_dump(mode="json"), indent=2)
     write_atomically(out / "comparison.json", f"{text}\n".encode())
+    write_atomically(out / "comparison.md", ("\n".join(mask_page(summary)) + "\n").encode())
+
+
+def mask_page(summary: MaskSummary) -> list[str]:
+    """Return the summary as lines of Markdown."""
     sites = list(summary.rows[0].sites) if summary.rows else []
-    lines = [
+    return [
         *_markdown(HEADER, [_cells(row) for row in summary.rows]),
         "",
         COVERED,
@@ -63,6 +68,23 @@ def write_mask_summary(summary: MaskSummary, out: Path) -> None:
         *_markdown(
             ("method", *sites),
             [[row.name, *(_text(row.sites[site]) for site in sites)] for row in summary.rows],
+        ),
+        "",
+        "NSD by site (95%):",
+        "",
+        *_markdown(
+            ("method", *sites),
+            [[row.name, *map(_text, row.sites_nsd.values())] for row in summary.rows],
+        ),
+        "",
+        "HD95 by site, pixels (95%):",
+        "",
+        *_markdown(
+            ("method", *sites),
+            [
+                [row.name, *(_text(found, digits=1) for found in row.sites_hd95.values())]
+                for row in summary.rows
+            ],
         ),
         "",
         f"Dice over {summary.baseline} by site (95%, uncorrected):",
@@ -96,7 +118,6 @@ def write_mask_summary(summary: MaskSummary, out: Path) -> None:
             [[p.method, p.start, _text(p, "+"), f"{p.p_holm:.3f}"] for p in summary.plug_in],
         ),
     ]
-    write_atomically(out / "comparison.md", ("\n".join(lines) + "\n").encode())
 
 
 def _cells(row: MaskSummaryRow) -> list[str]:

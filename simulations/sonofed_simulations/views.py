@@ -24,7 +24,7 @@ from sonofed_common.models.classifiers import sees_lesions
 from sonofed_common.runtime import derive_seed
 from sonofed_server.source.data import boxes_of, lesions_beside, load_source
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
-from sonofed_simulations.report.view import SiteView, SourceView
+from sonofed_simulations.report.view import ScoredView, SiteView, SourceView
 from sonofed_simulations.scenarios.scenario import Scenario
 
 
@@ -32,10 +32,12 @@ def site_views(
     workspace: Workspace, study: Study, bundle: str, sites: list[Path]
 ) -> list[SiteView]:
     """Assemble the views of a finished study's sites; none where it did not score its images."""
-    if study.selection.strategy != "dual_score" or "select" not in study.phases:
+    if study.selection.strategy == "random" or "select" not in study.phases:
         return []
-    state = StudyState.load(workspace.checkpoint, identity_of(study, bundle))
-    centroids = torch.from_numpy(np.array(state.arrays["centroids"]))
+    centroids = None
+    if study.selection.strategy == "dual_score":
+        state = StudyState.load(workspace.checkpoint, identity_of(study, bundle))
+        centroids = torch.from_numpy(np.array(state.arrays["centroids"]))
     parameters = _parameters(study, bundle)
     return [_view(Site(read_site(path)), study, parameters, centroids) for path in sites]
 
@@ -83,11 +85,9 @@ def _parameters(study: Study, bundle: str) -> Encode:
     )
 
 
-def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> SiteView:
+def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor | None) -> SiteView:
     rows, images = site.images("pool", study.image_size)
     labels = [row.label for row in rows if row.label is not None]
-    kept = site.need(site.study_artifact(study.name, "embedding"), "embedding").arrays
-    embedding = torch.from_numpy(np.array(kept["embedding"]))
     redrawn = None
     if "reconstruct" in study.phases:
         redrawn = reconstructions(site, parameters, study.reconstruction)
@@ -95,21 +95,28 @@ def _view(site: Site, study: Study, parameters: Encode, centroids: Tensor) -> Si
     bundle, name = parameters.bundle, parameters.classifier
     _, seen = seen_by(name, site, "pool", bundle, study.image_size)
     features = partial(site.source_features, bundle, name)
-    return SiteView(
+    view = SiteView(
         name=site.settings.name,
         images=_pictures(images),
         reconstructions=None if redrawn is None else _pictures(redrawn),
-        embeddings=embedding.numpy(),
         features=features(seen).numpy(),
         reconstruction_features=(
             None
             if redrawn is None
             else features(redrawn_as_seen_by(name, site, redrawn, bundle)).numpy()
         ),
-        uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
-        representativeness=np.array(kept["representativeness"]),
         selected=np.array([row.id in chosen for row in rows]),
         labels=np.array(labels) if len(labels) == len(rows) else None,
+    )
+    if centroids is None:
+        return view
+    kept = site.need(site.study_artifact(study.name, "embedding"), "embedding").arrays
+    embedding = torch.from_numpy(np.array(kept["embedding"]))
+    return ScoredView(
+        **vars(view),
+        embeddings=embedding.numpy(),
+        uncertainty=uncertainty(embedding, centroids, study.selection.uncertainty).numpy(),
+        representativeness=np.array(kept["representativeness"]),
     )
 
 

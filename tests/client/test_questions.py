@@ -29,14 +29,14 @@ studies = st.one_of(
         ),
         st.fixed_dictionaries(
             {
-                "strategy": st.sampled_from(["dual_score", "random"]),
+                "strategy": st.sampled_from(["dual_score", "entropy", "random"]),
                 "combine": st.sampled_from(["rank", "radians"]),
                 "scope": st.sampled_from(["global", "per_site", "global_with_site_floor"]),
                 "budgets": st.sampled_from([(0.2,), (0.1, 0.2)]),
                 "omega": st.sampled_from([0.0, 1.0]),
             }
         ),
-        st.fixed_dictionaries({"batch_norm": st.sampled_from(["site", "global"])}),
+        st.fixed_dictionaries({"batch_norm": st.sampled_from(["site", "global", "local"])}),
         st.sampled_from([("resnet18",), ("resnet18", "mobilenet_v2")]),
     ),
     st.builds(
@@ -93,6 +93,9 @@ def counting(column):
         ({"scope": "per_site", "omega": 0.0}, {"uncertainty"}),
         ({"combine": "radians"}, {"informativeness", "identity"}),
         ({"strategy": "random"}, {"informativeness", "identity"}),
+        ({"strategy": "entropy"}, {"informativeness", "identity"}),
+        ({"strategy": "entropy", "scope": "per_site"}, set()),
+        ({"strategy": "typiclust"}, set()),
     ],
 )
 def test_scores_are_counted_only_where_the_selection_needs_it(selection, columns):

@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from sonofed_common.contract.study import ACTIVE_LEARNING, SEGMENTATION, Study
 
+LOCAL = {"batch_norm": "local"}
 SGD = {"optimizer": "sgd", "learning_rate": 0.05}
 
 
@@ -28,6 +29,7 @@ def test_a_study_may_name_a_strategy(strategy):
         ({"strategy": "scaffold", "finetuning": SGD, "quorum": 1}, "leave cohort.quorum out"),
         ({"strategy": "fedprox", "phases": SEGMENTATION}, "phase 'pretrain' averages segmenters"),
         ({"strategy": "fedadam", "phases": ("enrol", "ship")}, "would do nothing"),
+        ({"strategy": "fedprox", "finetuning": LOCAL}, "is of whole networks"),
         ({"strategy": "fedavg", "mu": 0.1}, "mu would do nothing: it is of strategy 'fedprox'"),
         ({"strategy": "fedprox", "server_learning_rate": 0.1}, "is of strategy 'fedadam'"),
     ],

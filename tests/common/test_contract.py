@@ -379,6 +379,8 @@ MASKS = {**POOLED, "branches": ["source"]}
         ("query.cluster", ENCODE, ["centroids"], ["student/w"]),
         ("train.score", {**ENCODE, "selection": {}}, ["centroids"], []),
         ("train.score", {**ENCODE, "selection": {"strategy": "random"}}, [], ["centroids"]),
+        ("train.score", {**ENCODE, "selection": {"strategy": "entropy"}}, [], ["centroids"]),
+        ("train.score", {**ENCODE, "selection": {"strategy": "typiclust"}}, [], ["centroids"]),
         ("train.select", {**COMMON, "stage": "rank"}, ["ranks/u/starts"], ["cuts"]),
         ("train.select", {**COMMON, "stage": "mark"}, ["cuts"], ["ranks/u/starts"]),
         ("evaluate.segmenter", {**MASKS, "infusion": {"rule": "gate"}}, ["gate/w"], []),

@@ -137,6 +137,14 @@ def test_classifiers_are_optional(networks, images, tmp_path):
         )
 
 
+def test_classifiers_whose_layers_stayed_at_the_sites_are_left_out(networks, tmp_path):
+    rule = Normalisation(segmenters="site", classifiers="local")
+    bundle = written(tmp_path, ensemble_of(networks, normalisation=rule))
+    assert f"classifiers/{NETWORK}.safetensors" in bundle.paths
+    again = load_ensemble(bundle)
+    assert not again.classifiers and again.branches.keys() == networks[0].keys()
+
+
 def changed(model, carried):
     pairs = zip(statistics_of(model).values(), carried.values(), strict=True)
     return any(not torch.equal(one, other) for one, other in pairs)

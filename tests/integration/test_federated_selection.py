@@ -30,7 +30,10 @@ NONE = np.empty((0, 2), dtype=np.uint64)
 
 
 def federated(sites, options: Selection, seed: int = 0, secrets=None) -> list[set[str]]:
-    """Run the true exchange; ``sites`` holds lists of (id, u, r), ``secrets`` one of each site."""
+    """Run the true exchange; ``sites`` holds lists of (id, u, r), ``secrets`` one of each site.
+
+    With strategy ``entropy`` u is what predictions lack to the largest one.
+    """
     secrets = secrets or [None] * len(sites)
     selectors = [
         PoolSelector(
@@ -40,6 +43,7 @@ def federated(sites, options: Selection, seed: int = 0, secrets=None) -> list[se
             np.array([u for _, u, _ in site], dtype=np.float32),
             np.array([r for _, _, r in site], dtype=np.float32),
             secret,
+            np.array([u for _, u, _ in site], dtype=np.float64),
         )
         for site, secret in zip(sites, secrets, strict=True)
     ]
@@ -79,6 +83,8 @@ def pooled(sites, options: Selection, seed: int = 0, secrets=None) -> list[set[s
         if options.strategy == "random":
             digest = hashlib.sha256(f"{seed}\0{options.draw}\0{i}".encode()).digest()
             return int.from_bytes(digest[:8], "little") // 2
+        if options.strategy == "entropy":
+            return u
         if options.combine == "radians":
             opposite = max(pi - r, 0.0)
             parts = {"near": r, "far": opposite, "both": 2 * min(r, opposite)}
@@ -124,10 +130,12 @@ def test_which_settings_ask_how_fine_counts() -> None:
     scores = np.random.default_rng(0).random((2, 40)).astype(np.float32)
     ids = [f"{n:016x}" for n in range(40)]
     asked = {}
+    own = scores[0].astype(np.float64)
     for scope in ("global", "per_site"):
-        for combine in ("rank", "radians"):
-            options = Selection(scope=scope, combine=combine, budgets=(0.25,))
-            selector = PoolSelector(ids, options, 0, scores[0], scores[1])
+        for how in ("rank", "radians", "entropy"):
+            chosen = {"strategy": how} if how == "entropy" else {"combine": how}
+            options = Selection(scope=scope, budgets=(0.25,), **chosen)
+            selector = PoolSelector(ids, options, 0, *scores, informativeness=own)
             alone = set()
 
             def count(request: CountRequest, selector=selector, alone=alone):
@@ -141,12 +149,15 @@ def test_which_settings_ask_how_fine_counts() -> None:
                 return counts
 
             select_federated(options, count, selector.set_ranks)
-            asked[scope, combine] = {c: sum(k == c for k, _ in alone) for c, _ in alone}
+            asked[scope, how] = {c: sum(k == c for k, _ in alone) for c, _ in alone}
     # With ranks every image stands alone in some interval of either score, in any scope.
     for scope in ("global", "per_site"):
         assert min(asked[scope, "rank"][c] for c in ("uncertainty", "representativeness")) >= 40
-    assert asked["global", "radians"].keys() == {"informativeness"}
-    assert asked["per_site", "radians"] == {}
+    for how in ("radians", "entropy"):
+        assert asked["global", how].keys() == {"informativeness"}
+        assert asked["per_site", how] == {}
+    # Only what lies around the threshold is split further: most images never stand alone.
+    assert asked["global", "entropy"]["informativeness"] < 40
 
 
 angle = st.floats(0, float(np.nextafter(np.float32(pi), np.float32(0))), width=32)
@@ -166,7 +177,7 @@ def pools(draw):
 
 options_of_a_study = st.builds(
     Selection,
-    strategy=st.sampled_from(["dual_score", "dual_score", "dual_score", "random"]),
+    strategy=st.sampled_from(["dual_score", "dual_score", "dual_score", "entropy", "random"]),
     distance_order=st.sampled_from(["near", "far", "both"]),
     combine=st.sampled_from(["rank", "radians"]),
     omega=st.sampled_from([0.0, 0.5, 1.0, 2.0, 0.3]),
@@ -367,6 +378,11 @@ def test_site_refuses_questions_out_of_order_and_bad_scores() -> None:
     foreign = RankTable(np.array([2**31], dtype=np.uint64), np.array([0, 1]))
     with pytest.raises(ParameterError):
         selector.set_ranks({"uncertainty": foreign, "representativeness": foreign})
+    for strategy in ("entropy", "typiclust"):
+        alone = Selection(strategy=strategy)
+        for score in (None, one, np.float64([-1]), np.float64([np.nan]), np.ones(2)):
+            with pytest.raises(ParameterError):
+                PoolSelector(ids, alone, 0, informativeness=score)
     for scores in (np.float32([np.nan]), np.float32([-1]), np.float32([4]), np.float64([1])):
         with pytest.raises(ParameterError):
             PoolSelector(ids, Selection(), 0, scores, one)

@@ -22,8 +22,10 @@ from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.provisioning.programs import programs
 from sonofed_client.settings import read_site
+from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.enrolment import EnrolmentRequest, canonical, node_public_text
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
+from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.fingerprint import WORDS, compare_words, words_of
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.cli import app as coordinator
@@ -66,6 +68,34 @@ def private_parts(folder):
     texts = [p.read_bytes() for p in folder.glob("*.key")]
     bodies = [b"".join(t.split(b"-----")[2].split()) for t in texts if b"PRIVATE" in t]
     return [b for b in bodies if b] + [t.strip() for t in texts if b"PRIVATE" not in t]
+
+
+def a_bundle(project, *classifiers):
+    data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
+    provenance = Provenance(data=data, settings="0" * 64)
+    folder = project / "-".join(classifiers)
+    writer = BundleWriter(folder, name="cairo", kind="source", provenance=provenance)
+    for name in classifiers:
+        writer.add(f"classifiers/{name}.safetensors", name.encode())
+    writer.sign(load_or_create_signing_key(Path("coordinator/coordinator.pem")))
+    return folder.name
+
+
+def test_a_study_is_told_before_it_starts_that_the_bundle_lacks_its_classifier(project):
+    run(coordinator, "init project.toml")
+    enrol()
+    Path("study.toml").write_text('name = "two"\npreset = "sonofed"\n[cohort]\nsites = ["north"]\n')
+    two = "efficientnet_lite0_two_views"
+    plain, both = a_bundle(project, "efficientnet_lite0"), a_bundle(project, "resnet18", two)
+    said = run(coordinator, f"study check study.toml --bundle {plain}", 20)
+    assert f"bundle cairo holds no classifier '{two}'" in said and "train the source" in said
+    assert "all enrolled" in run(coordinator, f"study check study.toml --bundle {both}")
+    # A study that classifies nothing needs none.
+    Path("study.toml").write_text(
+        'name = "chance"\npreset = "sonofed"\nphases = ["enrol", "ship", "select"]\n'
+        'selection = { strategy = "random" }\n[cohort]\nsites = ["north"]\n'
+    )
+    assert "all enrolled" in run(coordinator, f"study check study.toml --bundle {plain}")
 
 
 def test_from_nothing_to_an_installed_site(project):

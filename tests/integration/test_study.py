@@ -824,7 +824,7 @@ def test_flower_and_inline_do_the_same(laboratory, tmp_path, inline):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flower_ends_readably_and_leaves_no_process(laboratory, tmp_path):
     workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
     spoil(sites[0])

@@ -1,53 +1,143 @@
-"""A study whose classifier sees each lesion beside the whole image."""
+"""Studies whose classifier sees each lesion beside the whole image."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load
 
+from sonofed_client.adaptation.typiclust import places
+from sonofed_client.enclave.handlers.selection import selected
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.views import redrawn_as_seen_by, seen_by
 from sonofed_client.settings import read_site
+from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import read_results
+from sonofed_common.contract.selection import budget_count
+from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.data.lesions import cut_out, lesion_boxes
-from sonofed_common.runtime import SILENT
+from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_server.source.data import boxes_of, lesions_beside, load_source
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.scenarios.scenario import Scenario
+from sonofed_simulations.report.view import ScoredView
+from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.tables.hospitals import read_hospitals
 from sonofed_simulations.tables.start import read_start
+from sonofed_simulations.views import site_views
+
+pytestmark = pytest.mark.long
 
 NETWORK = "shufflenet_v2_two_views"
-PHASES = ("enrol", "ship", "reconstruct", "embed", "cluster", "select", "annotate", "classifier",
-          "publish")  # fmt: skip
+TINY = Path(__file__).parent / "tiny_two_views.toml"
+REDRAWN = {
+    "name": "redrawn",
+    "preset": "default",
+    "phases": ACTIVE_LEARNING,
+    "reconstruction": {"steps": 2},
+    "embedding": {"rounds": 1, "dimension": 16},
+    "clustering": {"clusters": 2, "iterations": 5},
+    "selection": {"budgets": [0.6]},
+}
+"""The dual score in place of the preset's choice."""
+
+
+def a_study(own, **changes):
+    return Study.model_validate(own.scenario.study.model_dump(exclude_unset=True) | changes)
 
 
 @pytest.fixture(scope="module")
-def two_views(laboratory, tmp_path_factory):
-    """A laboratory of two views, its sites and the folder of a finished study."""
-    scenario = laboratory.scenario
-    segmentation = {"encoder": "unet", "epochs": 3, "learning_rate": 3e-3, "batch_size": 8}
-    source = scenario.source.model_dump(mode="json")
-    source |= {"classifiers": [NETWORK], "segmentation": segmentation}
-    study = scenario.study.model_dump(mode="json", exclude_unset=True)
-    study |= {"classifiers": [NETWORK], "phases": PHASES}
-    values = scenario.model_dump(mode="json", exclude_none=True)
-    made = Scenario.model_validate({**values, "source": source, "study": study})
-    root = tmp_path_factory.mktemp("two-views")
-    own = Laboratory(made, root, None, SILENT)
-    bundle, sites = own.prepare_source(), own.prepare_sites(0)
-    workspace = own.workspace(made.study, bundle, root / "study")
+def trained(tmp_path_factory):
+    """A laboratory of two views, its bundle and the settings of its sites."""
+    own = Laboratory(read_scenario(str(TINY)), tmp_path_factory.mktemp("two-views"), None, SILENT)
+    return own, own.prepare_source(), own.prepare_sites(0)
+
+
+@pytest.fixture(scope="module")
+def two_views(trained):
+    """The laboratory, its bundle, its sites and the folder of a finished study."""
+    own, bundle, sites = trained
+    workspace = own.workspace(a_study(own, **REDRAWN), bundle, own.root / "redrawn")
     run_inline(workspace, sites, SILENT)
     return own, bundle, [Site(read_site(path)) for path in sites], workspace
 
 
-def test_a_whole_study_of_two_views(two_views):
+@pytest.fixture(scope="module")
+def preset(trained):
+    """The same of the preset's own study, on the same sites, with its results."""
+    own, bundle, sites = trained
+    workspace = own.workspace(own.scenario.study, bundle, own.root / "study")
+    results = run_inline(workspace, sites, SILENT)
+    return own, bundle, sites, workspace, results
+
+
+def test_the_preset_from_source_to_published_network(preset):
+    own, bundle, _, workspace, results = preset
+    assert tuple(phase.name for phase in results.phases) == own.scenario.study.phases
+    assert results.clusters == () and results.converged is None
+    for name, site in results.sites.items():
+        sizes = tuple(budget_count(share, site.images) for share in (0.3, 0.6))
+        assert site.selected_by_budget == sizes and site.labelled == sizes[-1], name
+        assert site.reconstruction is None
+        assert 0 <= site.classifiers[NETWORK].adapted["auroc"] <= 1
+    final = load(Bundle.open(workspace.final_bundle).read(f"classifiers/{NETWORK}.safetensors"))
+    start = load(Bundle.open(bundle).read(f"classifiers/{NETWORK}.safetensors"))
+    assert final.keys() == start.keys()
+    assert any(not np.array_equal(final[name], start[name]) for name in final)
+    card = workspace.model_card.read_text()
+    assert f"- {NETWORK} sees a second one, the lesion cut out" in card
+
+
+def test_the_preset_takes_what_is_typical_of_both_views(preset):
+    own, bundle, sites, _, _ = preset
+    study, identity = own.scenario.study, Bundle.open(bundle).id
+    for path in sites:
+        site = Site(read_site(path))
+        rows, images = seen_by(NETWORK, site, "pool", identity, study.image_size)
+        model = site.classifier(identity, NETWORK).eval()
+        adapt_batch_norm(model, images)
+        with torch.no_grad():
+            unit = torch.nn.functional.normalize(model.features(images), dim=1).numpy()
+        small, large = (budget_count(share, len(rows)) for share in study.selection.budgets)
+        seed = derive_seed(study.seed, 0, site.settings.name, "typiclust")
+        order = np.argsort(places(unit, (small, large), seed))
+        ids = [rows[n].id for n in order[:large]]
+        assert selected(site, study.name) == [ids[:small], ids]
+
+
+def test_a_preset_study_that_is_cut_off_goes_on_to_the_same_choice(preset):
+    own, bundle, sites, *_ = preset
+    study = a_study(own, name="again", phases=["enrol", "ship", "select"])
+    workspace = own.workspace(study, bundle, own.root / "again")
+
+    def stop(event):
+        if event.get("task") == "select" and event.get("done") == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_inline(workspace, sites, Events(listeners=[stop]))
+    run_inline(workspace, sites, SILENT)
+    for path in sites:
+        site = Site(read_site(path))
+        assert selected(site, "again") == selected(site, own.scenario.study.name)
+
+
+def test_what_the_lab_shows_of_the_preset_is_pictures_and_what_was_chosen(preset):
+    own, bundle, sites, workspace, results = preset
+    views = site_views(workspace, own.scenario.study, Bundle.open(bundle).id, sites)
+    assert [view.name for view in views] == list(results.sites)
+    for view in views:
+        assert not isinstance(view, ScoredView) and view.reconstructions is None
+        assert view.selected.sum() == results.sites[view.name].selected
+        assert len(view.features) == len(view.images) == len(view.labels)
+
+
+def test_a_whole_study_of_two_views_with_the_dual_score(two_views):
     _, bundle, sites, workspace = two_views
     results = read_results(workspace.results)
     for site in sites:

@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 from flwr.app import Message
+from flwr.app.message import array as flower_array
+from flwr.app.message.array import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
+from sonofed_common.contract.recorddict import (
+    PART_BYTES,
+    from_recorddict,
+    send_larger_parts,
+    to_recorddict,
+)
 from sonofed_common.contract.records import Records
 from sonofed_server.study.grid import put_together, take_apart
 
@@ -41,6 +48,16 @@ def test_a_message_is_whole_after_its_way(message):
     back, expected = from_recorddict(ours.content), from_recorddict(flower.content)
     assert back.digest() == expected.digest() == Records(ARRAYS).digest()
     assert (back.config, back.metrics) == (expected.config, expected.metrics)
+
+
+def test_parts_are_larger_than_flowers(monkeypatch):
+    name = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+    monkeypatch.setattr(flower_array, name, getattr(flower_array, name))
+    send_larger_parts()
+    content = to_recorddict(Records({"weights": np.frombuffer(GENERATOR.bytes(25_000_000), "u1")}))
+    parts = [len(o.data) for o in get_all_nested_objects(content).values() if type(o) is ArrayChunk]
+    assert len(parts) == 4
+    assert max(parts) == PART_BYTES and sum(parts) >= 25_000_000
 
 
 def test_only_what_is_missing_is_sent(message):

@@ -13,7 +13,7 @@ from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.tables import maker
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of, select
-from sonofed_simulations.tables.adaptation_ablation import ABOUT, FULL, PARTS, PUBLISHED
+from sonofed_simulations.tables.adaptation_ablation_page import ABOUT, FULL, PARTS, PUBLISHED
 from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.start import Start

@@ -42,6 +42,35 @@ def test_a_cell_of_fedavg_is_the_mean_of_the_sites_rounds(table: AggregationTabl
         assert np.array_equal(labels, site.test_labels)
 
 
+def test_a_cell_of_fedbn_averages_all_but_the_layers_of_each_site(laboratory: Laboratory) -> None:
+    start = read_start(laboratory.prepare_source(), "shufflenet_v2")
+    table = AggregationTable(start, read_hospitals(laboratory, 32), {}, (0,), rounds=2)
+    outcome = table.run(next(arm for arm in table.arms if arm.name == "FedBN"), 0)
+    settings = ADAM.model_copy(update={"rounds": 2})
+    sites = [site_images(hospital, 0) for hospital in table.hospitals]
+    models = {site.name: start.model() for site in sites}
+    norms = [n for n, m in start.model().named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    sizes = torch.tensor([len(site.chosen) for site in sites], dtype=torch.float64)
+    for number in range(2):
+        for site in sites:
+            seed = derive_seed(0, site.name, number)
+            torch.manual_seed(seed)
+            images = site.pool[site.chosen]
+            finetune_round(models[site.name], images, site.labels, settings, number, seed)
+        for name, tensor in start.weights.items():
+            if name.rpartition(".")[0] in norms:
+                continue
+            ends = torch.stack([m.state_dict()[name].double() for m in models.values()], dim=-1)
+            for model in models.values():
+                model.state_dict()[name].copy_((ends @ sizes / sizes.sum()).to(tensor.dtype))
+    for site in sites:
+        expected = predict(models[site.name].eval(), site.test)
+        np.testing.assert_allclose(outcome.predictions[site.name][1], expected, atol=1e-4)
+    assert len(
+        {models[site.name].state_dict()[f"{norms[0]}.weight"].numpy().tobytes() for site in sites}
+    ) == len(sites)
+
+
 def test_arms_differ_in_who_trains_and_are_tested_alike(table: AggregationTable) -> None:
     found = {
         arm.name: table.run(arm, 0)

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
-from sonofed_common.contract.study import Study
+from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.comparison import (
     PREDICTIONS,
@@ -182,6 +182,26 @@ def test_a_variant_of_another_preset_has_that_presets_values() -> None:
     assert default.selection.uncertainty == "margin" and default.finetuning.balanced
     assert default.embedding.margin == 2.0 and default.finetuning.rounds == 2
     assert same.selection == paper.selection and same.finetuning == paper.finetuning
+
+
+def test_a_variant_of_the_default_preset_keeps_the_scenarios_network_alone() -> None:
+    scenario = read_scenario("breast_two_views")
+    comparison = Comparison(
+        name="x",
+        scenario="breast_two_views",
+        seeds=(0,),
+        reference=("a",),
+        variants={
+            "a": {"preset": "default"},
+            "b": {},
+            "c": {"selection": {"strategy": "entropy"}},
+        },
+    )
+    default, same, other = (study_of(comparison, scenario, name, 0) for name in "abc")
+    assert default.phases == ACTIVE_LEARNING and default.selection.strategy == "dual_score"
+    assert default.classifiers == same.classifiers == scenario.source.classifiers
+    assert same.phases == scenario.study.phases and same.selection == scenario.study.selection
+    assert (other.selection.strategy, other.selection.scope) == ("entropy", "global")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sonofed_common.contract.errors import ConfigurationError, ParameterError
+from sonofed_common.runtime import Event, Events
 from sonofed_simulations.phantoms import SCANNERS, SOURCE, Phantom, Scanner, generate, write_dataset
 from sonofed_simulations.phantoms.anatomy import Breast
 from sonofed_simulations.phantoms.display import Display
@@ -202,7 +203,10 @@ def test_patients_keep_their_label_and_the_hospital_its_mix(fraction: float) -> 
 
 
 def test_dataset_is_written_once_and_read_by_csv(tmp_path: Path) -> None:
-    folder = write_dataset(tmp_path / "site", SOURCE, 4, 3, 64)
+    heard: list[Event] = []
+    events = Events(listeners=[heard.append])
+    folder = write_dataset(tmp_path / "site", SOURCE, 4, 3, 64, events=events)
+    assert [(e["task"], e["done"]) for e in heard] == [("phantoms site", n) for n in range(5)]
     with (folder / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row, phantom in zip(rows, generate(SOURCE, 4, 3, 64), strict=True):

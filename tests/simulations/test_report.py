@@ -26,7 +26,7 @@ from sonofed_simulations.report.format import decimal, duration, signed, size
 from sonofed_simulations.report.page import build_report
 from sonofed_simulations.report.summary import explanation, headline
 from sonofed_simulations.report.table import tabulate
-from sonofed_simulations.report.view import SiteView, SourceView
+from sonofed_simulations.report.view import ScoredView, SiteView, SourceView
 
 NAMES = ("North", "St. <b>Mary</b> & Sons")
 BUDGETS = (0.1, 0.2)
@@ -117,7 +117,7 @@ def results(adapted: tuple[float, ...] = (0.84, 0.88), **changes: Any) -> Result
     return Results(**{**values, **changes})
 
 
-def view(name: str, count: int = 40, **changes: Any) -> SiteView:
+def view(name: str, count: int = 40, **changes: Any) -> ScoredView:
     generator = np.random.default_rng(len(name))
     embeddings = generator.normal(size=(count, 8))
     values: dict[str, Any] = {
@@ -132,7 +132,7 @@ def view(name: str, count: int = 40, **changes: Any) -> SiteView:
         "selected": np.arange(count) < 8,
         "labels": np.arange(count) % 4 == 0,
     }
-    return SiteView(**{**values, **changes})
+    return ScoredView(**{**values, **changes})
 
 
 def source() -> SourceView:
@@ -211,6 +211,47 @@ def test_views_may_lack_what_the_study_did_not_make(tmp_path: Path) -> None:
     page = read(build_report(results(), tmp_path, [bare, view("None", 0)], None))
     assert "Nearer to the source?" not in page.text
     assert "among the chosen" not in page.text
+
+
+def unscored(name: str) -> SiteView:
+    scores = ("embeddings", "uncertainty", "representativeness")
+    values = {k: v for k, v in vars(view(name)).items() if k not in scores}
+    return SiteView(**{**values, "reconstructions": None, "reconstruction_features": None})
+
+
+def of_the_preset(strategy: str) -> Results:
+    study = Study.model_validate(
+        {
+            "name": "trial",
+            "preset": "sonofed",
+            "cohort": {"sites": ["North", "Mary"]},
+            "selection": {"budgets": BUDGETS, "strategy": strategy},
+        }
+    )
+    own = results(settings=study.model_dump(mode="json"))
+    sites = {n: site.model_copy(update={"reconstruction": None}) for n, site in own.sites.items()}
+    return own.model_copy(update={"sites": sites})
+
+
+def test_a_study_without_an_embedding_has_no_part_about_one(tmp_path: Path) -> None:
+    found = of_the_preset("typiclust")
+    page = read(build_report(found, tmp_path, [unscored(name) for name in NAMES], source()))
+    # Two curves, two sheets a hospital, the map.
+    assert len(page.images) == 2 + 2 * len(NAMES) + 1
+    assert "2 of 8 (25%)" in page.text and "they stay in the hospitals" not in page.text
+    assert "most typical image of each group" in page.text and "TypiClust." in page.text
+    assert "A budget is a share of each hospital's own images." in page.text
+    anchors = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert anchors == {"#before-after", "#labels", "#chosen", "#run", "#limits"}
+    for absent in ("The sphere", "The scores", "ADAptation", "SDEdit", "Paired contrastive"):
+        assert absent not in page.text
+
+
+def test_entropy_is_told_as_the_one_score_that_it_is(tmp_path: Path) -> None:
+    text = read(build_report(of_the_preset("entropy"), tmp_path)).text
+    assert "one score, the entropy of what the source's model predicts" in text
+    assert "rank all their images together" in text and "Settles" in text
+    assert "ADAptation" not in text
 
 
 def test_view_with_uneven_rows_is_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import (
     METRICS,
     SEGMENTATION_METRICS,
@@ -21,9 +24,12 @@ from sonofed_common.contract.results import (
     SegmentationStage,
     SiteResults,
     gain,
+    write_results,
 )
 from sonofed_common.contract.study import SEGMENTATION, Study
+from sonofed_simulations.cli import app
 from sonofed_simulations.report.masks import branch_colours, cases, choose, class_colours
+from sonofed_simulations.report.outlines import outlines, write_outlines
 from sonofed_simulations.report.page import build_report
 from sonofed_simulations.report.segmentation import (
     compared_hospitals,
@@ -319,3 +325,54 @@ def test_table_for_the_terminal() -> None:
     assert ".56" in rows["Mean"] and "+.09" in rows["Mean"]
     assert ".52" in rows["Worst"] and ".70" in rows["Worst"] and "+.10" in rows["Worst"]
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_runs_side_by_side_show_what_their_files_hold(tmp_path: Path) -> None:
+    runs = [results(names=("North", "South")), results(names=("East",), seed=4, study="nerves")]
+    for number, run in enumerate(runs):
+        write_results(run, tmp_path / str(number) / "results.json")
+    out = tmp_path / "pages" / "outlines.md"
+    folders = [str(tmp_path / str(number)) for number in range(2)]
+    made = CliRunner().invoke(app, ["page", *folders, "--out", str(out)])
+    assert made.exit_code == 0, made.output
+    kept = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [Results.model_validate(run) for run in kept] == runs
+    text = out.read_text(encoding="utf-8")
+    assert text.splitlines() == outlines([Results.model_validate(run) for run in kept])
+    organs, nerves = text.split("\n## ")[1:]
+    assert organs.startswith("organs, seed 3") and nerves.startswith("nerves, seed 4")
+    rows = {
+        (cells[0], cells[1]): cells[2:]
+        for line in organs.splitlines()
+        if line.startswith("| ")
+        for cells in [line.strip("| ").split(" | ")]
+    }
+    assert rows["North", "ensemble"][:3] == [
+        "0.730 (0.710 to 0.750)",
+        "0.456 (0.436 to 0.476)",
+        "12.3 (12.3 to 12.4)",
+    ]
+    # Independent errors of .02 each: the difference's is .02 times the root of 2.
+    assert rows["North", "ensemble"][-1] == "+0.130 (+0.102 to +0.158)"
+    assert rows["North", "re-normalised"][-1].endswith("(0.058 to 0.098)")
+    assert rows["Mean of the hospitals", "ensemble"][0].startswith("0.715 (")
+    assert mask_headline(runs[0]) in organs and "Mean of the hospitals" not in nerves
+
+
+def test_a_page_of_no_outlines_is_refused(tmp_path: Path) -> None:
+    classified = results(names=(), missing_sites=())
+    for runs, file, sentence in (
+        ([results()], "page.html", "must end in .md"),
+        ([], "page.md", "needs one"),
+        ([results(), classified], "page.md", "study organs has no segmentation"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            write_outlines(runs, tmp_path / file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_committed_page_of_scenarios_is_of_its_numbers() -> None:
+    file = Path(__file__).parents[2] / "docs" / "results" / "segmentation_scenarios.md"
+    kept = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    runs = [Results.model_validate(run) for run in kept]
+    assert file.read_text(encoding="utf-8").splitlines() == outlines(runs)

@@ -13,7 +13,7 @@ import tomli_w
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
-from sonofed_common.contract.study import Study
+from sonofed_common.contract.study import Strategy, Study
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.segmentation_metrics import ImageScores
 from sonofed_simulations.comparison import built_in
@@ -246,6 +246,25 @@ def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> Segmentation
     )
 
 
+OUTLINES = ("breast_segmentation", "cross_device", "nerves", "phantom_multiclass")
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+def test_the_built_in_comparisons_start_what_they_plug_in_from_what_they_say(name: str) -> None:
+    comparison, scenario = read_mask_comparison(built_in()[name])
+    assert comparison.scenario == name and len(comparison.seeds) >= 3
+
+    def chain(row: str) -> list[Strategy]:
+        variant, _, what = comparison.rows[row].partition("/")
+        if not what.startswith("adapted "):
+            return []
+        study = mask_study(comparison, scenario, variant, 0)
+        return [s.strategy for s in (study.pseudo_labels, *study.further_pseudo_labels)]
+
+    for method, start in comparison.plug_in.items():
+        assert chain(method) == [*chain(start), "apl"]
+
+
 def test_the_built_in_rows_are_what_they_are_called() -> None:
     comparison, scenario = read_mask_comparison(built_in()["breast_segmentation"])
     assert len(set(comparison.rows.values())) == len(comparison.rows)
@@ -337,7 +356,11 @@ def test_means_worst_site_and_way_to_supervised() -> None:
         assert row.way_to_supervised is not None
         way = row.way_to_supervised
         assert [way.value, way.low, way.high] == pytest.approx([share] * 3, abs=1e-6)
-        assert row.sites["north"].value == pytest.approx(np.mean(means["north"]))
+        for site, expected in means.items():
+            dice = np.mean(expected)
+            assert row.sites[site].value == pytest.approx(dice)
+            assert row.sites_nsd[site].value == pytest.approx(dice / 2)
+            assert row.sites_hd95[site].value == pytest.approx(10 - dice)
 
 
 def test_a_site_below_the_baseline_shows() -> None:
@@ -457,5 +480,13 @@ def test_the_summary_is_written_for_machines_and_for_readers(tmp_path: Path) -> 
         assert f"| {row.name} | 2 | {row.dice.value:.3f} (" in text
     assert "| tested | 40, 40 | 25, 25 |" in text
     assert "| labelled for the supervised control | 31, 31 | 17, 17 |" in text
+    titles = {"NSD by site (95%)": "sites_nsd", "HD95 by site, pixels": "sites_hd95"}
+    for title, found in titles.items():
+        table = text.split(title)[1].split("\n\n")[1]
+        assert table.startswith("| method | north | south |")
+        for line, row in zip(table.splitlines()[2:], summary.rows, strict=True):
+            shown = [float(cell.split(" ")[0]) for cell in line.split(" | ")[1:]]
+            values = [one.value for one in getattr(row, found).values()]
+            assert shown == pytest.approx(values, abs=0.051)
     assert "Dice over BN by site" in text and "| B | +0.100 (+0.100 to +0.100) |" in text
     assert "| B | A | +0.050 (+0.050 to +0.050) | 0.002 |" in text

@@ -9,11 +9,12 @@ from PIL import Image
 
 from sonofed_common.runtime import SILENT
 from sonofed_server.source.settings import DiffusionTraining, SourceData, WganTraining
-from sonofed_simulations.tables import synthetic_federated
 from sonofed_simulations.tables.arm_summary import MEAN
 from sonofed_simulations.tables.equal_steps import Steps
 from sonofed_simulations.tables.request import Request
-from sonofed_simulations.tables.synthetic_federated import FederatedSettings, FederatedTable, arms
+from sonofed_simulations.tables.synthetic_federated import FederatedTable
+from sonofed_simulations.tables.synthetic_federated_page import about, arms
+from sonofed_simulations.tables.synthetic_federated_settings import FULL, QUICK, FederatedSettings
 
 torch.set_num_threads(1)
 
@@ -88,6 +89,6 @@ def test_every_site_shares_what_passes_its_own_gate(data: Path, tmp_path: Path) 
 def test_arms_and_claims_are_of_rows_that_there_are() -> None:
     names = {arm.name for arm in arms()}
     assert len(names) == 6 and all(arm.against in {None, *names} for arm in arms())
-    for settings in (synthetic_federated.QUICK, synthetic_federated.FULL):
-        for claim in synthetic_federated.about(settings).claims:
+    for settings in (QUICK, FULL):
+        for claim in about(settings).claims:
             assert set(claim.arms) <= names and claim.site == MEAN

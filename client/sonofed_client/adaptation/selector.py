@@ -47,10 +47,12 @@ class PoolSelector:
     seed : int
         The study's seed; strategy ``random`` hashes it with the draw and the image id.
     uncertainty, representativeness : ndarray of float32 (n,), optional
-        Angles in [0, pi] that belong to the ids; small u is uncertain. Not used by ``random``.
+        Angles in [0, pi] that belong to the ids; small u is uncertain. Of ``dual_score``.
     secret : bytes, optional
         Of the site, for these scores: ties are broken by the ids' HMAC under it, so that no id is
         counted; default: by the ids.
+    informativeness : ndarray of float64 (n,), optional
+        Not negative; small is taken first. Of ``entropy`` and ``typiclust``.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class PoolSelector:
         uncertainty: Scores | None = None,
         representativeness: Scores | None = None,
         secret: bytes | None = None,
+        informativeness: Scores | None = None,
     ) -> None:
         self.ids = tuple(ids)
         self.settings = settings
@@ -81,6 +84,13 @@ class PoolSelector:
         if settings.strategy == "random":
             hashed = [derive_seed(seed, settings.draw, i) for i in self.ids]
             self._informativeness = np.array(hashed, dtype=np.uint64)
+            return
+        if settings.looks_through_classifier:
+            if informativeness is None:
+                raise ParameterError(f"strategy '{settings.strategy}' needs the informativeness")
+            if informativeness.dtype != np.float64 or informativeness.shape != (len(self.ids),):
+                raise ParameterError("informativeness is not one float64 number per image")
+            self._informativeness = keys(informativeness)
             return
         if uncertainty is None or representativeness is None:
             raise ParameterError("the dual score needs uncertainty and representativeness")

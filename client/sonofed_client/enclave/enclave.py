@@ -14,6 +14,7 @@ from sonofed_client.enclave.handlers import (
     ensemble,
     pretraining,
     reconstruction,
+    scoring,
     segmentation,
     selection,
 )
@@ -23,7 +24,12 @@ from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.wall import Wall
 from sonofed_client.settings import SiteSettings
-from sonofed_common.contract.actions import Embed, Parameters, TrainClassifier
+from sonofed_common.contract.actions import (
+    Embed,
+    EvaluateClassifier,
+    Parameters,
+    TrainClassifier,
+)
 from sonofed_common.contract.records import Records
 from sonofed_common.runtime import set_threads
 from sonofed_common.security import sha256
@@ -37,7 +43,7 @@ HANDLERS: dict[str, Handler] = {
     "train.reconstruct": reconstruction.reconstruct_pool,
     "train.embed": embedding.train_embedding,
     "query.cluster": embedding.cluster,
-    "train.score": selection.score,
+    "train.score": scoring.score,
     "query.histogram": selection.histogram,
     "train.select": selection.select,
     "query.annotations": selection.count_annotations,
@@ -162,5 +168,8 @@ class InProcessEnclave:
 def _goes_on(parameters: Parameters) -> bool:
     """Whether a site goes on from what the same study kept there in an earlier round."""
     if isinstance(parameters, TrainClassifier):
-        return parameters.aggregation.strategy == "scaffold"
+        local = parameters.settings.batch_norm == "local"
+        return local or parameters.aggregation.strategy == "scaffold"
+    if isinstance(parameters, EvaluateClassifier):
+        return parameters.batch_norm == "local"
     return isinstance(parameters, Embed) and parameters.settings.merge == "fedema"

@@ -95,7 +95,9 @@ def _selecting(
         times = study.clustering.iterations + 1
         yield Question("query.cluster", actions.Cluster(**encode), times, bundle)
     else:
-        score = actions.Score(**encode, selection=study.selection)
+        score = actions.Score(
+            **encode, selection=study.selection, batch_norm=study.finetuning.start_statistics
+        )
         yield Question("train.score", score, choices=bundle)
         ranked = ranked_columns(study.selection)
         compared = ("informativeness", "identity") if stages(study.selection) else ()
@@ -129,6 +131,11 @@ def _classifying(study: Study, pooled: dict[str, Any]) -> Iterator[Question]:
             times = 1 + budgets * (batch_norm == settings.batch_norm)
             test = actions.EvaluateClassifier(**pooled, classifier=name, batch_norm=batch_norm)
             yield Question("evaluate.classifier", test, times, {"bundle": None})
+        for budget in range(budgets) if settings.batch_norm == "local" else ():
+            test = actions.EvaluateClassifier(
+                **pooled, classifier=name, batch_norm="local", budget=budget
+            )
+            yield Question("evaluate.classifier", test, 1, {"bundle": None})
 
 
 def _segmenting(study: Study, phase: Phase, pooled: dict[str, Any]) -> Iterator[Question]:

@@ -34,6 +34,12 @@ def kept_before(site: Site, study: str, name: str, round: int) -> Records | None
     return site.store.get(earlier[-1]) if earlier else None
 
 
+def kept_last(site: Site, study: str, name: str) -> Records | None:
+    """Return what a site kept in the last round that it did; see `kept_before`."""
+    names = site.store.names(_name(site, study, name))
+    return site.store.get(max(names)) if names else None
+
+
 def keep(site: Site, study: str, name: str, round: int, records: Records) -> None:
     """Keep records for the next round."""
     site.store.put(_name(site, study, name, round), records)

@@ -9,6 +9,7 @@ from sonofed_client.adaptation.pretraining import PretrainingModel
 from sonofed_client.enclave.handlers.embedding import networks
 from sonofed_client.enclave.handlers.pretraining import starting_encoder
 from sonofed_client.enclave.site import Site, weights_of
+from sonofed_common.batch_norm import layers_of
 from sonofed_common.contract.actions import (
     Embed,
     Parameters,
@@ -45,7 +46,9 @@ def start_of(site: Site, parameters: Parameters, request: Records) -> Mapping[st
         return request.arrays
     if isinstance(parameters, TrainClassifier):
         model = site.classifier(parameters.bundle, parameters.classifier)
-        return grouped("weights", weights_of(model))
+        own = layers_of(model) if parameters.settings.batch_norm == "local" else frozenset()
+        weights = {name: array for name, array in weights_of(model).items() if name not in own}
+        return grouped("weights", weights)
     if isinstance(parameters, TrainSegmenter):
         segmenter = site.segmenter(parameters.bundle, parameters.branch, parameters.image_size)
         return grouped("weights", weights_of(segmenter))

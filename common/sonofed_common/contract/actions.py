@@ -13,6 +13,7 @@ from sonofed_common.contract.records import Array, Records, grouped, is_named
 from sonofed_common.contract.selection import MAX_PARTS, Column
 from sonofed_common.contract.study import (
     Aggregation,
+    ClassifierNorm,
     Embedding,
     Finetuning,
     Infusion,
@@ -131,11 +132,15 @@ class Cluster(Encode):
 
 
 class Score(Encode):
-    """Score the pool against the final centroids. Arrays: ``centroids``; none for ``random``."""
+    """Score the pool, ``dual_score`` against the final centroids. Arrays: ``centroids`` for that.
+
+    ``batch_norm`` is whose statistics ``entropy`` and ``typiclust`` give the classifier.
+    """
 
     arrays = ("centroids",)
 
     selection: Selection
+    batch_norm: Literal["site", "global"] = "site"
 
     def reads(self, names: Collection[str]) -> tuple[str, ...]:
         """Return the centroids where there is something to score."""
@@ -199,13 +204,23 @@ class TrainClassifier(Pooled):
 
 
 class EvaluateClassifier(Pooled):
-    """Test a classifier on the site's own test images. Arrays: ``weights/...`` or none (source)."""
+    """Test a classifier on the site's own test images. Arrays: ``weights/...`` or none (source).
+
+    ``budget`` says which of the site's normalisation layers to take, where they are its own.
+    """
 
     arrays = ("weights/*",)
 
     classifier: str
-    batch_norm: Literal["site", "global"]
+    batch_norm: ClassifierNorm
+    budget: int | None = Field(default=None, ge=0, description="with batch_norm 'local' only")
     replicates: int = Field(default=2000, ge=0, le=20000)
+
+    @model_validator(mode="after")
+    def _budget_of_local_layers(self) -> Self:
+        if (self.batch_norm == "local") != (self.budget is not None):
+            raise ValueError("a budget goes with batch_norm 'local', and only with it")
+        return self
 
 
 Branch = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,80}$")]

@@ -21,7 +21,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def with_preset(values: Any, presets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
+def with_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     """Put the settings of the preset that the values name under what they say themselves.
 
     Parameters
@@ -29,15 +29,17 @@ def with_preset(values: Any, presets: Mapping[str, Mapping[str, Mapping[str, Any
     values : mapping
         Parsed configuration; anything else is returned as it is, for pydantic to refuse.
     presets : mapping
-        Preset name to section to settings.
+        Preset name to what it sets: sections, of which each setting counts alone, and whole values.
     """
     if not isinstance(values, dict):
         return values
     merged = dict(values)
-    for section, settings in presets.get(str(values.get("preset", "default")), {}).items():
-        given = values.get(section, {})
-        if isinstance(given, dict):
-            merged[section] = {**settings, **given}
+    for name, settings in presets.get(str(values.get("preset", "default")), {}).items():
+        given = values.get(name, {})
+        if not isinstance(settings, Mapping):
+            merged.setdefault(name, settings)
+        elif isinstance(given, dict):
+            merged[name] = {**settings, **given}
     return merged
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app.message import array as flower_array
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from sonofed_common.contract.errors import ParameterError
@@ -15,6 +16,16 @@ _NAME, _FORM = "records", "safetensors"
 
 PUSHES = 2
 """Parts that are on their way to the SuperLink at a time, as with Flower."""
+
+PART_BYTES = 7 * 1024**2
+"""Largest part of an array. Flower's is 5 MB, but a request is as much work for the SuperLink as
+megabytes are; larger ones cost memory where they arrive.
+"""
+
+
+def send_larger_parts() -> None:
+    """Have this process take arrays apart into parts of `PART_BYTES`."""
+    vars(flower_array)["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"] = PART_BYTES
 
 
 def to_recorddict(records: Records) -> RecordDict:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sonofed_common.contract.configuration import Model
-from sonofed_common.contract.study import Phase, SiteNorm, Study
+from sonofed_common.contract.study import ClassifierNorm, Phase, SiteNorm, Study
 
 NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
     ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
@@ -52,12 +52,13 @@ class Normalisation(Model):
     ----------
     segmenters : {"site", "mixed"}
         The site's own, or their mean with those that the weights carry.
-    classifiers : {"site", "global"}
-        The site's own, or those that the weights carry.
+    classifiers : {"site", "global", "local"}
+        The site's own, those that the weights carry, or those of layers that stayed at the sites:
+        then the weights carry the source's layers, with which nothing was tested.
     """
 
     segmenters: SiteNorm
-    classifiers: Literal["site", "global"]
+    classifiers: ClassifierNorm
 
 
 def misfit(study: Study, encoder: str, image_size: int) -> str | None:

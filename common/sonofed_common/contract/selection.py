@@ -168,6 +168,6 @@ def stages(settings: Selection) -> tuple[Stage, ...]:
 
 def ranked_columns(settings: Selection) -> tuple[Column, ...]:
     """Return the columns whose pooled ranks the informativeness is made of."""
-    if settings.strategy == "random" or settings.combine == "radians":
+    if settings.strategy != "dual_score" or settings.combine == "radians":
         return ()
     return ("uncertainty", "representativeness") if settings.omega > 0 else ("uncertainty",)

@@ -191,10 +191,18 @@ class Clustering(Model):
     tolerance: float = Field(default=1e-4, ge=0, description="largest centroid move, radians")
 
 
-class Selection(Model):
-    """Dual scoring and the labelling budget."""
+Scope = Literal["global", "per_site", "global_with_site_floor"]
+"""Whose images a budget is shared out among."""
 
-    strategy: Literal["dual_score", "random"] = "dual_score"
+
+def _usual_scope(values: dict[str, Any]) -> Scope:
+    return "per_site" if values["strategy"] == "typiclust" else "global"
+
+
+class Selection(Model):
+    """Which images get a label, and how many."""
+
+    strategy: Literal["dual_score", "entropy", "typiclust", "random"] = "dual_score"
     uncertainty: Literal["range", "margin", "min_pair"] = "margin"
     distance_order: Literal["near", "far", "both"] = "near"
     combine: Literal["rank", "radians"] = "rank"
@@ -205,11 +213,13 @@ class Selection(Model):
         max_length=20,
         description="ascending shares of the pool; the last is the study's",
     )
-    scope: Literal["global", "per_site", "global_with_site_floor"] = "global"
+    scope: Scope = Field(
+        default_factory=_usual_scope, description="default: global; of typiclust per_site"
+    )
     site_floor: float = Field(
         default=0.5, ge=0, le=1, description="share of a site's proportional budget"
     )
-    draw: int = Field(default=0, ge=0, description="number of the random draw")
+    draw: int = Field(default=0, ge=0, description="number of the random draw (random, typiclust)")
 
     @field_validator("budgets")
     @classmethod
@@ -217,6 +227,24 @@ class Selection(Model):
         if any(not 0 < b <= 1 for b in budgets) or list(budgets) != sorted(set(budgets)):
             raise ValueError("give ascending shares in (0, 1], for example [0.1, 0.2]")
         return budgets
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.strategy == "typiclust" and self.scope != "per_site":
+            raise ValueError(
+                f"scope = '{self.scope}' compares images of several sites, which strategy "
+                "'typiclust' cannot: it clusters each site's pool alone; leave scope out"
+            )
+        return self
+
+    @property
+    def looks_through_classifier(self) -> bool:
+        """Whether the study's first classifier, as it is shipped, says which images to take."""
+        return self.strategy in ("entropy", "typiclust")
+
+
+ClassifierNorm = Literal["site", "global", "local"]
+"""A site's own normalisation statistics, averaged ones, or whole layers that stay at each site."""
 
 
 class Finetuning(Model):
@@ -229,13 +257,18 @@ class Finetuning(Model):
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     batch_size: int = Field(default=8, ge=2)
-    batch_norm: Literal["site", "global"] = Field(
+    batch_norm: ClassifierNorm = Field(
         default="site", description="site: statistics re-estimated on each site's own images"
     )
     balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
     replay: float = Field(
         default=0.0, ge=0, le=10, description="synthetic source images per labelled image"
     )
+
+    @property
+    def start_statistics(self) -> Literal["site", "global"]:
+        """Whose normalisation statistics the classifier has before anybody trained it."""
+        return "site" if self.batch_norm == "site" else "global"
 
 
 class Pretraining(Model):
@@ -419,8 +452,13 @@ class Aggregation(Model):
         return 0.01 if self.server_learning_rate is None else self.server_learning_rate
 
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "sonofed": {
+        "classifiers": ["efficientnet_lite0_two_views"],
+        "phases": ["enrol", "ship", "select", "annotate", "classifier", "publish"],
+        "selection": {"strategy": "typiclust"},
+    },
     "paper": {
         "reconstruction": {"init": "noise", "sampler": "ddim", "steps": 50, "guidance": 9.0},
         "embedding": {"loss": "matched", "margin": 4.0, "teacher_momentum": 0.99},
@@ -463,7 +501,7 @@ class Study(Model):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     seed: int = Field(default=0, ge=0)
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "paper", "sonofed"] = "default"
     image_size: int = Field(default=128, ge=16, le=1024, multiple_of=8)
     classifiers: tuple[ClassifierName, ...] = Field(
         default=("efficientnet_lite0",), max_length=len(get_args(ClassifierName))
@@ -504,9 +542,10 @@ class Study(Model):
 
     @model_validator(mode="after")
     def _classifiers(self) -> Self:
-        needing = [p for p in self.phases if p in ("reconstruct", "embed", "classifier")]
-        if needing and not self.classifiers:
-            raise ValueError(f"phase '{needing[0]}' needs a classifier; name one in 'classifiers'")
+        if self.classifying and not self.classifiers:
+            raise ValueError(
+                f"phase '{self.classifying[0]}' needs a classifier; name one in 'classifiers'"
+            )
         if len(set(self.classifiers)) != len(self.classifiers):
             raise ValueError("name each classifier once")
         seeing = [name for name in self.classifiers if name.endswith("_two_views")]
@@ -530,6 +569,11 @@ class Study(Model):
     @model_validator(mode="after")
     def _strategy(self) -> Self:
         name = self.aggregation.strategy
+        if self.finetuning.batch_norm == "local" and name != "fedavg":
+            raise ValueError(
+                "finetuning.batch_norm = 'local' keeps normalisation layers from the average, "
+                f"and aggregation.strategy = '{name}' is of whole networks; leave one of them out"
+            )
         if name == "fedavg":
             return self
         if others := [p for p in self.phases if p in ("pretrain", "pseudo_label")]:
@@ -578,6 +622,12 @@ class Study(Model):
         if phase == "select" and self.selection.strategy == "dual_score":
             return needs | {"embeddings", "centroids"}
         return needs
+
+    @property
+    def classifying(self) -> list[Phase]:
+        """Phases that work with a classifier of the bundle."""
+        looking = ("select",) if self.selection.looks_through_classifier else ()
+        return [p for p in self.phases if p in ("reconstruct", "embed", "classifier", *looking)]
 
     @property
     def pairs(self) -> Literal["reconstruction", "augmentation"]:

@@ -157,7 +157,8 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
         Holds ``segmenters/<branch>.safetensors``, ``infusion.safetensors`` (see `infusion_records`)
         and, if any, ``classifiers/<name>.safetensors``; facts ``segmentation``, ``normalisation``
         and ``image_size``. Classifiers of two views are left out: sites cut lesions out of larger
-        images, by the source's segmenter.
+        images, by the source's segmenter. So are those whose normalisation layers stayed at the
+        sites: without them nobody tested the rest.
 
     Raises
     ------
@@ -186,7 +187,8 @@ def load_ensemble(bundle: Bundle) -> SegmentationEnsemble:
                 pretrained=False,
             )
             _load(branches[name], bundle, f"segmenters/{name}.safetensors")
-        for path in bundle.paths:
+        whole = normalisation.classifiers != "local"
+        for path in bundle.paths if whole else ():
             name = path.removeprefix("classifiers/").removesuffix(".safetensors")
             if path.startswith("classifiers/") and not sees_lesions(name):
                 classifiers[name] = build_classifier(name, pretrained=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.numpy import load
 
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
 from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.records import Array, Records
+from sonofed_common.contract.study import ClassifierNorm
 from sonofed_server.aggregation.strategies import STRATEGIES
 from sonofed_server.aggregation.strategy import Round, Weights
 from sonofed_server.aggregation.weights import weight_of
@@ -45,7 +46,7 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
                 study.aggregation,
                 number,
                 settings.rounds,
-                lambda: state.group(group) or _source_weights(run, name),
+                lambda: state.group(group) or source_weights(run, name),
                 state.aggregation(group),
             )
         )
@@ -71,10 +72,11 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
         run.events.progress(
             f"classifier {name} at {_percent(run, budget)}", number + 1, settings.rounds
         )
-    _evaluate(run, name, stage, state.group(group), settings.batch_norm)
+    _evaluate(run, name, stage, state.group(group), settings.batch_norm, budget)
 
 
-def _source_weights(run: StudyRun, name: str) -> Weights:
+def source_weights(run: StudyRun, name: str) -> Weights:
+    """Return a classifier's weights as shipped."""
     return load(run.bundle.read(f"classifiers/{name}.safetensors"))
 
 
@@ -83,11 +85,17 @@ def _evaluate(
     name: str,
     stage: str,
     weights: dict[str, Array],
-    batch_norm: Literal["site", "global"],
+    batch_norm: ClassifierNorm,
+    budget: int | None = None,
 ) -> None:
     if _tested(run, name, stage):
         return
-    parameters = EvaluateClassifier(**run.pooled, classifier=name, batch_norm=batch_norm)
+    parameters = EvaluateClassifier(
+        **run.pooled,
+        classifier=name,
+        batch_norm=batch_norm,
+        budget=budget if batch_norm == "local" else None,
+    )
     for site, reply in run.exchange.ask(
         "evaluate.classifier", request(parameters, weights=weights)
     ):

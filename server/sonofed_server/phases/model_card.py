@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sonofed_common.contract.results import SEGMENTATION_STAGES, SiteResults
+from sonofed_common.models.classifiers import sees_lesions
 from sonofed_server.phases.branches import adapted, branches
 from sonofed_server.study.report import site_results
 from sonofed_server.study.run import StudyRun
@@ -18,6 +19,8 @@ STAGE_NAMES = {
     "adapted": "source, pseudo-labelled",
     "ensemble": "infusion, pseudo-labelled",
 }
+
+LESION = "the lesion cut out of the image at twice the size by the source bundle's segmenter"
 
 
 def model_card(run: StudyRun) -> str:
@@ -37,13 +40,21 @@ def model_card(run: StudyRun) -> str:
         )
     if segments := bool({"supervise", "pseudo_label", "ensemble"} & set(done)):
         lines.append(_segmentation(run, len(sites)))
-    statistics = [f"{run.study.finetuning.batch_norm} (classifiers)"] * classifies
+    rule: str = run.study.finetuning.batch_norm
+    if rule == "local":
+        rule = "of layers that stay at each site, in place of the source's in this bundle"
+    statistics = [f"{rule} (classifiers)"] * classifies
     statistics += [f"{run.study.segmenter_batch_norm} (segmenters)"] * segments
     lines += [
         "Not a medical device; for research. Validate it on your own patients before any use.",
         "",
         f"- input: one grey image, {run.study.image_size} x {run.study.image_size}, in [0, 1], "
         "longer side resized, padded with 0",
+        *(
+            f"- {name} sees a second one, {LESION}"
+            for name in run.study.classifiers
+            if classifies and sees_lesions(name)
+        ),
         f"- normalisation statistics: {', '.join(statistics) or 'global'}",
         f"- source bundle: {run.bundle.id}",
         f"- study file: {run.study.digest()}",

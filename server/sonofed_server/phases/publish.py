@@ -13,6 +13,7 @@ from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_or_create_signing_key
 from sonofed_server.phases.branches import Origin, adapted, branches
+from sonofed_server.phases.classifier import source_weights
 from sonofed_server.phases.model_card import model_card
 from sonofed_server.phases.ship import install_everywhere
 from sonofed_server.study.run import StudyRun
@@ -28,7 +29,9 @@ def publish(run: StudyRun) -> None:
     for name in run.study.classifiers:
         weights = run.state.group(f"classifier/{name}/{last}")
         if weights:
-            writer.add(f"classifiers/{name}.safetensors", save(dict(weights)))
+            # Of normalisation layers that stay at the sites there is no mean to publish.
+            whole = {**source_weights(run, name), **weights}
+            writer.add(f"classifiers/{name}.safetensors", save(whole))
     card = model_card(run).encode()
     writer.add("MODEL_CARD.md", card)
     # The source's metrics and thresholds are not those of the adapted weights.

@@ -50,9 +50,10 @@ def bar_unselected(run: StudyRun) -> None:
 
 def _select(run: StudyRun) -> None:
     exchange, state, settings = run.exchange, run.state, run.study.selection
+    batch_norm = run.study.finetuning.start_statistics
     arrays = {"centroids": state.arrays["centroids"]} if settings.strategy == "dual_score" else {}
     queries = 0
-    scoring = request(Score(**run.encode, selection=settings), **arrays)
+    scoring = request(Score(**run.encode, selection=settings, batch_norm=batch_norm), **arrays)
     for site, reply in exchange.ask("train.score", scoring):
         run.site_facts(site)["images"] = int(reply.config["examples"])
     sites = exchange.sites()

@@ -25,7 +25,7 @@ class Project(Model):
     listen: str = Field(default="0.0.0.0", description="address that the front listens on")
     superlink_port: int = Field(default=8000, ge=1, le=65535, description="loopback only")
     health_port: int = Field(default=8001, ge=1, le=65535, description="loopback only")
-    body_megabytes: int = Field(default=64, ge=8, description="largest request of a hospital")
+    body_megabytes: int = Field(default=64, ge=16, description="largest request of a hospital")
     requests_per_second: int = Field(default=50, ge=1, description="of one address")
 
     @field_validator("sites")

@@ -1,7 +1,7 @@
 """Requests read whole before Flower's middleware sees them.
 
-Each of its layers wraps every piece of a body in tasks of its own, and a body of 5 MB comes in
-about eighty pieces: that took the SuperLink longer than all else but its database.
+Each of its layers wraps every piece of a body in tasks of its own, and a body of 7 MB comes in
+more than a hundred pieces: that took the SuperLink longer than all else but its database.
 """
 
 from __future__ import annotations

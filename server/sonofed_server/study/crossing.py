@@ -28,8 +28,8 @@ def bytes_since(log: Path, since: float) -> int:
     Returns
     -------
     int
-        Of all hospitals and studies. A request is counted when it ends, and Flower sends arrays
-        as requests of at most 5 MB.
+        Of all hospitals and studies. A request is counted when it ends, and arrays are sent as
+        requests of little over 7 MB.
     """
     total = 0
     for line in _backwards(log):

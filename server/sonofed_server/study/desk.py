@@ -136,7 +136,8 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
     Raises
     ------
     ConfigurationError
-        A hospital of the cohort is not enrolled, or the name is no folder's.
+        A hospital of the cohort is not enrolled, the name is no folder's, or the bundle holds no
+        classifier of the study's.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
     """
@@ -151,6 +152,12 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
         raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
     key = public_hex(load_or_create_signing_key(coordinator.signing_key))
     opened = Bundle.open(bundle, key)
+    lacking = [n for n in study.classifiers if f"classifiers/{n}.safetensors" not in opened.paths]
+    if study.classifying and lacking:
+        raise ConfigurationError(
+            f"bundle {opened.manifest.name} holds no classifier '{lacking[0]}', which the study "
+            "works with; name it in the source's 'classifiers' and train the source again"
+        )
     return [
         f"study {study.name}: phases {', '.join(study.phases)}",
         f"cohort: {', '.join(study.cohort.sites)}; quorum {study.cohort.smallest}, all enrolled",

@@ -1,4 +1,4 @@
-"""Flower's Grid, with less memory and shorter pauses.
+"""Flower's Grid, with less memory, shorter pauses and larger parts.
 
 A reply can be seen before its parts are there. Flower then waits for a second, for two, up to ten
 before it asks for a part again; a part takes much less. While it puts a message together it holds
@@ -22,7 +22,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry, pull_objects
 from flwr.superlink.grid import http_grid
 
-from sonofed_common.contract.recorddict import take_apart
+from sonofed_common.contract.recorddict import send_larger_parts, take_apart
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 """Seconds."""
@@ -32,7 +32,8 @@ MARGIN = 2**16
 
 
 def hasten() -> None:
-    """Have this process's grid ask sooner, and hold what it moves once."""
+    """Have this process's grid ask sooner, move larger parts, and hold what it moves once."""
+    send_larger_parts()
     hasty = partial(pull_objects, initial_backoff=FIRST_PAUSE, backoff_cap=LONGEST_PAUSE)
     vars(http_grid).update(
         pull_objects=hasty, inflate_object_from_contents=put_together, push_objects=take_apart

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import cv2
 from PIL import Image
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.runtime import write_atomically
+from sonofed_common.runtime import SILENT, Events, write_atomically
 from sonofed_simulations.phantoms.display import Bytes
-from sonofed_simulations.phantoms.generator import Anatomy, generate
+from sonofed_simulations.phantoms.generator import Anatomy, Phantom, generate
 from sonofed_simulations.phantoms.scanner import Scanner
 
 # Raise it whenever the same parameters give other images, so that kept sets are made anew.
@@ -33,6 +34,7 @@ def write_dataset(
     image_size: int = 128,
     malignant_fraction: float | None = None,
     anatomy: Anatomy = "breast",
+    events: Events = SILENT,
 ) -> Path:
     """Write a simulated hospital as ``images/``, ``masks/`` and ``table.csv``.
 
@@ -54,6 +56,8 @@ def write_dataset(
     anatomy : {"breast", "abdomen"}
         What is imaged. The masks of the abdomen are palette images: 1 liver, 2 right kidney,
         3 left kidney, 4 spleen.
+    events : Events
+        Gets the progress, image by image.
 
     Returns
     -------
@@ -91,7 +95,9 @@ def write_dataset(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "fresh"
-        _write(fresh, scanner, count, seed, image_size, malignant_fraction, anatomy)
+        phantoms = generate(scanner, count, seed, image_size, malignant_fraction, anatomy)
+        tracked = events.track(phantoms, f"phantoms {folder.name}", count)
+        _write(fresh, scanner.name, tracked, anatomy)
         write_atomically(fresh / _PARAMETERS, parameters.encode())
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
@@ -99,28 +105,19 @@ def write_dataset(
     return folder
 
 
-def _write(
-    folder: Path,
-    scanner: Scanner,
-    count: int,
-    seed: int,
-    image_size: int,
-    malignant_fraction: float | None,
-    anatomy: Anatomy,
-) -> None:
+def _write(folder: Path, device: str, phantoms: Iterable[Phantom], anatomy: Anatomy) -> None:
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    phantoms = generate(scanner, count, seed, image_size, malignant_fraction, anatomy)
     for number, phantom in enumerate(phantoms):
         image, mask = f"images/{number:05d}.png", f"masks/{number:05d}.png"
         (folder / image).write_bytes(_png(phantom.image))
         (folder / mask).write_bytes(
             _palette_png(phantom.mask) if anatomy == "abdomen" else _png(phantom.mask)
         )
-        writer.writerow((image, mask, phantom.label, phantom.patient, scanner.name))
+        writer.writerow((image, mask, phantom.label, phantom.patient, device))
     write_atomically(folder / "table.csv", table.getvalue().encode())
 
 

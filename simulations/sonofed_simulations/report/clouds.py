@@ -20,12 +20,12 @@ from sonofed_simulations.report.figures import (
     data_uri,
     drawing,
 )
-from sonofed_simulations.report.view import Floats, SiteView, SourceView
+from sonofed_simulations.report.view import Floats, ScoredView, SiteView, SourceView
 
 Points = NDArray[np.float64]
 
 
-def scores(views: Sequence[SiteView]) -> str:
+def scores(views: Sequence[ScoredView]) -> str:
     """Histograms of both scores and their scatter, a row a site; a PNG data URI."""
     with drawing(WIDTH, 0.35 + 1.75 * len(views)) as figure:
         grid = figure.subplots(len(views), 3, squeeze=False, sharex="col", width_ratios=(1, 1, 1.1))

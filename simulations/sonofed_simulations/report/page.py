@@ -20,7 +20,12 @@ from sonofed_simulations.report.summary import (
     labels_and_images,
     missing,
 )
-from sonofed_simulations.report.view import SegmentationView, SiteView, SourceView
+from sonofed_simulations.report.view import (
+    ScoredView,
+    SegmentationView,
+    SiteView,
+    SourceView,
+)
 
 HERE = Path(__file__).parent
 SECTIONS = {
@@ -100,7 +105,7 @@ def build_report(
 def _contents(results: Results, views: Sequence[SiteView]) -> dict[str, Any]:
     anchors = ["segmentation"] if segments(results) else []
     if classifies(results):
-        anchors += ["before-after", "labels", "chosen", "redrawn"]
+        anchors += ["before-after", "labels", "chosen"]
     if views or any(site.selected_by_budget for site in results.sites.values()):
         anchors.append("chosen")
     if any(site.reconstruction for site in results.sites.values()):
@@ -114,8 +119,8 @@ def _contents(results: Results, views: Sequence[SiteView]) -> dict[str, Any]:
 
 
 def _numbers(results: Results) -> dict[str, Any]:
-    selection = results.settings.get("selection")
-    chosen_at_random = isinstance(selection, dict) and selection.get("strategy") == "random"
+    given = results.settings.get("selection")
+    selection = given if isinstance(given, dict) else {}
     labels, images = labels_and_images(results)
     classifiers = sorted({name for site in results.sites.values() for name in site.classifiers})
     return {
@@ -130,7 +135,9 @@ def _numbers(results: Results) -> dict[str, Any]:
         "measure_rows": list(rows.measure_rows(results)),
         "phases": rows.phase_rows(results),
         "settings": rows.setting_rows(results),
-        "chosen_at_random": chosen_at_random,
+        "strategy": selection.get("strategy", "dual_score"),
+        "scope": selection.get("scope", "global"),
+        "steps": results.settings.get("phases", ()),
         "before_after": figures.before_after(results),
         "budget_curve": figures.budget_curve(results),
     }
@@ -152,10 +159,11 @@ def _views(sites: Sequence[SiteView], source: SourceView | None, seed: int) -> d
         for view in sites
     ]
     shown["composition"] = rows.composition_rows(sites)
-    shown["scores"] = clouds.scores(sites)
-    shown["sphere"], shown["variance"] = projections.sphere(sites)
+    if scored := [view for view in sites if isinstance(view, ScoredView)]:
+        shown["scores"] = clouds.scores(scored)
+        shown["sphere"], shown["variance"] = projections.sphere(scored)
     shown["tsne"] = projections.tsne(sites, source, seed)
-    if source is not None:
+    if source is not None and any(view.reconstruction_features is not None for view in sites):
         shown["similarity"] = rows.similarity_rows(sites, source)
         shown["similarity_sentence"] = rows.similarity_sentence(shown["similarity"])
         shown["densities"] = clouds.similarity_densities(sites, source)

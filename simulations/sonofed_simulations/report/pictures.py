@@ -19,12 +19,12 @@ TILE, GAP = 128, 6
 
 
 def chosen(view: SiteView, count: int, columns: int) -> str | None:
-    """Contact sheet of the chosen images, the most uncertain first; a PNG data URI."""
+    """Contact sheet of the chosen images, see `SiteView.chosen`; a PNG data URI."""
     return _sheet(view.images[view.chosen[:count]], columns)
 
 
 def left(view: SiteView, count: int, columns: int) -> str | None:
-    """Contact sheet of the images not chosen, the surest first; a PNG data URI."""
+    """Contact sheet of the images not chosen, see `SiteView.left`; a PNG data URI."""
     return _sheet(view.images[view.left[:count]], columns)
 
 

@@ -21,18 +21,18 @@ from sonofed_simulations.report.figures import (
     drawing,
     site_colours,
 )
-from sonofed_simulations.report.view import SiteView, SourceView
+from sonofed_simulations.report.view import ScoredView, SiteView, SourceView
 
 Points = NDArray[np.float64]
 MOST_POINTS = 1500
 
 
-def sphere(views: Sequence[SiteView]) -> tuple[str, float]:
+def sphere(views: Sequence[ScoredView]) -> tuple[str, float]:
     """The embeddings on a sphere seen from in front, a panel a site.
 
     Parameters
     ----------
-    views : sequence of SiteView
+    views : sequence of ScoredView
         One PCA over all sites gives three directions; each point is then scaled to length 1.
 
     Returns

@@ -190,8 +190,6 @@ def similarity_sentence(rows: Sequence[dict[str, Any]]) -> str:
     """Say at how many sites reconstruction brought the images nearer to the source."""
     redrawn = [row for row in rows if row["after"] is not None]
     nearer = sum(row["after"]["distance"] < row["before"]["distance"] for row in redrawn)
-    if not redrawn:
-        return "The images were not redrawn in this study."
     where = f"{nearer} of {len(redrawn)} hospitals" if len(redrawn) > 1 else redrawn[0]["name"]
     if nearer == 0:
         return "Redrawing brought the images nearer to the source at no hospital."

@@ -22,16 +22,10 @@ class SiteView:
         The pool's images.
     reconstructions : ndarray of uint8, (N, S, S), or None
         The images redrawn in the source's style.
-    embeddings : ndarray, (N, d)
-        Unit vectors of the hypersphere encoder.
     features : ndarray, (N, F)
         Backbone features of the images.
     reconstruction_features : ndarray, (N, F), or None
         Backbone features of the reconstructions.
-    uncertainty : ndarray, (N,)
-        Score u, radians; small is uncertain.
-    representativeness : ndarray, (N,)
-        Score r, radians; small is close to the source.
     selected : ndarray of bool, (N,)
         True where the image was chosen for labelling.
     labels : ndarray of int, (N,), or None
@@ -46,11 +40,8 @@ class SiteView:
     name: str
     images: NDArray[np.uint8]
     reconstructions: NDArray[np.uint8] | None
-    embeddings: Floats
     features: Floats
     reconstruction_features: Floats | None
-    uncertainty: Floats
-    representativeness: Floats
     selected: NDArray[np.bool_]
     labels: NDArray[np.integer] | None
 
@@ -65,15 +56,37 @@ class SiteView:
 
     @property
     def chosen(self) -> NDArray[np.intp]:
-        """Indices of the chosen images, the most uncertain first."""
-        return self._by_uncertainty(self.selected)
+        """Indices of the chosen images, the most uncertain first where that is known."""
+        return self._ordered(self.selected)
 
     @property
     def left(self) -> NDArray[np.intp]:
-        """Indices of the images not chosen, the surest first."""
-        return self._by_uncertainty(~self.selected)[::-1]
+        """Indices of the images not chosen, the surest first where that is known."""
+        return self._ordered(~self.selected)[::-1]
 
-    def _by_uncertainty(self, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    def _ordered(self, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+        return np.flatnonzero(mask)
+
+
+@dataclass(frozen=True)
+class ScoredView(SiteView):
+    """One site's pool with its dual score.
+
+    Attributes
+    ----------
+    embeddings : ndarray, (N, d)
+        Unit vectors of the hypersphere encoder.
+    uncertainty : ndarray, (N,)
+        Score u, radians; small is uncertain.
+    representativeness : ndarray, (N,)
+        Score r, radians; small is close to the source.
+    """
+
+    embeddings: Floats
+    uncertainty: Floats
+    representativeness: Floats
+
+    def _ordered(self, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
         indices = np.flatnonzero(mask)
         return indices[np.argsort(self.uncertainty[indices], kind="stable")]
 

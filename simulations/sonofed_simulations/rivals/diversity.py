@@ -10,6 +10,7 @@ from scipy.special import softmax
 from skactiveml import pool as library
 from skactiveml.base import SkactivemlClassifier
 
+from sonofed_client.adaptation.typiclust import typiclust
 from sonofed_simulations.rivals.pool import UNLABELLED, Floats, Indices, PerSite, Pool
 
 RADII = np.arange(0.02, 1.5, 0.02)
@@ -62,13 +63,13 @@ class CoreSet(PerSite):
 class TypiClust(PerSite):
     """The most typical image of each uncovered cluster (Hacohen et al., ICML 2022).
 
-    Adapted: by scikit-activeml, on unit features of the start model, not self-supervised ones.
+    Adapted: on unit features of the start model, not self-supervised ones; clusters are as many as
+    labels. It is the strategy of a study, by the same code.
     """
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """See `Strategy.select`."""
-        strategy = library.TypiClust(random_state=seed % 2**32)
-        return _indices(strategy.query(pool.unit, labels_of(pool), batch_size=count))
+        return typiclust(pool.unit, pool.labelled, count, seed % 2**32)
 
 
 @dataclass(frozen=True)

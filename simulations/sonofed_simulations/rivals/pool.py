@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+# The rivals take it from here: a cell is kept by the text of its strategy's module.
+from sonofed_client.adaptation.entropy import entropy as entropy
+
 Floats = NDArray[np.floating]
 Indices = NDArray[np.int64]
 
@@ -133,8 +136,3 @@ def best(pool: Pool, scores: Floats, count: int, seed: int) -> Indices:
     candidates = np.random.default_rng(seed).permutation(pool.unlabelled)
     order = np.argsort(-scores[candidates], kind="stable")
     return np.asarray(candidates[order[:count]], dtype=np.int64)
-
-
-def entropy(probabilities: Floats) -> Floats:
-    """Shannon's entropy in nats over the last axis."""
-    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=-1))

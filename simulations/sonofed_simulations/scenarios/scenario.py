@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.segmentation import NEEDS_SEGMENTER, misfit
-from sonofed_common.contract.study import Study, check_site_name
+from sonofed_common.contract.study import PRESETS, Study, check_site_name
 from sonofed_common.data.readers import READERS
 from sonofed_server.source.settings import SourceSettings
 from sonofed_simulations.phantoms.generator import Anatomy
@@ -71,7 +71,7 @@ class Scenario(Model):
     -----
     ``source`` is a source file without its name and data where ``source_phantoms`` is given;
     ``study`` is a study file without its cohort's sites, which are the hospitals; image size and
-    classifiers are the source's unless it says otherwise.
+    classifiers are the source's unless it or its preset says otherwise.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -100,7 +100,8 @@ class Scenario(Model):
         }
         name, hospitals = values.get("name"), values.get("hospitals", {})
         cohort = {"sites": list(hospitals), **values["study"].get("cohort", {})}
-        shared = {k: values["source"][k] for k in SHARED if k in values["source"]}
+        preset = PRESETS.get(str(values["study"].get("preset")), {})
+        shared = {k: values["source"][k] for k in SHARED if k in values["source"].keys() - preset}
         values["study"] = {"name": name, **shared, **values["study"], "cohort": cohort}
         if "source_phantoms" in values:
             values["source"].setdefault("data", {"kind": "table", "path": "source"})

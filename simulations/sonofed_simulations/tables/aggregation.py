@@ -51,6 +51,7 @@ VARIANTS = (
     Variant(Arm("FedAvg")),
     Variant(Arm("FedProx", "FedAvg"), aggregation=Aggregation(strategy="fedprox")),
     Variant(Arm("SiloBN", "FedAvg"), settings=ADAM.model_copy(update={"batch_norm": "site"})),
+    Variant(Arm("FedBN", "FedAvg"), settings=ADAM.model_copy(update={"batch_norm": "local"})),
     Variant(Arm("FedDG-GA", "FedAvg"), aggregation=Aggregation(strategy="feddg_ga")),
     Variant(Arm("FedAdam", "FedAvg"), aggregation=Aggregation(strategy="fedadam")),
     Variant(Arm("FedAvg, SGD", "FedAvg"), settings=SGD),
@@ -121,10 +122,10 @@ class AggregationTable:
         ends = [train(self.start, cohort, settings, aggregation, seed) for cohort in cohorts]
         by_site = ends if arm.name == LOCAL else ends * len(sites)
         predictions = {
-            site.name: test(self.start, weights, site, settings)
-            for site, (weights, _) in zip(sites, by_site, strict=True)
+            site.name: test(self.start, end, site, settings)
+            for site, end in zip(sites, by_site, strict=True)
         }
-        shares = ends[0][1].config.get("shares", {})
+        shares = ends[0].state.config.get("shares", {})
         facts = {f"weight of {name}": share for name, share in shares.items()}
         return Outcome(predictions, {"labels": sum(len(s.labels) for s in sites), **facts})
 

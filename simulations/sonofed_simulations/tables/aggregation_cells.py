@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from sonofed_client.adaptation.local_round import local_round
 from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.handlers.control import to_arrays
 from sonofed_client.enclave.site import load_weights, weights_of
-from sonofed_common.batch_norm import adapt_batch_norm
+from sonofed_common.batch_norm import adapt_batch_norm, layers_of
 from sonofed_common.contract.records import Array, Records, grouped
 from sonofed_common.contract.study import Aggregation, Finetuning
 from sonofed_common.models.classifiers import Classifier
@@ -56,6 +56,25 @@ class SiteImages:
     test_groups: Array
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training ended with.
+
+    Attributes
+    ----------
+    weights : dict of str to ndarray
+        After the last round; where layers stay at the sites, all others.
+    state : Records
+        Of the strategy, after the last round.
+    layers : dict of str to dict of str to ndarray
+        Layers that stayed, by site.
+    """
+
+    weights: Weights
+    state: Records
+    layers: dict[str, Weights] = field(default_factory=dict)
+
+
 def union(sites: Sequence[SiteImages]) -> SiteImages:
     """Return one site that has the labelled images of all."""
     images = torch.cat([site.pool[site.chosen] for site in sites])
@@ -76,7 +95,7 @@ def train(
     settings: Finetuning,
     aggregation: Aggregation,
     seed: int,
-) -> tuple[Weights, Records]:
+) -> Trained:
     """Train a classifier round by round, as a study's sites and coordinator do.
 
     Parameters
@@ -89,26 +108,20 @@ def train(
         Of a study.
     seed : int
         Of the cell; the same for all arms.
-
-    Returns
-    -------
-    weights : dict of str to ndarray
-        After the last round.
-    state : Records
-        Of the strategy, after the last round.
     """
-    weights, state = weights_of(start.model()), Records()
+    end = Trained(weights_of(start.model()), Records())
     kept: dict[str, Variate] = {}
+    own_layers = layers_of(start.model()) if settings.batch_norm == "local" else frozenset()
     for number in range(settings.rounds):
         strategy = STRATEGIES[aggregation.strategy](
-            Round(aggregation, number, settings.rounds, partial(dict, weights), state)
+            Round(aggregation, number, settings.rounds, partial(dict, end.weights), end.state)
         )
         common = {
             name: torch.from_numpy(array)
             for name, array in strategy.broadcast().get("control", {}).items()
         }
         for site in sites:
-            model = starting_model(start, weights, site, settings)
+            model = starting_model(start, end, site, settings)
             own = derive_seed(seed, site.name, number)
             torch.manual_seed(own)
             images = site.pool[site.chosen]
@@ -124,28 +137,28 @@ def train(
                 kept.get(site.name),
             )
             kept[site.name] = update.variate
-            arrays = grouped("weights", weights_of(model))
+            trained = weights_of(model)
+            end.layers[site.name] = {name: trained.pop(name) for name in own_layers}
+            arrays = grouped("weights", trained)
             arrays |= grouped("control", to_arrays(update.change))
             reply = Records(arrays, {"examples": len(images)}, dict(update.metrics))
             strategy.add(site.name, reply, weight_of(reply, aggregation))
-        weights, state = strategy.finish()
-    return weights, state
+        end = Trained(*strategy.finish(), end.layers)
+    return end
 
 
 def starting_model(
-    start: Start, weights: Mapping[str, Array], site: SiteImages, settings: Finetuning
+    start: Start, end: Trained, site: SiteImages, settings: Finetuning
 ) -> Classifier:
-    """Return a classifier with these weights, its statistics as the study's setting has them."""
+    """Return a site's classifier, normalised as the study's setting says."""
     model = start.model()
-    load_weights(model, weights)
+    load_weights(model, {**weights_of(model), **end.weights, **end.layers.get(site.name, {})})
     if settings.batch_norm == "site":
         adapt_batch_norm(model, evenly_spaced(site.pool, BATCH_NORM_IMAGES))
     return model
 
 
-def test(
-    start: Start, weights: Mapping[str, Array], site: SiteImages, settings: Finetuning
-) -> Prediction:
+def test(start: Start, end: Trained, site: SiteImages, settings: Finetuning) -> Prediction:
     """Return labels, P(malignant) and patients of a site's test images."""
-    model = starting_model(start, weights, site, settings)
+    model = starting_model(start, end, site, settings)
     return site.test_labels, predict(model, site.test), site.test_groups

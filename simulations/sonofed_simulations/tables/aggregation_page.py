@@ -7,7 +7,7 @@ from sonofed_simulations.tables.arm_findings import Claim
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_summary import MEAN, WORST
 
-STRATEGIES = ("FedProx", "SiloBN", "FedDG-GA", "FedAdam", "SCAFFOLD")
+STRATEGIES = ("FedProx", "SiloBN", "FedBN", "FedDG-GA", "FedAdam", "SCAFFOLD")
 
 CLAIMS = (
     Claim(
@@ -28,7 +28,7 @@ def about(adam: Finetuning, sgd: Finetuning, rounds: int, budget: float, image_s
         title="Aggregation strategies",
         work="FedAvg (McMahan et al., AISTATS 2017), FedProx (Li et al., MLSys 2020), SCAFFOLD "
         "(Karimireddy et al., ICML 2020), FedAdam (Reddi et al., ICLR 2021), FedDG-GA (Zhang et "
-        "al., CVPR 2023) and SiloBN (Andreux et al., 2020)",
+        "al., CVPR 2023), SiloBN (Andreux et al., 2020) and FedBN (Li et al., ICLR 2021)",
         claims=CLAIMS,
         published="published",
         focus=MEAN,
@@ -47,17 +47,17 @@ def about(adam: Finetuning, sgd: Finetuning, rounds: int, budget: float, image_s
             "its authors tried. FedAdam: betas 0.9 and 0.99, tau 0.001, as its authors; "
             "step 0.01 at the coordinator. FedDG-GA: step 0.2, falling linearly over the rounds. "
             f"SCAFFOLD works with plain steps only: {sgd.learning_rate:g}, the step of FedBN's "
-            "experiments (Li et al., ICLR 2021); FedAvg, SGD takes the same and is what SCAFFOLD "
+            "experiments; FedAvg, SGD takes the same and is what SCAFFOLD "
             "is compared with.",
             "Where the arms share batch normalisation's statistics these are averaged with the "
             "weights. SiloBN is finetuning.batch_norm = site: each hospital re-estimates the "
-            "statistics on its own unlabelled pool, and the affine weights are shared.",
+            "statistics on its own unlabelled pool, and the affine weights are shared. FedBN is "
+            "batch_norm = local: each hospital keeps its normalisation layers whole, affine "
+            "weights and the running statistics of its labelled images, and all else is averaged.",
         ),
         adapted=(
             "No work above has this table, so the column of published numbers is empty: their data "
             "are other images, of more classes and many more rounds.",
-            "FedBN (Li et al., ICLR 2021) keeps the affine weights of batch normalisation at the "
-            "site too; SiloBN is its nearest relative that the product has.",
             "FedDG-GA's gaps are of the labelled training images, and the first weights are the "
             "shares of labels, as FedAvg's. Sites weigh by their labels in all arms.",
         ),

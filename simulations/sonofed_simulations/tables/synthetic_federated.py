@@ -3,104 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sonofed_client.adaptation import drift
-from sonofed_common.contract.configuration import Model
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.runtime import derive_seed, device
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.source.classifiers import probabilities
 from sonofed_server.source.data import SourceSet
-from sonofed_server.source.settings import DiffusionTraining, SourceData, WganTraining
-from sonofed_simulations.tables.arm_findings import Claim
-from sonofed_simulations.tables.arm_page import About
-from sonofed_simulations.tables.arm_summary import MEAN
+from sonofed_server.source.settings import SourceData
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
 from sonofed_simulations.tables.breast_sites import SITES, parts_facts, patients, read_site
-from sonofed_simulations.tables.equal_steps import Steps, fit_steps
+from sonofed_simulations.tables.equal_steps import fit_steps
 from sonofed_simulations.tables.mixtures import gate_facts
 from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.synthetic_federated_page import about, arms
+from sonofed_simulations.tables.synthetic_federated_settings import (
+    FULL,
+    QUICK,
+    FederatedSettings,
+    Generator,
+)
 from sonofed_simulations.tables.synthetic_sets import (
     SyntheticSet,
     synthetic_origin,
     synthetic_set,
-)
-
-Generator = Literal["GAN", "diffusion"]
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What one arm does: FedProx or not, and whose images the sites share."""
-
-    proximal: bool
-    generator: Generator | None
-
-
-PUBLISHED: dict[tuple[bool, Generator | None], float] = {
-    (False, None): 0.9206,
-    (False, "GAN"): 0.9237,
-    (False, "diffusion"): 0.9362,
-    (True, None): 0.9429,
-    (True, "GAN"): 0.9538,
-    (True, "diffusion"): 0.9574,
-}
-"""Mean AUROC over the sites."""
-
-
-class FederatedSettings(Model):
-    """Sites, network, length and seeds.
-
-    Notes
-    -----
-    ``local`` is what one site does in one round, ``proximal`` the weight mu of FedProx, and
-    ``synthetic`` the number of images that each site shares.
-    """
-
-    image_size: int
-    seeds: tuple[int, ...]
-    sites: tuple[str, ...] = tuple(SITES)
-    test_fraction: float = 0.2
-    network: str
-    rounds: int
-    local: Steps
-    proximal: float = 0.01
-    wgan: WganTraining
-    diffusion: DiffusionTraining
-    synthetic: int
-
-    def generator(self, kind: Generator) -> WganTraining | DiffusionTraining:
-        """How the generator of a kind is trained."""
-        return self.wgan if kind == "GAN" else self.diffusion
-
-
-QUICK = FederatedSettings(
-    image_size=64,
-    seeds=(0, 1, 2),
-    sites=("BUSI", "BUS-BRA Logiq 7", "BrEaST"),
-    network="resnet18",
-    rounds=4,
-    local=Steps(steps=20, batch_size=8),
-    wgan=WganTraining(steps=1000, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
-    diffusion=DiffusionTraining(epochs=4),
-    synthetic=50,
-)
-FULL = FederatedSettings(
-    image_size=128,
-    seeds=(0, 1, 2, 3, 4),
-    network="resnet50",
-    rounds=50,
-    local=Steps(steps=60, batch_size=16),
-    wgan=WganTraining(),
-    diffusion=DiffusionTraining(epochs=200),
-    synthetic=500,
 )
 
 
@@ -181,7 +113,7 @@ class FederatedTable:
             facts["images shared"] = sum(len(one.labels) for one in shared)
         training = {name: (torch.cat(images[name]), torch.cat(labels[name])) for name in parts}
         weights = {name: len(of.pool.labels) for name, of in parts.items()}
-        model = self._train(training, weights, federation.proximal, seed)
+        model = _train(self._settings, training, weights, federation.proximal, seed)
         return Outcome(
             {
                 name: (
@@ -205,37 +137,6 @@ class FederatedTable:
             },
         }
 
-    def _train(
-        self,
-        training: Mapping[str, tuple[Tensor, Tensor]],
-        weights: Mapping[str, int],
-        proximal: bool,
-        seed: int,
-    ) -> Classifier:
-        """Train the global model; sites count by their own real images, the same in all arms."""
-        settings = self._settings
-        own = derive_seed(seed, "weights")
-        model = build_classifier(settings.network, pretrained=False, seed=own).to(device())
-        for number in range(settings.rounds):
-            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            mean = FedAvg()
-            for site, (images, labels) in training.items():
-                model.load_state_dict(start)
-                fit_steps(
-                    model,
-                    images,
-                    labels,
-                    settings.local,
-                    derive_seed(seed, site, number),
-                    flips=True,
-                    before_step=drift.proximal(model, settings.proximal) if proximal else None,
-                    part=(number, settings.rounds),
-                )
-                arrays = {n: tensor.cpu().numpy() for n, tensor in model.state_dict().items()}
-                mean.add(arrays, weights[site])
-            model.load_state_dict({n: torch.from_numpy(a) for n, a in mean.mean().items()})
-        return model.eval()
-
     def _split(self, seed: int) -> dict[str, SourceSet]:
         fraction = self._settings.test_fraction
         return {name: site.split(fraction, seed) for name, site in self._sites.items()}
@@ -255,70 +156,32 @@ class FederatedTable:
         }
 
 
-def arms() -> dict[Arm, Federation]:
-    """FedAvg and FedProx, each without and with the images of either generator."""
-    rows = {}
-    for (proximal, generator), published in PUBLISHED.items():
-        base = "FedProx" if proximal else "FedAvg"
-        name = base if generator is None else f"{base} + {generator} images"
-        against = None if generator is None else base
-        if name == "FedProx":
-            against = "FedAvg"
-        rows[Arm(name, against, f"{published:.4f}")] = Federation(proximal, generator)
-    return rows
-
-
-def about(settings: FederatedSettings) -> About:
-    """What the page says beside the numbers."""
-    wgan, diffusion = settings.wgan, settings.diffusion
-    return About(
-        title="Synthetic images in federated training, by GAN and by diffusion",
-        work=(
-            "Federated breast cancer detection enhanced by synthetic ultrasound images "
-            "(arXiv 2506.23334)"
-        ),
-        claims=(
-            Claim(
-                "The work reports that GAN images raise the mean AUROC of FedAvg by .0031 and of "
-                "FedProx by .0109",
-                tuple(f"{base} + GAN images" for base in ("FedAvg", "FedProx")),
-                MEAN,
-                metrics=("auroc", "accuracy"),
-            ),
-            Claim(
-                "It reports that diffusion images raise it by .0156 and .0145",
-                tuple(f"{base} + diffusion images" for base in ("FedAvg", "FedProx")),
-                MEAN,
-                metrics=("auroc", "accuracy"),
-            ),
-            Claim(
-                "It reports that FedProx is .0223 above FedAvg",
-                ("FedProx",),
-                MEAN,
-                metrics=("auroc", "accuracy"),
-            ),
-        ),
-        published="published AUROC, mean over sites",
-        focus=MEAN,
-        method=(
-            f"Sites: {', '.join(settings.sites)}. Images of {settings.image_size} px; of each "
-            f"site and seed {settings.test_fraction:.0%} of the patients are held out.",
-            f"{settings.network} from random weights, {settings.rounds} rounds of "
-            f"{settings.local.steps} local steps, batch {settings.local.batch_size}, Adam "
-            f"{settings.local.learning_rate:g} with a cosine over all rounds, flips; the same "
-            f"number of steps in every row. FedProx: mu {settings.proximal:g}.",
-            f"Each site trains its generators on its own training images ({wgan.steps} steps of "
-            f"one GAN a class, or {diffusion.epochs} epochs of a small diffusion model that "
-            f"redraws from edges) and shares {settings.synthetic} images, fewer where the "
-            "memorisation gate refuses more. Every site trains on its own images and on all "
-            "shared ones.",
-        ),
-        adapted=(
-            "The work's sites are BUSI, BUS-BRA and UDIAT; ours are BUSI, BUS-BRA by scanner and "
-            "BrEaST, so its numbers are of another federation.",
-            "Malignant is the positive class; splits are by patient, of BUSI by group of "
-            "near-duplicates.",
-            "Sharing of generated images between sites, through a gate at each of them, is our "
-            "reading of the protocol. Our diffusion model draws from edge maps of training images.",
-        ),
-    )
+def _train(
+    settings: FederatedSettings,
+    training: Mapping[str, tuple[Tensor, Tensor]],
+    weights: Mapping[str, int],
+    proximal: bool,
+    seed: int,
+) -> Classifier:
+    """Train the global model; sites count by their own real images, the same in all arms."""
+    own = derive_seed(seed, "weights")
+    model = build_classifier(settings.network, pretrained=False, seed=own).to(device())
+    for number in range(settings.rounds):
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        mean = FedAvg()
+        for site, (images, labels) in training.items():
+            model.load_state_dict(start)
+            fit_steps(
+                model,
+                images,
+                labels,
+                settings.local,
+                derive_seed(seed, site, number),
+                flips=True,
+                before_step=drift.proximal(model, settings.proximal) if proximal else None,
+                part=(number, settings.rounds),
+            )
+            arrays = {n: tensor.cpu().numpy() for n, tensor in model.state_dict().items()}
+            mean.add(arrays, weights[site])
+        model.load_state_dict({n: torch.from_numpy(a) for n, a in mean.mean().items()})
+    return model.eval()

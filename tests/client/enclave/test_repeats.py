@@ -3,17 +3,27 @@ import tomllib
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from enclave_talk import NETWORK, encode, evaluation, fine_tuning, install, talk
+from sklearn.metrics import roc_auc_score
 
+from sonofed_client.adaptation.evaluation import predict
+from sonofed_client.adaptation.finetuning import finetune_round
 from sonofed_client.enclave.enclave import HANDLERS, InProcessEnclave
+from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.intake import take_in
 from sonofed_client.enclave.policy import STANDARD as STANDARD_FILE
+from sonofed_client.enclave.site import load_weights
+from sonofed_client.enclave.starts import start_of
 from sonofed_client.enclave.store import Store
+from sonofed_common.batch_norm import layers_of
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.records import to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import Aggregation, Embedding, Finetuning
+from sonofed_common.models.classifiers import build_classifier
+from sonofed_common.runtime import derive_seed
 
 
 def test_a_repeated_job_gives_its_first_reply_without_training(site, bundle, monkeypatch):
@@ -144,6 +154,60 @@ def test_a_round_of_scaffold_goes_on_from_the_control_variate_of_the_one_before(
     with pytest.raises(ParameterError, match="do not fit the model"):
         asked = request(fine_tuning(bundle, **values, round=2), control={"w": np.ones(2)})
         enclave.perform("train.classifier", asked)
+
+
+LOCAL = Finetuning(rounds=2, local_epochs=1, batch_norm="local")
+
+
+def test_fedbn_goes_on_from_the_layers_that_stayed(site, bundle):
+    enclave, store = InProcessEnclave(site), Store(site.store)
+    talk(enclave, bundle)
+    model = build_classifier(NETWORK, pretrained=False)
+    layers = layers_of(model)
+
+    def round_of(number, **weights):
+        asked = request(fine_tuning(bundle, settings=LOCAL, round=number), **weights)
+        return enclave.perform("train.classifier", asked)
+
+    def tested(weights):
+        asked = evaluation(bundle, batch_norm="local", budget=0)
+        # Behind the wall: so few test images let no metric leave.
+        return HANDLERS["evaluate.classifier"](enclave.site, asked, request(asked, weights=weights))
+
+    first = round_of(0).group("weights")
+    assert first.keys() | layers == model.state_dict().keys() and not first.keys() & layers
+    asked = fine_tuning(bundle, settings=LOCAL)
+    # What a policy that clips compares with.
+    assert (
+        Records(start_of(enclave.site, asked, request(asked))).group("weights").keys()
+        == first.keys()
+    )
+    own = store.get(f"study/trial/layers/{NETWORK}/0/0000").arrays
+    assert own.keys() == layers
+    # What other sites made of the shared weights.
+    shared = {name: 0.9 * array for name, array in first.items()}
+    second = round_of(1, weights=shared)
+
+    rows, images = enclave.site.images("pool", 32)
+    labels = labelled(enclave.site, "trial", 0)
+    index = [n for n, row in enumerate(rows) if row.id in labels]
+    targets = torch.tensor([labels[rows[n].id] for n in index])
+    seed = derive_seed(3, "north", NETWORK, 0, 1)
+    load_weights(model, {**shared, **own})
+    torch.manual_seed(seed)
+    finetune_round(model, images[index], targets, LOCAL, 1, seed)
+    last = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    kept = store.get(f"study/trial/layers/{NETWORK}/0/0001").arrays
+    for name, array in {**second.group("weights"), **kept}.items():
+        np.testing.assert_array_equal(array, last[name])
+    probabilities = predict(model.eval(), enclave.site.images("test", 32)[1])
+    test_labels = [int(row.label == 1) for row in enclave.site.store.images("test")]
+    found = tested(second.group("weights")).metrics
+    assert found["auroc"] == pytest.approx(roc_auc_score(test_labels, probabilities))
+    assert found["brier"] == pytest.approx(np.mean((probabilities - test_labels) ** 2))
+
+    store.remove("job/")
+    assert to_bytes(round_of(1, weights=shared)) == to_bytes(second)
 
 
 def test_a_clip_bounds_the_change_of_a_control_variate(site, bundle, tmp_path):

@@ -44,6 +44,20 @@ def test_the_forecast_knows_that_the_exact_selection_needs_single_counts():
     assert refusals(asked, STANDARD) == []
 
 
+def test_a_site_that_lets_out_no_single_count_can_take_part_with_typiclust():
+    values = json.loads(STANDARD.model_dump_json())
+    values["actions"]["query.histogram"]["min_count"] = 20
+    asked = study(
+        phases=("enrol", "ship", "select", "annotate"),
+        classifiers=("shufflenet_v2",),
+        selection={"strategy": "typiclust", "budgets": (0.25,)},
+    )
+    assert refusals(asked, Policy.model_validate(values)) == []
+    words = "\n".join(asks(asked, STANDARD, 44))
+    assert "whatever the coordinator asks: 11 of this site's 44" in words
+    assert "query.histogram" not in words
+
+
 def test_the_forecast_counts_noised_replies():
     values = json.loads(STANDARD.model_dump_json())
     rule = values["actions"]["train.pretrain"]

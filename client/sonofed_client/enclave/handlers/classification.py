@@ -14,13 +14,14 @@ from sonofed_client.adaptation.finetuning import draw_replay
 from sonofed_client.adaptation.local_round import local_round
 from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_client.enclave.handlers.control import keep_variate, to_arrays, variates
+from sonofed_client.enclave.handlers.layers import keep_layers, own_layers
 from sonofed_client.enclave.handlers.selection import labelled
 from sonofed_client.enclave.release import MEASURED
 from sonofed_client.enclave.site import Site, load_weights, weights_of
 from sonofed_client.enclave.store import CataloguedImage
 from sonofed_client.enclave.views import seen_by
 from sonofed_common.batch_norm import adapt_batch_norm
-from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier
+from sonofed_common.contract.actions import EvaluateClassifier, Score, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
 from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
@@ -62,7 +63,9 @@ def train_classifier(site: Site, parameters: TrainClassifier, request: Records) 
             replay,
             checkpoint,
         )
-    arrays = grouped("weights", weights_of(model))
+    local = parameters.settings.batch_norm == "local"
+    shared = keep_layers(site, parameters, model) if local else weights_of(model)
+    arrays = grouped("weights", shared)
     if update.variate:
         keep_variate(site, parameters, update.variate)
         arrays |= grouped("control", to_arrays(update.change))
@@ -125,7 +128,7 @@ def evaluate_classifier(site: Site, parameters: EvaluateClassifier, request: Rec
 
 def starting_model(
     site: Site,
-    parameters: TrainClassifier | EvaluateClassifier,
+    parameters: TrainClassifier | EvaluateClassifier | Score,
     request: Records,
     pool: Tensor,
     batch_norm: str,
@@ -136,17 +139,22 @@ def starting_model(
     ----------
     site : Site
         Keeps the bundle.
-    parameters : TrainClassifier or EvaluateClassifier
+    parameters : TrainClassifier, EvaluateClassifier or Score
         Name the bundle and the classifier.
     request : Records
         ``weights/...``, or none for the source's.
     pool : Tensor
         (N, V, S, S) unlabelled images of the site, as the classifier sees them.
     batch_norm : str
-        ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them.
+        ``site`` re-estimates the normalisation statistics on the pool, ``global`` keeps them,
+        ``local`` takes whole layers from the site's own last round in place of the request.
     """
     model = site.classifier(parameters.bundle, parameters.classifier)
-    if weights := request.group("weights"):
+    weights = request.group("weights")
+    # What scores a pool, nobody has trained.
+    if batch_norm == "local" and not isinstance(parameters, Score):
+        weights = {**weights_of(model), **weights, **own_layers(site, parameters)}
+    if weights:
         load_weights(model, weights)
     if batch_norm == "site":
         adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))

@@ -1,44 +1,19 @@
-"""Score the pool, answer counts about the scores, mark what is selected, count its labels."""
+"""Answer counts about the scores of the pool, mark what is selected, count its labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import torch
 
-from sonofed_client.adaptation.scoring import uncertainty
 from sonofed_client.adaptation.selector import PoolSelector
-from sonofed_client.enclave.handlers.embedding import received_centroids
-from sonofed_client.enclave.labelling import admit_marks, admit_scores
+from sonofed_client.enclave.labelling import admit_marks
 from sonofed_client.enclave.site import Site
-from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Score, Select
+from sonofed_common.contract.actions import Annotations, Histogram, Parameters, Select
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.selection import RankTable, ranked_columns
 from sonofed_common.contract.study import Selection
-
-
-def score(site: Site, parameters: Score, request: Records) -> Records:
-    """Score every image of the pool by uncertainty and representativeness; nothing of it leaves."""
-    settings = parameters.selection
-    scores: dict[str, Any] = {}
-    if settings.strategy == "dual_score":
-        kept = site.need(site.study_artifact(parameters.study, "embedding"), "embedding").arrays
-        embedding = torch.from_numpy(np.array(kept["embedding"]))
-        centroids = received_centroids(request, embedding)
-        scores = {
-            "uncertainty": uncertainty(embedding, centroids, settings.uncertainty).numpy(),
-            "representativeness": np.array(kept["representativeness"]),
-        }
-    facts = {"settings": settings.model_dump(mode="json"), "seed": parameters.seed}
-    made = Records(scores, facts)
-    admit_scores(site, parameters.study, made)
-    for earlier in ("ranks", "selected"):
-        site.store.remove(site.study_artifact(parameters.study, earlier))
-    site.store.put(site.study_artifact(parameters.study, "scores"), made)
-    return Records(config={"examples": len(site.store.images("pool"))})
 
 
 def histogram(site: Site, parameters: Histogram, request: Records) -> Records:

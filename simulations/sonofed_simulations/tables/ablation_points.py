@@ -1,0 +1,105 @@
+"""Points of the ablation's stages and the reconstructions under them, each made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonofed_client.adaptation.reconstruction import reconstruct
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.study import Embedding, Reconstruction
+from sonofed_common.runtime import derive_seed, write_atomically
+from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of
+from sonofed_simulations.tables.cells import read_records
+from sonofed_simulations.tables.hospitals import HospitalImages, split_of
+from sonofed_simulations.tables.redrawn import read_stack
+from sonofed_simulations.tables.settings import SelectionTable, SplitName
+from sonofed_simulations.tables.start import Start
+
+BATCH = 64
+RECONSTRUCTION = Reconstruction()
+EMBEDDING = Embedding()
+SPLITS = SelectionTable(scenario="breast_three_countries", seeds=(0, 1, 2))
+"""Folds, views and fine-tuning of `adaptation-selection`; of each seed the first fold."""
+
+
+@dataclass(frozen=True)
+class PointStore:
+    """The points that arms of one stage share.
+
+    Attributes
+    ----------
+    laboratory : Laboratory
+        Its folder gets the reconstructions and the points.
+    start : Start
+        The source's classifier.
+    hospitals : sequence of HospitalImages
+        All labelled images.
+    """
+
+    laboratory: Laboratory
+    start: Start
+    hospitals: Sequence[HospitalImages]
+
+    def points(self, stage: Stage, seed: int) -> Points:
+        """Points of a stage under one seed, from their file or made now."""
+        path = self.laboratory.root / "points" / f"seed-{seed}" / f"{stage}.safetensors"
+        origin = self.origin(stage, seed)
+        with self.laboratory.alone():
+            kept = read_records(path, origin)
+            if kept is None:
+                pools = {hospital.name: self._pool(hospital, seed) for hospital in self.hospitals}
+                events = self.laboratory.events
+                found = points_of(stage, self.start, pools, EMBEDDING, seed, events)
+                kept = Records({"z": found.z, "r": found.r}, {"origin": origin})
+                write_atomically(path, to_bytes(kept))
+        return Points(np.array(kept.arrays["z"]), np.array(kept.arrays["r"]))
+
+    def origin(self, stage: Stage, seed: int) -> dict[str, Any]:
+        """What points are made of: they are made anew when any of it changes."""
+        return {
+            "bundle": self.start.bundle,
+            "data": [hospital.provenance.digest for hospital in self.hospitals],
+            "stage": stage,
+            "embedding": EMBEDDING.model_dump(mode="json"),
+            "reconstruction": RECONSTRUCTION.model_dump(mode="json", exclude={"batch_size"}),
+            "folds": SPLITS.folds,
+            "seed": seed,
+        }
+
+    def _pool(self, hospital: HospitalImages, seed: int) -> Pooled:
+        redrawn = self._redrawn(hospital)
+        places = {sample.name: n for n, sample in enumerate(hospital.samples)}
+        split = split_of(hospital, SPLITS, SplitName(seed, 0))
+        pool = [places[sample.name] for sample in split.pool]
+        return Pooled(hospital.images[pool], redrawn[pool])
+
+    def _redrawn(self, hospital: HospitalImages) -> Tensor:
+        """All of a hospital's images redrawn, the same in every seed; kept as bytes."""
+        path = self.laboratory.root / "reconstructions" / f"{hospital.name}.safetensors"
+        origin = {
+            "bundle": self.start.bundle,
+            "data": hospital.provenance.digest,
+            "reconstruction": RECONSTRUCTION.model_dump(mode="json", exclude={"batch_size"}),
+        }
+        kept = read_records(path, origin)
+        if kept is None:
+            stack = read_stack(self.laboratory.root / "source")
+            seeds = [derive_seed(self.start.bundle, sample.name) for sample in hospital.samples]
+            count = len(seeds)
+            done = []
+            for low in range(0, count, BATCH):
+                batch = slice(low, low + BATCH)
+                found = reconstruct(stack, hospital.images[batch], RECONSTRUCTION, seeds[batch])
+                done.append((found * 255).round().to(torch.uint8))
+                now = min(low + BATCH, count)
+                self.laboratory.events.progress(f"reconstructions {hospital.name}", now, count)
+            kept = Records({"images": torch.cat(done).numpy()}, {"origin": origin})
+            write_atomically(path, to_bytes(kept))
+        return torch.from_numpy(np.array(kept.arrays["images"])).float() / 255
