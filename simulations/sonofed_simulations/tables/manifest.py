@@ -55,6 +55,7 @@ def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None
         "table": table.model_dump(mode="json"),
         "source": {
             "bundle": material.starts[False].bundle,
+            "weights": [start.origin for start in material.starts.values()],
             "settings": source.model_dump(mode="json", exclude_none=True),
         },
         "data": {h.name: h.provenance.model_dump(mode="json") for h in material.hospitals},
