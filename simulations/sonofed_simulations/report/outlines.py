@@ -28,7 +28,7 @@ from sonofed_simulations.report.segmentation import (
 )
 from sonofed_simulations.report.segmentation_summary import mask_explanation, mask_headline
 
-TITLE = "Outlines without labels: one run of each scenario"
+TITLE = "Outlines without labels: runs side by side"
 HEADER = ("hospital", "stage", "Dice (95%)", "NSD (95%)", "HD95, pixels (95%)", "ECE (95%)",
           "Dice over re-normalised (95%)")  # fmt: skip
 FORMS = {"dice": ".3f", "nsd": ".3f", "hd95": ".1f", "ece": ".3f"}
