@@ -274,7 +274,9 @@ def test_of_two_starts_at_once_the_second_is_told_so(tmp_path):
 def test_an_interrupted_start_leaves_nothing_running(tmp_path):
     never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
     starting = (
-        "import sys;"
+        "import signal, sys;"
+        # A shell's background job ignores it, and so would this.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from pathlib import Path;"
         "from sonofed_common.supervision.control import start_detached;"
         "start_detached(Path(sys.argv[1]), [sys.executable, '-c', *sys.argv[2:]], 'the test')"
@@ -286,7 +288,7 @@ def test_an_interrupted_start_leaves_nothing_running(tmp_path):
     everyone = family(tmp_path)
     assert len(everyone) == 4
     process.send_signal(signal.SIGINT)
-    assert process.wait() == -signal.SIGINT
+    assert process.wait(PATIENCE) == -signal.SIGINT
     assert not supervisor.alive and not any(Identity.of(pid) for pid in everyone)
 
 

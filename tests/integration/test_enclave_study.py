@@ -81,6 +81,7 @@ def killing(site):
             process.wait()
 
 
+@pytest.mark.long
 def test_a_study_survives_the_death_of_an_enclave(laboratory, in_process, tmp_path):
     workspace, sites = lay_out(laboratory, tmp_path)
     with enclave_processes(sites) as served, killing(served[0]) as killed:

@@ -204,7 +204,7 @@ def test_a_variant_of_the_default_preset_keeps_the_scenarios_network_alone() -> 
     assert (other.selection.strategy, other.selection.scope) == ("entropy", "global")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cells_run_once_and_again_after_a_change(tmp_path: Path, prepared: Path) -> None:
     file = tmp_path / "small.toml"
     text = (

@@ -176,7 +176,7 @@ def test_both_tracks_stand_on_one_page(tmp_path: Path) -> None:
     sites["North"] = sites["North"].model_copy(update={"classifiers": {"resnet18": classifier}})
     both = masks.model_copy(update={"sites": sites})
     found = page(tmp_path, both, [view()])
-    for fact in ("1 Before and after", "5 Segmentation", "see section 6", ".87", "rose from .52"):
+    for fact in ("1 Before and after", "4 Segmentation", "see section 5", ".87", "rose from .52"):
         assert fact in found.text
     printed = printout(both)
     assert "Source AUROC" in printed and "Over BN" in printed

@@ -97,7 +97,7 @@ def cells(out: Path, seed: int = 0) -> dict[str, int]:
     return {f"{p.parent.name}/{p.stem}": p.stat().st_mtime_ns for p in files}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     comparison, scenario = run(write(tmp_path), out)
