@@ -67,8 +67,8 @@ def curve_of(
         if mode == "federated" and set(common) <= set(replicates.splits(*ends[0], *ends[1])):
             target = replicates.over_sites(ends[0][1], common)[0] - MARGIN
             needs = []
-            for curve, keys in ((others, ends[0]), (own, ends[1])):
-                low, high = (replicates.over_sites(key, common)[0] for key in keys)
+            for curve, outer in ((others, ends[0]), (own, ends[1])):
+                low, high = (replicates.over_sites(key, common)[0] for key in outer)
                 whole = np.stack([low, *curve, high], axis=1)
                 needs.append(needed_budget([0.0, *table.budgets, 1.0], whole, target))
             saving = interval(needs[0] - needs[1])
