@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +350,23 @@ def test_the_best_rival_is_picked_on_splits_that_random_has_too() -> None:
     summary = summarise(tiny(), made, 4)
     means = {row.strategy: row.accuracy.value for row in summary.rows}
     assert means["clue"] > means["badge"] and summary.best_rival == "badge"
+
+
+def test_two_views_save_what_random_needs_where_they_need_no_label() -> None:
+    rights = {
+        ("bn-adapted", 0.0): 0.5,
+        ("random", 0.2): 0.6,
+        ("random", 0.5): 0.7,
+        ("all-labels", 1.0): 0.8,
+        ("two-view-bn-adapted", 0.0): 0.9,
+        ("two-view-badge", 0.2): 0.85,
+        ("two-view-badge", 0.5): 0.9,
+        ("two-view-all-labels", 1.0): 0.95,
+    }
+    made = [
+        replace(at_sites(name, SplitName(0, 0), {"a": right, "b": right}), budget=budget)
+        for (name, budget), right in rights.items()
+    ]
+    (saving,) = (c.saving for c in summarise(tiny(), made, 8).curves if c.saving is not None)
+    # Random's curve passes 0.8 less a point between half of the labels, 0.7, and all, 0.8.
+    assert saving.value == pytest.approx(0.95)

@@ -8,9 +8,19 @@ import numpy as np
 
 from sonofed_common.contract.configuration import Model
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
+from sonofed_simulations.rivals import TWO_VIEWS
 from sonofed_simulations.statistics import budget_area, needed_budget
+from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
-from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, RANDOM, Mode, SelectionTable
+from sonofed_simulations.tables.settings import (
+    ALL_LABELS,
+    BASELINE,
+    RANDOM,
+    TWO_VIEW_ALL_LABELS,
+    TWO_VIEW_BASELINE,
+    Mode,
+    SelectionTable,
+)
 
 MARGIN = 0.01
 """Accuracy below that of all labels at which labels count as saved."""
@@ -22,8 +32,8 @@ class Curve(Model):
     Notes
     -----
     ``area`` is the mean accuracy over the budgets' range. ``saving`` is by how large a share of
-    the pools fewer labels than Random's reach the accuracy of all labels less one point, on curves
-    that are linear between no label, the budgets and all labels.
+    the pools fewer labels than Random's reach the rivals' accuracy of all labels less one point, on
+    curves that are linear between no label, the budgets and all labels, each from its own start.
     """
 
     strategy: str
@@ -53,14 +63,14 @@ def curve_of(
             [replicates.over_sites(key, common)[0] for key in chain] for chain in (keys, reference)
         )
         over_random = contrast(_area(table, own), _area(table, others))
-        ends: list[Key] = [(BASELINE, "federated", 0.0), (ALL_LABELS, "federated", 1.0)]
-        if mode == "federated" and set(common) <= set(replicates.splits(*ends)):
-            low, high = (replicates.over_sites(key, common)[0] for key in ends)
-            budgets = [0.0, *table.budgets, 1.0]
-            needs = [
-                needed_budget(budgets, np.stack([low, *curve, high], axis=1), high - MARGIN)
-                for curve in (others, own)
-            ]
+        ends = [_ends(RANDOM), _ends(strategy)]
+        if mode == "federated" and set(common) <= set(replicates.splits(*ends[0], *ends[1])):
+            target = replicates.over_sites(ends[0][1], common)[0] - MARGIN
+            needs = []
+            for curve, outer in ((others, ends[0]), (own, ends[1])):
+                low, high = (replicates.over_sites(key, common)[0] for key in outer)
+                whole = np.stack([low, *curve, high], axis=1)
+                needs.append(needed_budget([0.0, *table.budgets, 1.0], whole, target))
             saving = interval(needs[0] - needs[1])
     return Curve(
         strategy=strategy,
@@ -71,6 +81,15 @@ def curve_of(
         over_random=over_random,
         saving=saving,
     )
+
+
+def _ends(strategy: str) -> tuple[Key, Key]:
+    """No label and all labels, from the start of a strategy."""
+    two_views = strategy == PRESET or strategy in TWO_VIEWS
+    none, all_labels = (
+        (TWO_VIEW_BASELINE, TWO_VIEW_ALL_LABELS) if two_views else (BASELINE, ALL_LABELS)
+    )
+    return (none, "federated", 0.0), (all_labels, "federated", 1.0)
 
 
 def _area(table: SelectionTable, values: Sequence[Floats]) -> Floats:

@@ -94,7 +94,8 @@ def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
         *markdown(header, rows),
         "",
         "Area: mean accuracy over the budgets' range. Labels saved: share of the pools by which "
-        "fewer labels than Random's reach the accuracy of all labels less one point.",
+        "fewer labels than Random's reach the rivals' accuracy of all labels less one point, on "
+        "curves from no label to all of them, each from its own start.",
     ]
 
 
