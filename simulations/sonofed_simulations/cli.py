@@ -107,6 +107,7 @@ def table_(
     ] = "1/1",
 ) -> None:
     """Make a table of the literature anew, cell by cell, and write all that has finished."""
+    from sonofed_simulations.tables.archive import pack, unpack
     from sonofed_simulations.tables.request import Request
 
     if name not in TABLES:
@@ -116,7 +117,11 @@ def table_(
     number, total = map(int, shard.split("/"))
     with progress_listener() as listener:
         events = Events(listeners=[listener])
-        made = maker(name)(Request(name, quick, out, data, (number, total), events))
+        unpack(out)
+        try:
+            made = maker(name)(Request(name, quick, out, data, (number, total), events))
+        finally:
+            pack(out)
     _console().print(made.table)
     _console().print(f"{made.cells} of {made.wanted} cells; page: {out / 'README.md'}")
 

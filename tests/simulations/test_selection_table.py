@@ -24,6 +24,7 @@ from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
 from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.tables import cells as cells_module
 from sonofed_simulations.tables.adaptation_selection import run_selection_table
+from sonofed_simulations.tables.archive import ARCHIVE, pack, unpack
 from sonofed_simulations.tables.cells import Cell, fingerprint
 from sonofed_simulations.tables.hospitals import places_of, read_hospitals, split_of
 from sonofed_simulations.tables.preset import choose, preset_cells
@@ -120,6 +121,17 @@ def test_a_finished_table_is_not_run_again_and_an_interrupted_one_ends_the_same(
     assert {path for path in after if after[path] != before[path]} == {cell}
     values, expected = json.loads((made / "table.json").read_bytes()), json.loads(page)
     assert values["rows"] == expected["rows"] and values["curves"] == expected["curves"]
+
+
+def test_another_machine_goes_on_from_the_cells_beside_the_page(made: Path, tmp_path: Path) -> None:
+    pack(made)
+    shutil.move(made / ARCHIVE, tmp_path / ARCHIVE)
+    shutil.copytree(made / "work", tmp_path / "work", ignore=shutil.ignore_patterns("cells"))
+    (tmp_path / "work" / "cells").mkdir()
+    unpack(tmp_path)
+    before = files(tmp_path)
+    summary = run_selection_table(tiny(), tmp_path, None, (1, 1), SILENT)
+    assert summary.cells == summary.wanted and files(tmp_path) == before
 
 
 def test_an_interrupted_table_is_of_what_has_finished(made: Path, tmp_path: Path) -> None:

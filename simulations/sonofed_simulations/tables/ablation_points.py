@@ -41,11 +41,14 @@ class PointStore:
         The source's classifier.
     hospitals : sequence of HospitalImages
         All labelled images.
+    stack : str
+        See `stack_digest`.
     """
 
     laboratory: Laboratory
     start: Start
     hospitals: Sequence[HospitalImages]
+    stack: str
 
     def points(self, stage: Stage, seed: int) -> Points:
         """Points of a stage under one seed, from their file or made now."""
@@ -64,7 +67,8 @@ class PointStore:
     def origin(self, stage: Stage, seed: int) -> dict[str, Any]:
         """What points are made of: they are made anew when any of it changes."""
         return {
-            "bundle": self.start.bundle,
+            **self.start.origin,
+            "stack": self.stack,
             "data": [hospital.provenance.digest for hospital in self.hospitals],
             "stage": stage,
             "embedding": EMBEDDING.model_dump(mode="json"),
@@ -84,14 +88,14 @@ class PointStore:
         """All of a hospital's images redrawn, the same in every seed; kept as bytes."""
         path = self.laboratory.root / "reconstructions" / f"{hospital.name}.safetensors"
         origin = {
-            "bundle": self.start.bundle,
+            "stack": self.stack,
             "data": hospital.provenance.digest,
             "reconstruction": RECONSTRUCTION.model_dump(mode="json", exclude={"batch_size"}),
         }
         kept = read_records(path, origin)
         if kept is None:
             stack = read_stack(self.laboratory.root / "source")
-            seeds = [derive_seed(self.start.bundle, sample.name) for sample in hospital.samples]
+            seeds = [derive_seed("reconstruction", sample.name) for sample in hospital.samples]
             count = len(seeds)
             done = []
             for low in range(0, count, BATCH):

@@ -28,7 +28,12 @@ from sonofed_simulations.tables.features import SiteFeatures, site_features
 from sonofed_simulations.tables.head import Labelled, logits, train_head
 from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.manifest import split_facts
-from sonofed_simulations.tables.redrawn import IMAGE_SIZE, THREADS, quick_scenario
+from sonofed_simulations.tables.redrawn import (
+    IMAGE_SIZE,
+    THREADS,
+    quick_scenario,
+    stack_digest,
+)
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.settings import SplitName
 from sonofed_simulations.tables.start import Start, read_start
@@ -62,11 +67,14 @@ class Ablation:
         The source's classifier.
     hospitals : tuple of HospitalImages
         All labelled images.
+    stack : str
+        See `stack_digest`.
     """
 
     laboratory: Laboratory
     start: Start
     hospitals: tuple[HospitalImages, ...]
+    stack: str
 
     @classmethod
     def prepare(cls, request: Request) -> Ablation:
@@ -77,13 +85,12 @@ class Ablation:
         with laboratory.alone():
             bundle = laboratory.prepare_source()
             hospitals = tuple(read_hospitals(laboratory, IMAGE_SIZE))
-        return cls(
-            laboratory, read_start(bundle, laboratory.scenario.study.classifiers[0]), hospitals
-        )
+        start = read_start(bundle, laboratory.scenario.study.classifiers[0])
+        return cls(laboratory, start, hospitals, stack_digest(bundle))
 
     @property
     def _store(self) -> PointStore:
-        return PointStore(self.laboratory, self.start, self.hospitals)
+        return PointStore(self.laboratory, self.start, self.hospitals, self.stack)
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -107,7 +114,7 @@ class Ablation:
         part = PARTS[arm.name]
         made_of = None if part is None else self._store.origin(part[0], seed)
         return {
-            "bundle": self.start.bundle,
+            **self.start.origin,
             "data": [hospital.provenance.digest for hospital in self.hospitals],
             "points": made_of,
             "clusters": None if part is None else part[1],

@@ -91,7 +91,7 @@ class AggregationTable:
         return {
             "arm": arm.name,
             "seed": seed,
-            "bundle": self.start.bundle,
+            **self.start.origin,
             "data": {h.name: h.provenance.digest for h in self.hospitals},
             "image_size": IMAGE_SIZE,
             "budget": BUDGET,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from sonofed_common.contract.records import Records, from_bytes, grouped, to_bytes
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_common.security import sha256
@@ -129,7 +129,8 @@ def run_chain(
     folder : Path
         Where the cells are.
     """
-    head: Head = begin.head
+    worker = _Worker(chain, table, begin, sites)
+    head: Head | None = begin.head
     chosen: Chosen = {site.name: [] for site in sites}
     for budget in chain.budgets:
         path = folder / chain.path(budget)
@@ -137,13 +138,13 @@ def run_chain(
         kept = read_records(path, origin)
         if kept is None:
             began = time.perf_counter()
-            worker = _Worker(chain, table, begin, sites)
-            chosen = worker.select(head, chosen, budget)
+            # A kept cell holds no head: its selection gives the same one again.
+            chosen = worker.select(worker.train(chosen) if head is None else head, chosen, budget)
             head = worker.train(chosen)
             kept = worker.records(head, chosen, origin, time.perf_counter() - began)
             write_atomically(path, to_bytes(kept))
-        chosen = kept.config["chosen"]
-        head = {name: torch.from_numpy(array) for name, array in kept.group("head").items()}
+        else:
+            chosen, head = kept.config["chosen"], None
 
 
 def read_records(path: Path, origin: Mapping[str, Any]) -> Records | None:
@@ -159,7 +160,7 @@ def decode(chain: Chain, budget: float, records: Records, threshold: float) -> C
     predictions = {
         site: (
             records.arrays[f"labels/{site}"],
-            records.arrays[f"probabilities/{site}"],
+            records.arrays[f"probabilities/{site}"].astype(np.float64),
             np.array(groups),
         )
         for site, groups in records.config["groups"].items()
@@ -224,9 +225,7 @@ class _Worker:
         if self.chain.mode == "pooled":
             views = torch.cat([part.views for part in parts], dim=1)
             parts = [Labelled("pooled", views, torch.cat([part.labels for part in parts]))]
-        return train_head(
-            self.begin.head, parts, self.table.training, self.begin.dropped, self.seed
-        )
+        return self._train(parts)
 
     def records(
         self, head: Head, chosen: Chosen, origin: Mapping[str, Any], seconds: float
@@ -236,9 +235,8 @@ class _Worker:
         for site in self.sites:
             shown = site.unadapted if self.chain.strategy == SOURCE else site.test
             found = softmax(logits(head, shown).astype(np.float64), axis=1)
-            arrays[f"probabilities/{site.name}"] = found[:, 1]
+            arrays[f"probabilities/{site.name}"] = found[:, 1].astype(np.float32)
             arrays[f"labels/{site.name}"] = site.test_labels
-        arrays |= grouped("head", {name: tensor.numpy() for name, tensor in head.items()})
         config = {
             "origin": dict(origin),
             "chosen": chosen,
@@ -259,10 +257,7 @@ class _Worker:
         features = site.views[0]
         local = head
         if strategy.uses_local and chosen and self.chain.mode == "federated":
-            part = [self._labelled(site, chosen)]
-            local = train_head(
-                self.begin.head, part, self.table.training, self.begin.dropped, self.seed
-            )
+            local = self._train([self._labelled(site, chosen)])
         labels = np.full(len(site.labels), UNLABELLED, dtype=np.int64)
         labels[chosen] = site.labels[chosen]
         passes = dropout_passes(

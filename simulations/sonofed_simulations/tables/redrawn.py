@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sonofed_common.data.sample import Sample
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
+from sonofed_common.security import sha256
 from sonofed_server.source.data import load_source
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.paired import Floats
@@ -111,11 +113,14 @@ class Redrawing:
         The source's held-out images first.
     start : Start
         The source's classifier, with its own normalisation statistics.
+    stack : str
+        See `stack_digest`.
     """
 
     laboratory: Laboratory
     shown: tuple[Shown, ...]
     start: Start
+    stack: str
 
     @classmethod
     def prepare(cls, request: Request) -> Redrawing:
@@ -134,12 +139,14 @@ class Redrawing:
         laboratory = Laboratory(quick_scenario(), work, request.real_data, request.events)
         scenario = laboratory.scenario
         with laboratory.alone():
-            start = read_start(laboratory.prepare_source(), scenario.study.classifiers[0])
+            bundle = laboratory.prepare_source()
+            start = read_start(bundle, scenario.study.classifiers[0])
             hospitals = read_hospitals(laboratory, IMAGE_SIZE)
         source = load_source(scenario.source, laboratory.source_data)
         parts = [(SOURCE, source.test.images, source.test.samples, source.provenance.digest)]
         parts += [(h.name, h.images, h.samples, h.provenance.digest) for h in hospitals]
-        return cls(laboratory, tuple(_spread(*part) for part in parts), start)
+        shown = tuple(_spread(*part) for part in parts)
+        return cls(laboratory, shown, start, stack_digest(bundle))
 
     @property
     def wanted(self) -> list[tuple[int, str, Shown]]:
@@ -205,7 +212,8 @@ class Redrawing:
 
     def _place(self, seed: int, way: str, shown: Shown) -> tuple[Path, dict[str, Any]]:
         origin = {
-            "bundle": self.start.bundle,
+            **self.start.origin,
+            "stack": self.stack,
             "data": shown.digest,
             "images": len(shown.images),
             "way": _settings(way),
@@ -289,6 +297,13 @@ def read_stack(folder: Path) -> DiffusionStack:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(bundle.read(path))
         return DiffusionStack.load(Path(place)).eval().requires_grad_(False)
+
+
+def stack_digest(folder: Path) -> str:
+    """SHA-256 of the files of the diffusion stack in the source's bundle."""
+    files = Bundle.open(folder).manifest.files
+    held = {path: file.sha256 for path, file in files.items() if path.startswith("diffusion/")}
+    return sha256(json.dumps(held, sort_keys=True).encode())
 
 
 def _settings(way: str) -> dict[str, Any]:
