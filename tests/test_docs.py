@@ -26,14 +26,8 @@ from sonofed_common.contract.results import (
     Results,
     SiteResults,
 )
-from sonofed_common.contract.study import (
-    ACTIVE_LEARNING,
-    PRESETS,
-    SEGMENTATION,
-    Cohort,
-    Strategy,
-    Study,
-)
+from sonofed_common.contract.study import ACTIVE_LEARNING, PRESETS, SEGMENTATION, Cohort, Study
+from sonofed_common.contract.study_segmentation import Strategy
 from sonofed_common.data.readers import READERS, read
 from sonofed_common.models.classifiers import CLASSIFIERS
 from sonofed_common.models.encoders import ENCODERS

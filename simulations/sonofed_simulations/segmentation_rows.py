@@ -8,7 +8,8 @@ from typing import Literal
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Array
-from sonofed_common.contract.study import PLAIN_MEAN, Infusion, SiteNorm, Study
+from sonofed_common.contract.study import Study
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion, SiteNorm
 from sonofed_server.study.workspace import StudyState
 
 CONTROL = "control"

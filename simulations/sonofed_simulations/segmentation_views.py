@@ -12,7 +12,8 @@ from sonofed_client.enclave.site import Site
 from sonofed_client.settings import read_site
 from sonofed_common.contract.actions import EvaluateSegmenter
 from sonofed_common.contract.records import Array, Records
-from sonofed_common.contract.study import PLAIN_MEAN, Infusion, Study
+from sonofed_common.contract.study import Study
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion
 from sonofed_common.models.infusion import confidence
 from sonofed_common.segmentation_metrics import image_dice
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of

@@ -33,7 +33,7 @@ from sonofed_common.contract.errors import (
 from sonofed_common.contract.records import to_bytes
 from sonofed_common.contract.results import SEGMENTATION_METRICS
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.models.infusion import InfusionHead, fit_temperature
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.security import public_hex

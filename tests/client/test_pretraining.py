@@ -20,7 +20,7 @@ from sonofed_client.adaptation.pretraining import (
     pretrain_round,
 )
 from sonofed_common.contract.errors import ConfigurationError, SiteEmptyError
-from sonofed_common.contract.study import Pretraining
+from sonofed_common.contract.study_segmentation import Pretraining
 from sonofed_common.models.encoders import ENCODERS, build_encoder
 from sonofed_common.runtime import Events
 

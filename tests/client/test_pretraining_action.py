@@ -18,7 +18,7 @@ from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.errors import DivergenceError, ParameterError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.contract.records import Records, to_bytes
-from sonofed_common.contract.study import Pretraining
+from sonofed_common.contract.study_segmentation import Pretraining
 from sonofed_common.data.sector import sectors
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.security import public_hex

@@ -34,7 +34,7 @@ from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provena
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import CollapseError, ConfigurationError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import PseudoLabels, Strategy
+from sonofed_common.contract.study_segmentation import PseudoLabels, Strategy
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex

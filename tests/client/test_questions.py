@@ -10,7 +10,8 @@ from sonofed_client.enclave.questions import questions
 from sonofed_client.enclave.scope import check_scope
 from sonofed_common.contract import actions
 from sonofed_common.contract.errors import StudyDeniedError
-from sonofed_common.contract.study import ACTIVE_LEARNING, PLAIN_MEAN, SEGMENTATION, Infusion, Study
+from sonofed_common.contract.study import ACTIVE_LEARNING, SEGMENTATION, Study
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion
 
 COMMON = {"study": "trial", "seed": 3}
 POOLED = {**COMMON, "bundle": "1" * 64, "image_size": 128}

@@ -27,7 +27,7 @@ from sonofed_client.adaptation.source_free.threshold import Threshold
 from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA, perturbed
 from sonofed_client.adaptation.source_free.views import Views
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import PseudoLabels
+from sonofed_common.contract.study_segmentation import PseudoLabels
 from sonofed_common.models.segmenter import build_segmenter
 
 torch.set_num_threads(1)

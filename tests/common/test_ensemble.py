@@ -11,7 +11,7 @@ from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provena
 from sonofed_common.contract.errors import BundleError, OrderError, SiteEmptyError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.segmentation import Normalisation, SegmentationFacts
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.models.ensemble import (
     INFUSION,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.models.infusion import (
     InfusionHead,
     confidence,

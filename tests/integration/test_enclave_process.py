@@ -51,7 +51,7 @@ from sonofed_common.contract.names import ACTION_NAMES
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.selection import WHOLE
-from sonofed_common.contract.study import Pretraining
+from sonofed_common.contract.study_segmentation import Pretraining
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.security import public_hex
 from sonofed_simulations.phantoms.dataset import write_dataset

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.models.infusion import InfusionHead, gate_loss
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_server.source.gate import bring_home, train_gate

@@ -13,7 +13,7 @@ from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError, OneClassError
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.data import augmentation
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.models.segmenter import build_segmenter

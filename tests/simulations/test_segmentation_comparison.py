@@ -13,7 +13,8 @@ import tomli_w
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
-from sonofed_common.contract.study import Strategy, Study
+from sonofed_common.contract.study import Study
+from sonofed_common.contract.study_segmentation import Strategy
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.segmentation_metrics import ImageScores
 from sonofed_simulations.comparison import built_in

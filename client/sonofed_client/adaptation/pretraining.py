@@ -23,7 +23,7 @@ from sonofed_client.adaptation.masked_modelling import (
 )
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.errors import ConfigurationError, SiteEmptyError
-from sonofed_common.contract.study import Pretraining
+from sonofed_common.contract.study_segmentation import Pretraining
 from sonofed_common.models.encoders import Encoder
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, batches, fit

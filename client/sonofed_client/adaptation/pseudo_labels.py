@@ -22,7 +22,7 @@ from sonofed_client.adaptation.spacing import evenly_spaced
 from sonofed_common.batch_norm import Statistics, adapt_batch_norm, set_statistics, statistics_of
 from sonofed_common.contract.errors import CollapseError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import PseudoLabels, SiteNorm, Strategy
+from sonofed_common.contract.study_segmentation import PseudoLabels, SiteNorm, Strategy
 from sonofed_common.models.segmenter import Segmenter
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit

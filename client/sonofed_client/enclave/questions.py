@@ -9,7 +9,8 @@ from typing import Any, Literal
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.selection import MAX_PARTS, ranked_columns, stages
-from sonofed_common.contract.study import PLAIN_MEAN, Phase, Study
+from sonofed_common.contract.study import Phase, Study
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN
 
 ANY_BUNDLE = "0" * 64
 SHIPPING: frozenset[Phase] = frozenset({"ship", "supervise", "pseudo_label", "publish"})

@@ -16,14 +16,11 @@ from sonofed_common.contract.study import (
     ClassifierNorm,
     Embedding,
     Finetuning,
-    Infusion,
-    Pretraining,
-    PseudoLabels,
     Reconstruction,
     Selection,
-    SiteNorm,
     Study,
 )
+from sonofed_common.contract.study_segmentation import Infusion, Pretraining, PseudoLabels, SiteNorm
 
 
 class Parameters(Model):

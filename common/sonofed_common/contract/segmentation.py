@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from sonofed_common.contract.configuration import Model
-from sonofed_common.contract.study import ClassifierNorm, Phase, SiteNorm, Study
+from sonofed_common.contract.study import ClassifierNorm, Phase, Study
+from sonofed_common.contract.study_segmentation import SiteNorm
 
 NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
     ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")

@@ -22,7 +22,7 @@ from sonofed_common.contract.errors import (
 )
 from sonofed_common.contract.records import Records, from_bytes
 from sonofed_common.contract.segmentation import Normalisation, SegmentationFacts
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 from sonofed_common.models.classifiers import Classifier, build_classifier, sees_lesions
 from sonofed_common.models.infusion import InfusionHead, confidence
 from sonofed_common.models.segmenter import Segmenter, build_segmenter

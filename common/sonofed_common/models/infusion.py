@@ -12,7 +12,7 @@ from torch.nn.functional import nll_loss
 
 from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Array, grouped
-from sonofed_common.contract.study import Infusion
+from sonofed_common.contract.study_segmentation import Infusion
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 GATE_CHANNELS = 8

@@ -9,7 +9,7 @@ from typing import Literal
 from sonofed_common.contract.actions import EvaluateSegmenter, request
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.results import SegmentationStage
-from sonofed_common.contract.study import PLAIN_MEAN, Infusion, SiteNorm
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion, SiteNorm
 from sonofed_server.phases.branches import Branches, adapted, branches
 from sonofed_server.study.run import StudyRun
 

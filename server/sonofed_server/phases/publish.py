@@ -7,7 +7,7 @@ from safetensors.numpy import save
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.records import to_bytes
 from sonofed_common.contract.segmentation import Normalisation
-from sonofed_common.contract.study import PLAIN_MEAN
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN
 from sonofed_common.models.ensemble import INFUSION, infusion_records
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically

@@ -11,7 +11,7 @@ from sonofed_common.contract.actions import ACTIONS, request
 from sonofed_common.contract.errors import ParameterError, UnknownActionError
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.results import SEGMENTATION_METRICS
-from sonofed_common.contract.study import Infusion, Pretraining, PseudoLabels
+from sonofed_common.contract.study_segmentation import Infusion, Pretraining, PseudoLabels
 from sonofed_common.models.encoders import build_encoder
 from sonofed_common.models.segmenter import build_segmenter
 

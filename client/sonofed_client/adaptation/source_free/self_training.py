@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study import PseudoLabels
+from sonofed_common.contract.study_segmentation import PseudoLabels
 from sonofed_common.models.segmenter import Segmenter
 
 LABEL_BATCH = 32
