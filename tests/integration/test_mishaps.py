@@ -24,6 +24,7 @@ from sonofed_common.contract.errors import EnrolmentError
 from sonofed_common.runtime import Events, write_atomically
 from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.supervisor import Status, state_file
+from sonofed_server.provisioning.certificates import key_pem, new_key
 from sonofed_server.provisioning.front import write_front
 from sonofed_server.provisioning.project import Coordinator, Project
 from sonofed_server.study.workspace import Workspace
@@ -46,6 +47,37 @@ def test_a_signing_key_that_is_missing_is_never_made_anew(project):
     assert not Path("coordinator/sites/south.json").exists()
     key.write_bytes(kept)
     run(coordinator, f"enrol south/request.json --words '{words}'")
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "of another authority"])
+def test_nothing_is_signed_by_an_authority_that_is_none(project, wrong):
+    run(coordinator, "init project.toml")
+    file = Path("coordinator/ca.pem" if wrong == "damaged" else "coordinator/ca.key")
+    kept, front = file.read_bytes(), Path("coordinator/front.pem").read_bytes()
+    file.write_bytes(b"damaged" if wrong == "damaged" else key_pem(new_key()))
+    words = run(site, "init north --folder north").split("phone: ")[1].strip()
+    enrolling = f"enrol north/request.json --words '{words}'"
+    for command, code in (("renew", 20), (enrolling, 20), ("check", 1)):
+        said = run(coordinator, command, code)
+        assert str(file) in said and "from" in said and "backup" in said
+    assert Path("coordinator/front.pem").read_bytes() == front
+    assert not Path("coordinator/sites/north.json").exists()
+    assert not Path("coordinator/kits").exists()
+    file.write_bytes(kept)
+    run(coordinator, enrolling)
+    # It may be kept elsewhere.
+    Path("coordinator/ca.key").unlink()
+    assert "run this where it is kept" in run(coordinator, "renew", 20)
+    run(coordinator, enrolling)
+    assert "ok       authority's key: is kept elsewhere" in run(coordinator, "check", 1)
+
+
+@pytest.mark.parametrize("name", ["superlink.pem", "superlink.key"])
+def test_a_check_names_what_the_superlink_lacks(project, name):
+    run(coordinator, "init project.toml")
+    Path("coordinator", name).unlink()
+    said = run(coordinator, "check", 1)
+    assert f"coordinator/{name}" in said and "restore it from its backup" in said
 
 
 def test_a_damaged_record_is_named_and_harms_no_other_site(project):

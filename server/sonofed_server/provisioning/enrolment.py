@@ -14,6 +14,7 @@ from sonofed_common.contract.enrolment import EnrolmentRequest, Kit, canonical
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key, public_hex, sha256
+from sonofed_server.provisioning.certificates import read_pair
 from sonofed_server.provisioning.project import Coordinator
 
 SAME_TIME = (1980, 1, 1, 0, 0, 0)
@@ -69,11 +70,12 @@ def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
         The project does not name the site, the key was revoked, at whatever site, or is another
         site's, or the site is enrolled with another key.
     ConfigurationError
-        The coordinator's signing key is missing, or a record is damaged.
+        The coordinator's signing key is missing, or the authority or a record is damaged.
     """
     enrolment, project = request.enrolment, coordinator.project
-    # Before a record is kept: without it no kit can be signed.
+    # Before a record is kept: without them no kit can be written.
     load_signing_key(coordinator.signing_key)
+    read_pair(coordinator.authority, coordinator.authority_key)
     if enrolment.site not in project.sites:
         raise EnrolmentError(
             f"project {project.name} names no site {enrolment.site}; add it to its sites"
