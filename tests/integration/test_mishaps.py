@@ -3,7 +3,10 @@
 import json
 import os
 import pwd
+import socket
+import subprocess
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,8 @@ from sonofed_client.provisioning.kit import read_kit
 from sonofed_client.provisioning.place import Hospital
 from sonofed_common.contract.errors import EnrolmentError
 from sonofed_common.runtime import Events, write_atomically
-from sonofed_common.supervision.family import Identity
+from sonofed_common.supervision.family import MARK, Identity
+from sonofed_common.supervision.program import ProgramStatus, mark
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.provisioning.certificates import key_pem, new_key
 from sonofed_server.provisioning.front import write_front
@@ -233,6 +237,79 @@ def test_a_check_says_all_whatever_file_is_damaged(project):
         assert any(file in line["said"] and line["state"] == "fails" for line in found)
 
 
+def supervised(folder, *names, killed=False):
+    """What a supervisor wrote that runs these programs, as this process, or that was killed."""
+    here = Identity.of(os.getpid())
+    program = ProgramStatus(state="running", identity=here, restarts=0, since=0.0)
+    supervisor = here.model_copy(update={"started": here.started - 1}) if killed else here
+    each = dict.fromkeys(names, program)
+    status = Status(title="it", supervisor=supervisor, health_port=1, programs=each)
+    write_atomically(state_file(folder), status.model_dump_json().encode())
+
+
+@contextmanager
+def left_running(folder, *names):
+    """Programs whose supervisor was killed."""
+    supervised(folder, *names, killed=True)
+    with ExitStack() as stack:
+        for name in names:
+            environment = {**os.environ, MARK: mark(folder, name)}
+            process = stack.enter_context(subprocess.Popen(["sleep", "10000"], env=environment))
+            stack.callback(process.kill)
+        yield
+
+
+def findings(program, words, code):
+    lines = map(json.loads, run(program, f"{words} --json", code).splitlines())
+    return {line["subject"]: line for line in lines}
+
+
+def test_a_check_tells_what_a_killed_supervisor_left(project):
+    run(coordinator, "init project.toml")
+    run(site, enrol())
+    hospital, there = Hospital(Path("north").resolve()), Path("coordinator/run").resolve()
+    front = Path("coordinator/front.pem").read_bytes()
+    with (
+        left_running(there, "superlink", "front"),
+        left_running(hospital.run, "enclave", "supernode"),
+    ):
+        hospital.heartbeat.touch()
+        found = findings(coordinator, "check", 1)
+        assert "processes" not in found
+        at_site = findings(site, "check --folder north", 1)
+        assert at_site["registration"]["state"] == "ok"
+        for line in (found["superlink"], found["front"], at_site["enclave"], at_site["supernode"]):
+            assert line["state"] == "warning" and "its supervisor was killed" in line["said"]
+        # It is renewed, and nobody is told to show it.
+        assert "still shows the old one" in run(coordinator, "renew", 91)
+        assert Path("coordinator/front.pem").read_bytes() != front
+    assert "processes" in findings(coordinator, "check", 1)
+    run(coordinator, "renew")
+
+
+def test_a_check_under_the_relays_account_leaves_out_what_is_the_enclaves(project):
+    run(coordinator, "init project.toml")
+    run(site, enrol())
+    hospital = Hospital(Path("north").resolve())
+    with hospital.relay.open("a") as file:
+        file.write(f'socket = "{hospital.socket}"\n')
+    supervised(hospital.run, "supernode")
+    hospital.heartbeat.touch()
+    with socket.socket(socket.AF_UNIX) as enclave:
+        enclave.bind(str(hospital.socket))
+        enclave.listen()
+        # An account that may read all of it, and the relay's own.
+        found = findings(site, "check --folder north", 1)
+        assert found["enclave"]["state"] == "ok" and {"policy", "images"} <= found.keys()
+        hospital.site.unlink()
+        found = findings(site, "check --folder north", 1)
+    assert found["settings"]["state"] == "warning" and "relay's" in found["settings"]["said"]
+    assert not {"policy", "images"} & found.keys()
+    assert {"kit", "authority", "coordinator", "disk"} <= found.keys()
+    assert {found[name]["state"] for name in ("enclave", "supernode", "registration")} == {"ok"}
+    assert findings(site, "check --folder north", 1)["enclave"]["state"] == "fails"
+
+
 def test_a_hospital_is_told_that_its_node_is_not_known(project):
     run(coordinator, "init project.toml")
     run(site, enrol())
@@ -284,8 +361,7 @@ def test_a_study_is_followed_without_a_line_for_each_second(project, monkeypatch
     workspace = Workspace(Path("coordinator/studies/tiny"))
     write_atomically(workspace.study, b'name = "tiny"\ncohort.sites = ["north", "south"]\n')
     write_atomically(workspace.process, Identity.of(os.getpid()).model_dump_json().encode())
-    up = Status(title="it", supervisor=Identity.of(os.getpid()), health_port=1, programs={})
-    write_atomically(state_file(Path("coordinator/run")), up.model_dump_json().encode())
+    supervised(Path("coordinator/run"))
     events = Events(workspace.events)
     events.emit("asked", action="train.install", sites=["north"], bytes=90)
     looks = iter((lambda: None, lambda: None, lambda: events.emit("awaited", site="north")))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.preflight import Finding, certificate, front, look, machine
+from sonofed_common.preflight import Finding, certificate, front, look, machine, unwatched
 from sonofed_common.security import load_signing_key, public_hex
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 from sonofed_server.provisioning.certificates import read_pair
 from sonofed_server.provisioning.enrolment import SiteRecord, records
 from sonofed_server.provisioning.front import find_nginx
@@ -44,6 +44,11 @@ def _superlink(coordinator: Coordinator) -> str:
 
 def _programs(coordinator: Coordinator) -> Iterator[Finding]:
     status = read_status(coordinator.run)
+    left = left_running(coordinator.run)
+    for name in left:
+        yield unwatched(name, "sonofed-coordinator up")
+    if left:
+        return
     if status is None:
         said = "not started; run 'sonofed-coordinator up'"
         yield Finding(subject="processes", state="warning", said=said)
