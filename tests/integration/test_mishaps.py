@@ -323,6 +323,8 @@ def test_a_hospital_is_told_that_its_node_is_not_known(project):
     hospital.run.mkdir(exist_ok=True)
     refusal(hospital.heartbeat).touch()
     assert registration()["state"] == "fails" and "revoked" in registration()["said"]
+    run(site, "install coordinator/kits/north.zip --folder north")
+    assert registration()["state"] == "warning"
 
 
 def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
@@ -330,9 +332,7 @@ def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(its_own, "flwr_exit", its_own["flwr_exit"])
     error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "").to_json("not activated")
     heartbeat = tmp_path / "supernode.heartbeat"
-    refusal(heartbeat).touch()
     explain_refusal(heartbeat)
-    assert not refusal(heartbeat).exists()
     key = ec.generate_private_key(ec.SECP384R1())
     with answering(400, json.dumps(error).encode()) as port:
         coordinator_there = (f"127.0.0.1:{port}", True, None, (key, key.public_key()))

@@ -80,11 +80,11 @@ def _program(hospital: Hospital, name: str, socket: Path | None = None) -> Findi
 
 def _registration(hospital: Hospital) -> Finding:
     subject = "registration"
+    if refusal(hospital.heartbeat).exists():
+        return Finding(subject=subject, state="fails", said=NOT_KNOWN)
     up = read_status(hospital.run) is not None or SUPERNODE in left_running(hospital.run)
     if up and hospital.heartbeat.exists():
         return Finding(subject=subject, state="ok", said="the coordinator let this node in")
-    if refusal(hospital.heartbeat).exists():
-        return Finding(subject=subject, state="fails", said=NOT_KNOWN)
     said = "the coordinator was not asked yet whether it knows this node"
     return Finding(subject=subject, state="warning", said=said)
 
