@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -47,7 +47,7 @@ from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from sonofed_client.admission import explain_refusal
+from sonofed_client.admission import explain_refusal, note_answer, note_refusal
 from sonofed_client.app import app
 from sonofed_common.contract.recorddict import send_larger_parts, take_apart
 
@@ -68,10 +68,21 @@ class Client(FleetHttpClient):
     """Flower's calls, which tell where the answer to one for a message did not come.
 
     Flower asks again by itself, and may then be told that there is nothing: what the SuperLink gave
-    to the first call is gone.
+    to the first call is gone. They also tell when a node is refused that had been let in, at which
+    Flower ends this process without a word.
     """
 
     lost = threading.Event()
+    heartbeat: ClassVar[Path | None] = None
+
+    def _unary_unary(self, **call: Any) -> Any:
+        try:
+            return super()._unary_unary(**call)
+        except httpx.HTTPStatusError as error:
+            let_in = self.heartbeat is not None and self.heartbeat.exists()
+            if let_in and error.response.status_code == httpx.codes.UNAUTHORIZED:
+                note_refusal(self.heartbeat)
+            raise
 
     def PullMessages(  # noqa: N802, for it is Flower's
         self, request: PullMessagesRequest
@@ -189,6 +200,7 @@ def main() -> None:
         raise SystemExit(f"{given.auth_supernode_private_key} holds no key of a node")
     register_signal_handlers(EventType.RUN_SUPERNODE_LEAVE, "the node was asked to end")
     explain_refusal(given.heartbeat)
+    Client.heartbeat = given.heartbeat
     be_patient()
     send_larger_parts()
     if given.heartbeat is not None:
@@ -223,7 +235,7 @@ def show_heartbeats(file: Path) -> None:
         def send_and_show() -> bool:
             answered = send()
             if answered:
-                file.touch(mode=0o600)
+                note_answer(file)
             return answered
 
         return HeartbeatSender(send_and_show)

@@ -56,6 +56,20 @@ def look(subject: str, work: Callable[[], str]) -> Finding:
         return Finding(subject=subject, state="fails", said=error.message)
 
 
+def unwatched(subject: str, start: str) -> Finding:
+    """Say of a program that it runs on although its supervisor was killed.
+
+    Parameters
+    ----------
+    subject : str
+        The program.
+    start : str
+        Command that starts all anew.
+    """
+    said = f"runs on, but its supervisor was killed, and nobody watches it; run '{start}' again"
+    return Finding(subject=subject, state="warning", said=said)
+
+
 def certificate(subject: str, file: Path, renewal: str) -> Finding:
     """Check when a certificate expires.
 

@@ -14,7 +14,7 @@ import pytest
 
 from deployed.deployment import CHANGES, assert_same_bits, needs_front, run, wait_for
 from deployed.strangers import REFUSED, Caller, number_of, refusals, try_to_enter, write_node_key
-from sonofed_client.admission import NOT_KNOWN
+from sonofed_client.admission import NOT_KNOWN, refusal
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
@@ -185,6 +185,8 @@ def test_preflight_finds_a_deployment_that_is_up_well(deployment):
         }
         assert found.keys() >= {"kit", "coordinator", "clock", "enclave", "supernode", "images"}
         assert found["registration"] == "ok"
+        # The coordinator was up only when it knew them.
+        assert NOT_KNOWN not in (hospital.run / "supernode.log").read_text()
 
 
 def test_the_supervisors_tell_their_health(deployment):
@@ -249,6 +251,10 @@ def test_a_revoked_site_is_cut_off(deployment):
     wait_for(lambda: f"node {node} is unregistered" in log.read_text())
     assert f"{record} is damaged" in log.read_text()
     assert number_of(deployment, other)[0] == staying
+    wait_for(refusal(hospital.heartbeat).exists)
+    for _ in range(3):
+        said = run("sonofed-site", "check", "--folder", hospital.root, code=1)
+        assert f"registration: {NOT_KNOWN}" in said
     record.write_bytes(kept)
     file = deployment.write("afterwards")
     said = deployment.study("check", file, "--bundle", deployment.bundle, code=20)

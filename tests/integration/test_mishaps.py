@@ -3,7 +3,10 @@
 import json
 import os
 import pwd
+import socket
+import subprocess
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,10 @@ from sonofed_client.provisioning.kit import read_kit
 from sonofed_client.provisioning.place import Hospital
 from sonofed_common.contract.errors import EnrolmentError
 from sonofed_common.runtime import Events, write_atomically
-from sonofed_common.supervision.family import Identity
+from sonofed_common.supervision.family import MARK, Identity
+from sonofed_common.supervision.program import ProgramStatus, mark
 from sonofed_common.supervision.supervisor import Status, state_file
+from sonofed_server.provisioning.certificates import key_pem, new_key
 from sonofed_server.provisioning.front import write_front
 from sonofed_server.provisioning.project import Coordinator, Project
 from sonofed_server.study.workspace import Workspace
@@ -46,6 +51,37 @@ def test_a_signing_key_that_is_missing_is_never_made_anew(project):
     assert not Path("coordinator/sites/south.json").exists()
     key.write_bytes(kept)
     run(coordinator, f"enrol south/request.json --words '{words}'")
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "of another authority"])
+def test_nothing_is_signed_by_an_authority_that_is_none(project, wrong):
+    run(coordinator, "init project.toml")
+    file = Path("coordinator/ca.pem" if wrong == "damaged" else "coordinator/ca.key")
+    kept, front = file.read_bytes(), Path("coordinator/front.pem").read_bytes()
+    file.write_bytes(b"damaged" if wrong == "damaged" else key_pem(new_key()))
+    words = run(site, "init north --folder north").split("phone: ")[1].strip()
+    enrolling = f"enrol north/request.json --words '{words}'"
+    for command, code in (("renew", 20), (enrolling, 20), ("check", 1)):
+        said = run(coordinator, command, code)
+        assert str(file) in said and "from" in said and "backup" in said
+    assert Path("coordinator/front.pem").read_bytes() == front
+    assert not Path("coordinator/sites/north.json").exists()
+    assert not Path("coordinator/kits").exists()
+    file.write_bytes(kept)
+    run(coordinator, enrolling)
+    # It may be kept elsewhere.
+    Path("coordinator/ca.key").unlink()
+    assert "run this where it is kept" in run(coordinator, "renew", 20)
+    run(coordinator, enrolling)
+    assert "ok       authority's key: is kept elsewhere" in run(coordinator, "check", 1)
+
+
+@pytest.mark.parametrize("name", ["superlink.pem", "superlink.key"])
+def test_a_check_names_what_the_superlink_lacks(project, name):
+    run(coordinator, "init project.toml")
+    Path("coordinator", name).unlink()
+    said = run(coordinator, "check", 1)
+    assert f"coordinator/{name}" in said and "restore it from its backup" in said
 
 
 def test_a_damaged_record_is_named_and_harms_no_other_site(project):
@@ -201,6 +237,79 @@ def test_a_check_says_all_whatever_file_is_damaged(project):
         assert any(file in line["said"] and line["state"] == "fails" for line in found)
 
 
+def supervised(folder, *names, killed=False):
+    """What a supervisor wrote that runs these programs, as this process, or that was killed."""
+    here = Identity.of(os.getpid())
+    program = ProgramStatus(state="running", identity=here, restarts=0, since=0.0)
+    supervisor = here.model_copy(update={"started": here.started - 1}) if killed else here
+    each = dict.fromkeys(names, program)
+    status = Status(title="it", supervisor=supervisor, health_port=1, programs=each)
+    write_atomically(state_file(folder), status.model_dump_json().encode())
+
+
+@contextmanager
+def left_running(folder, *names):
+    """Programs whose supervisor was killed."""
+    supervised(folder, *names, killed=True)
+    with ExitStack() as stack:
+        for name in names:
+            environment = {**os.environ, MARK: mark(folder, name)}
+            process = stack.enter_context(subprocess.Popen(["sleep", "10000"], env=environment))
+            stack.callback(process.kill)
+        yield
+
+
+def findings(program, words, code):
+    lines = map(json.loads, run(program, f"{words} --json", code).splitlines())
+    return {line["subject"]: line for line in lines}
+
+
+def test_a_check_tells_what_a_killed_supervisor_left(project):
+    run(coordinator, "init project.toml")
+    run(site, enrol())
+    hospital, there = Hospital(Path("north").resolve()), Path("coordinator/run").resolve()
+    front = Path("coordinator/front.pem").read_bytes()
+    with (
+        left_running(there, "superlink", "front"),
+        left_running(hospital.run, "enclave", "supernode"),
+    ):
+        hospital.heartbeat.touch()
+        found = findings(coordinator, "check", 1)
+        assert "processes" not in found
+        at_site = findings(site, "check --folder north", 1)
+        assert at_site["registration"]["state"] == "ok"
+        for line in (found["superlink"], found["front"], at_site["enclave"], at_site["supernode"]):
+            assert line["state"] == "warning" and "its supervisor was killed" in line["said"]
+        # It is renewed, and nobody is told to show it.
+        assert "still shows the old one" in run(coordinator, "renew", 91)
+        assert Path("coordinator/front.pem").read_bytes() != front
+    assert "processes" in findings(coordinator, "check", 1)
+    run(coordinator, "renew")
+
+
+def test_a_check_under_the_relays_account_leaves_out_what_is_the_enclaves(project):
+    run(coordinator, "init project.toml")
+    run(site, enrol())
+    hospital = Hospital(Path("north").resolve())
+    with hospital.relay.open("a") as file:
+        file.write(f'socket = "{hospital.socket}"\n')
+    supervised(hospital.run, "supernode")
+    hospital.heartbeat.touch()
+    with socket.socket(socket.AF_UNIX) as enclave:
+        enclave.bind(str(hospital.socket))
+        enclave.listen()
+        # An account that may read all of it, and the relay's own.
+        found = findings(site, "check --folder north", 1)
+        assert found["enclave"]["state"] == "ok" and {"policy", "images"} <= found.keys()
+        hospital.site.unlink()
+        found = findings(site, "check --folder north", 1)
+    assert found["settings"]["state"] == "warning" and "relay's" in found["settings"]["said"]
+    assert not {"policy", "images"} & found.keys()
+    assert {"kit", "authority", "coordinator", "disk"} <= found.keys()
+    assert {found[name]["state"] for name in ("enclave", "supernode", "registration")} == {"ok"}
+    assert findings(site, "check --folder north", 1)["enclave"]["state"] == "fails"
+
+
 def test_a_hospital_is_told_that_its_node_is_not_known(project):
     run(coordinator, "init project.toml")
     run(site, enrol())
@@ -214,6 +323,8 @@ def test_a_hospital_is_told_that_its_node_is_not_known(project):
     hospital.run.mkdir(exist_ok=True)
     refusal(hospital.heartbeat).touch()
     assert registration()["state"] == "fails" and "revoked" in registration()["said"]
+    run(site, "install coordinator/kits/north.zip --folder north")
+    assert registration()["state"] == "warning"
 
 
 def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
@@ -221,9 +332,7 @@ def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(its_own, "flwr_exit", its_own["flwr_exit"])
     error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "").to_json("not activated")
     heartbeat = tmp_path / "supernode.heartbeat"
-    refusal(heartbeat).touch()
     explain_refusal(heartbeat)
-    assert not refusal(heartbeat).exists()
     key = ec.generate_private_key(ec.SECP384R1())
     with answering(400, json.dumps(error).encode()) as port:
         coordinator_there = (f"127.0.0.1:{port}", True, None, (key, key.public_key()))
@@ -252,8 +361,7 @@ def test_a_study_is_followed_without_a_line_for_each_second(project, monkeypatch
     workspace = Workspace(Path("coordinator/studies/tiny"))
     write_atomically(workspace.study, b'name = "tiny"\ncohort.sites = ["north", "south"]\n')
     write_atomically(workspace.process, Identity.of(os.getpid()).model_dump_json().encode())
-    up = Status(title="it", supervisor=Identity.of(os.getpid()), health_port=1, programs={})
-    write_atomically(state_file(Path("coordinator/run")), up.model_dump_json().encode())
+    supervised(Path("coordinator/run"))
     events = Events(workspace.events)
     events.emit("asked", action="train.install", sites=["north"], bytes=90)
     looks = iter((lambda: None, lambda: None, lambda: events.emit("awaited", site="north")))

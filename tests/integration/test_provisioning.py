@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.provisioning.place import Hospital
 from sonofed_client.provisioning.programs import programs
+from sonofed_client.provisioning.request import read_node_key
 from sonofed_client.settings import read_site
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.enrolment import EnrolmentRequest, canonical, node_public_text
@@ -171,6 +173,38 @@ def test_a_revoked_key_is_refused_and_new_keys_are_not(project):
     run(site, "install coordinator/kits/north.zip --folder north")
     assert Path("north/site.toml").read_bytes() == before
     run(coordinator, "revoke nobody", 90)
+
+
+def test_a_revoked_key_does_not_come_back_under_another_name(project):
+    run(coordinator, "init project.toml")
+    enrol()
+    shutil.copytree("north", "thief")
+    run(coordinator, "revoke north")
+    said = words(run(site, "init north --folder north --new-node-key"))
+    run(coordinator, f"enrol north/request.json --words '{said}'")
+    said = words(run(site, "init south --folder thief"))
+    refused = f"enrol thief/request.json --words '{said}'"
+    assert "key of site north was revoked" in run(coordinator, refused, 90)
+    # Nor while nobody can see which keys were revoked.
+    record = Path("coordinator/sites/north.json")
+    record.write_text("{")
+    output = run(coordinator, refused, 20)
+    assert str(record) in output and "restore it from its backup" in output
+    assert not Path("coordinator/sites/south.json").exists()
+    assert not Path("coordinator/kits/south.zip").exists()
+
+
+def test_a_key_has_one_text(project):
+    run(site, "init north --folder north")
+    request = EnrolmentRequest.read(Path("north/request.json").read_bytes())
+    node, ledger = read_node_key(Hospital(Path("north"))), Ed25519PrivateKey.generate()
+    for more in (" x", "\n"):
+        key = request.enrolment.node_key + more
+        keys = {"node_key": key, "ledger_key": public_hex(ledger)}
+        enrolment = request.enrolment.model_copy(update=keys)
+        disguised = EnrolmentRequest.sign(enrolment, node, ledger)
+        with pytest.raises(EnrolmentError, match="more to it"):
+            EnrolmentRequest.read(canonical(disguised))
 
 
 def test_a_kit_is_for_one_site_and_of_one_coordinator(project, tmp_path):

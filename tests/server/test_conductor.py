@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 import tomli_w
@@ -22,6 +24,7 @@ from sonofed_common.supervision.program import ProgramStatus
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.study import registration
 from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
 from sonofed_server.study.hindrance import hindrance, note
@@ -152,6 +155,19 @@ def test_why_a_study_waits_is_told(coordinator):
     note(coordinator, {"tiny": "it is refused"})
     assert hindrance(coordinator, "tiny") == "it is refused"
     assert "yet to begin" in hindrance(coordinator, "other")
+
+
+def test_it_is_shown_that_hospitals_are_registered(coordinator, monkeypatch):
+    monkeypatch.setattr(registration, "ask", lambda *_: {"nodes": []})
+    Conductor(coordinator).step()
+    assert not coordinator.registered.exists()
+    with socket.socket() as superlink:
+        superlink.bind(("127.0.0.1", 0))
+        superlink.listen()
+        port = {"superlink_port": superlink.getsockname()[1]}
+        project = coordinator.project.model_copy(update=port)
+        Conductor(replace(coordinator, project=project)).step()
+    assert coordinator.registered.exists()
 
 
 def test_a_program_that_does_not_work_is_why_a_study_waits(coordinator):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from sonofed_client.admission import refusal
 from sonofed_client.enclave.policy import STANDARD
 from sonofed_client.provisioning.place import Hospital, RelaySettings
 from sonofed_client.provisioning.request import read_node_key
@@ -145,6 +146,8 @@ def install_kit(
     for old in folder.parent.iterdir():
         if old.name != digest:
             shutil.rmtree(old, ignore_errors=True)
+    # It was of an earlier enrolment.
+    refusal(hospital.heartbeat).unlink(missing_ok=True)
     # The policy is what limits the coordinator: it is never the coordinator's.
     if not hospital.policy.exists():
         write_atomically(hospital.policy, STANDARD.read_bytes())

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from sonofed_client.admission import NOT_KNOWN, refusal
 from sonofed_client.enclave.policy import read_policy
 from sonofed_client.provisioning.place import Hospital
-from sonofed_client.provisioning.programs import installed_kit
+from sonofed_client.provisioning.programs import SUPERNODE, installed_kit, socket_of
 from sonofed_client.provisioning.request import read_node_key
 from sonofed_client.settings import SiteSettings, read_site
 from sonofed_common.contract.enrolment import node_public_text
-from sonofed_common.contract.errors import EnrolmentError, PolicyError, SiteEmptyError, SonoFedError
-from sonofed_common.preflight import Finding, certificate, front, look, machine
+from sonofed_common.contract.errors import (
+    ConfigurationError,
+    EnrolmentError,
+    PolicyError,
+    SiteEmptyError,
+    SonoFedError,
+)
+from sonofed_common.preflight import Finding, certificate, front, look, machine, unwatched
 from sonofed_common.security import sha256
 from sonofed_common.supervision.program import answers_on
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 
 SKIPPED_NAMED = 3
 
@@ -23,20 +32,20 @@ SKIPPED_NAMED = 3
 def check(hospital: Hospital) -> Iterator[Finding]:
     """Look at everything that a study will need; what is missing hides nothing else."""
     yield look("kit", lambda: _kit(hospital))
+    # What it says is said above.
+    with suppress(ConfigurationError):
+        address = installed_kit(hospital).address
+        yield certificate("authority", hospital.authority, "ask the coordinator for a new kit")
+        yield from front(address, hospital.authority)
     try:
-        kit = installed_kit(hospital)
-        settings = read_site(hospital.site)
-    except SonoFedError as error:
-        yield Finding(subject="settings", state="fails", said=error.message)
-        return
-    yield certificate("authority", hospital.authority, "ask the coordinator for a new kit")
-    yield from front(kit.address, hospital.authority)
-    yield _program(hospital, "enclave", settings)
-    yield _program(hospital, "supernode", settings)
+        yield _program(hospital, "enclave", socket_of(hospital))
+    except ConfigurationError as error:
+        yield Finding(subject="enclave", state="fails", said=error.message)
+    yield _program(hospital, SUPERNODE)
     yield _registration(hospital)
-    yield look("policy", lambda: _policy(settings))
-    yield _images(settings)
-    yield from machine(hospital.root)
+    yield from _settings(hospital)
+    if hospital.root.is_dir():
+        yield from machine(hospital.root)
 
 
 def _kit(hospital: Hospital) -> str:
@@ -50,29 +59,52 @@ def _kit(hospital: Hospital) -> str:
     return f"of project {kit.project} for site {kit.site}; contact {kit.contact}"
 
 
-def _program(hospital: Hospital, name: str, settings: SiteSettings) -> Finding:
-    status = read_status(hospital.run)
-    if status is None:
-        said = "not started; run 'sonofed-site up'"
-        return Finding(subject=name, state="warning", said=said)
-    program = status.programs[name]
-    works = program.state == "running"
-    if name == "enclave" and settings.socket is not None:
-        works = works and answers_on(settings.socket)
-    if works:
+def _program(hospital: Hospital, name: str, socket: Path | None = None) -> Finding:
+    status, answers = read_status(hospital.run), socket is None or answers_on(socket)
+    program = status.programs.get(name) if status is not None else None
+    if program is not None and program.state == "running" and answers:
         return Finding(subject=name, state="ok", said=f"answers, {program.restarts} restarts")
-    said = f"does not work ({program.reason or program.state}); see {hospital.run / name}.log"
-    return Finding(subject=name, state="fails", said=said)
+    if program is not None:
+        said = f"does not work ({program.reason or program.state}); see {hospital.run / name}.log"
+        return Finding(subject=name, state="fails", said=said)
+    if name in left_running(hospital.run):
+        return unwatched(name, "sonofed-site up")
+    if socket is not None and answers:
+        return Finding(subject=name, state="ok", said=f"answers on {socket}; another starts it")
+    if status is not None:
+        said = f"does not answer on {socket}; start it under its own account"
+        return Finding(subject=name, state="fails", said=said)
+    said = "not started; run 'sonofed-site up'"
+    return Finding(subject=name, state="warning", said=said)
 
 
 def _registration(hospital: Hospital) -> Finding:
     subject = "registration"
-    if read_status(hospital.run) is not None and hospital.heartbeat.exists():
-        return Finding(subject=subject, state="ok", said="the coordinator let this node in")
     if refusal(hospital.heartbeat).exists():
         return Finding(subject=subject, state="fails", said=NOT_KNOWN)
+    up = read_status(hospital.run) is not None or SUPERNODE in left_running(hospital.run)
+    if up and hospital.heartbeat.exists():
+        return Finding(subject=subject, state="ok", said="the coordinator let this node in")
     said = "the coordinator was not asked yet whether it knows this node"
     return Finding(subject=subject, state="warning", said=said)
+
+
+def _settings(hospital: Hospital) -> Iterator[Finding]:
+    if not os.access(hospital.site, os.R_OK):
+        said = (
+            f"{hospital.site} is not there or closed to this account, as it is to a relay's; "
+            "'sonofed-site policy check' and 'sonofed-site intake' look at policy and images under "
+            "the enclave's"
+        )
+        yield Finding(subject="settings", state="warning", said=said)
+        return
+    try:
+        settings = read_site(hospital.site)
+    except ConfigurationError as error:
+        yield Finding(subject="settings", state="fails", said=error.message)
+        return
+    yield look("policy", lambda: _policy(settings))
+    yield _images(settings)
 
 
 def _policy(settings: SiteSettings) -> str:

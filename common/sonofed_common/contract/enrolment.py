@@ -154,7 +154,7 @@ def node_public_key(text: str) -> ec.EllipticCurvePublicKey:
     Raises
     ------
     EnrolmentError
-        It is not a P-384 key in OpenSSH form.
+        It is not a P-384 key in OpenSSH form, or not as `node_public_text` writes it.
     """
     try:
         key = load_ssh_public_key(text.encode())
@@ -162,6 +162,9 @@ def node_public_key(text: str) -> ec.EllipticCurvePublicKey:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise EnrolmentError("the node key is no P-384 public key in OpenSSH form")
+    if node_public_text(key) != text:
+        # Keys are compared as texts: with a comment, one that was revoked would be another.
+        raise EnrolmentError("the node key has more to it than a public key; leave the rest out")
     return key
 
 

@@ -43,8 +43,8 @@ def start_detached(
     title : str
         What its programs are together.
     elsewhere : mapping of str to callable, optional
-        Of programs that need another machine: whether that one answers. Without it nothing is
-        waited for: the program goes on trying.
+        Of programs that need another machine, or long: whether that one answers, or they are still
+        waited for. If not, the program goes on trying.
 
     Raises
     ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -17,6 +18,8 @@ from sonofed_server.provisioning.project import find_root, read_coordinator, run
 from sonofed_server.study.metrics import study_metrics
 
 TITLE = "the coordinator"
+REGISTRATION_SECONDS = 60.0
+"""For the registration of the hospitals, of which many take longer."""
 
 
 def up(
@@ -40,7 +43,9 @@ def up(
         )
         return
     command = [str(beside("sonofed-coordinator")), "up", "--project", str(project)]
-    for line in describe(start_detached(coordinator.run, command, TITLE)):
+    until = time.monotonic() + REGISTRATION_SECONDS
+    waited_for = {"conductor": lambda: time.monotonic() < until}
+    for line in describe(start_detached(coordinator.run, command, TITLE, waited_for)):
         print(line)
     print(f"{TITLE} is up; hospitals reach it at {coordinator.project.address}")
 

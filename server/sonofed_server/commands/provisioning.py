@@ -11,8 +11,9 @@ import typer
 
 from sonofed_common.cli import agreed_words
 from sonofed_common.contract.enrolment import EnrolmentRequest
+from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.fingerprint import compare_words
-from sonofed_common.supervision.supervisor import read_status
+from sonofed_common.supervision.supervisor import left_running, read_status
 from sonofed_server.provisioning import enrolment
 from sonofed_server.provisioning.keys import make_keys, renew_front, words_of_coordinator
 from sonofed_server.provisioning.laboratory import provision_sites
@@ -82,6 +83,11 @@ def renew(project: Project = DEFAULT) -> None:
     coordinator = read_coordinator(project)
     until = renew_front(coordinator)
     status = read_status(coordinator.run)
+    if status is None and "front" in left_running(coordinator.run):
+        raise DeploymentError(
+            "the front has a new certificate and still shows the old one, for its supervisor was "
+            "killed; run 'sonofed-coordinator up', which starts all anew"
+        )
     front = status.programs["front"].identity if status is not None else None
     if front is not None:
         # nginx reads its files anew, and serves who is connected to the end.

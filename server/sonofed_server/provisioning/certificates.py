@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -43,15 +45,54 @@ def read_key(pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
     Raises
     ------
     ConfigurationError
-        It is no elliptic-curve key in PEM form.
+        It is no elliptic-curve key in PEM form, or has a passphrase.
     """
     try:
         key = load_pem_private_key(pem, password=None)
-    except ValueError:
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigurationError(f"{name} is no elliptic-curve private key in PEM form")
+        raise ConfigurationError(
+            f"{name} is no elliptic-curve private key in PEM form; restore it from its backup"
+        )
     return key
+
+
+def read_pair(certificate: Path, key: Path) -> tuple[bytes, ec.EllipticCurvePrivateKey | None]:
+    """Read a certificate and its key.
+
+    Returns
+    -------
+    bytes
+        The certificate, PEM.
+    EllipticCurvePrivateKey or None
+        The key, or None where there is no such file.
+
+    Raises
+    ------
+    ConfigurationError
+        One of them is damaged or cannot be read, or the key is that of another certificate.
+    """
+    try:
+        pem = certificate.read_bytes()
+        public = x509.load_pem_x509_certificate(pem).public_key()
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        raise ConfigurationError(
+            f"{certificate} is damaged or cannot be read; restore it from its backup"
+        ) from None
+    try:
+        private = read_key(key.read_bytes(), str(key))
+    except FileNotFoundError:
+        return pem, None
+    except OSError as error:
+        raise ConfigurationError(
+            f"{key} cannot be read ({error.strerror}); run this as the account that it belongs to"
+        ) from None
+    if private.public_key() != public:
+        raise ConfigurationError(
+            f"{key} is not the key of {certificate}; restore both from their backup"
+        )
+    return pem, private
 
 
 def make_authority(project: str, key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -14,6 +14,7 @@ from sonofed_common.contract.enrolment import EnrolmentRequest, Kit, canonical
 from sonofed_common.contract.errors import ConfigurationError, EnrolmentError
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key, public_hex, sha256
+from sonofed_server.provisioning.certificates import read_pair
 from sonofed_server.provisioning.project import Coordinator
 
 SAME_TIME = (1980, 1, 1, 0, 0, 0)
@@ -66,30 +67,36 @@ def enrol(coordinator: Coordinator, request: EnrolmentRequest) -> Path:
     Raises
     ------
     EnrolmentError
-        The project does not name the site, the key was revoked, or the site is enrolled with
-        another key.
+        The project does not name the site, the key was revoked, at whatever site, or is another
+        site's, or the site is enrolled with another key.
     ConfigurationError
-        The coordinator's signing key is missing.
+        The coordinator's signing key is missing, or the authority or a record is damaged.
     """
     enrolment, project = request.enrolment, coordinator.project
-    # Before a record is kept: without it no kit can be signed.
+    # Before a record is kept: without them no kit can be written.
     load_signing_key(coordinator.signing_key)
+    read_pair(coordinator.authority, coordinator.authority_key)
     if enrolment.site not in project.sites:
         raise EnrolmentError(
             f"project {project.name} names no site {enrolment.site}; add it to its sites"
         )
-    known = find_record(coordinator, enrolment.site)
-    if known is not None and enrolment.node_key in known.revoked_keys:
-        raise EnrolmentError(
-            f"this key of site {enrolment.site} was revoked; have it make new keys"
-        )
+    each, damaged = records(coordinator)
+    if damaged:
+        # Which keys it revoked cannot be seen, and this may be one of them.
+        raise ConfigurationError(next(iter(damaged.values())))
+    for record in each.values():
+        if enrolment.node_key in record.revoked_keys:
+            raise EnrolmentError(
+                f"this key of site {record.site} was revoked; have site {enrolment.site} make new "
+                "keys"
+            )
+        if record.site != enrolment.site and record.node_key == enrolment.node_key:
+            raise EnrolmentError(f"this key is already that of site {record.site}")
+    known = each.get(enrolment.site)
     if known is not None and not known.revoked and known.node_key != enrolment.node_key:
         raise EnrolmentError(
             f"site {enrolment.site} is enrolled with another key; revoke that first"
         )
-    for record in records(coordinator)[0].values():
-        if record.site != enrolment.site and record.node_key == enrolment.node_key:
-            raise EnrolmentError(f"this key is already that of site {record.site}")
     record = SiteRecord(
         request=request,
         enrolled=datetime.now(UTC).replace(microsecond=0),
@@ -126,7 +133,7 @@ def records(coordinator: Coordinator) -> tuple[dict[str, SiteRecord], dict[str, 
     dict of str to SiteRecord
         By the hospital's name.
     dict of str to str
-        What to do about each record that is damaged: no hospital suffers by another's.
+        What to do about each record that is damaged: no enrolled hospital suffers by another's.
     """
     found, damaged = {}, {}
     for path in sorted(coordinator.sites.glob("*.json")):
@@ -183,7 +190,7 @@ def _read(path: Path) -> SiteRecord:
     except (OSError, ValidationError):
         raise ConfigurationError(
             f"{path} is damaged; restore it from its backup, or delete it, which shuts the site "
-            "out, and enrol the site again"
+            "out and forgets which keys it had revoked, and enrol the site again with new ones"
         ) from None
 
 

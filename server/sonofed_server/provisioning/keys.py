@@ -16,7 +16,7 @@ from sonofed_server.provisioning.certificates import (
     key_pem,
     make_authority,
     new_key,
-    read_key,
+    read_pair,
 )
 from sonofed_server.provisioning.project import Coordinator
 
@@ -62,12 +62,20 @@ def renew_front(coordinator: Coordinator) -> datetime:
     -------
     datetime
         When it expires.
+
+    Raises
+    ------
+    ConfigurationError
+        The authority or its key is missing or damaged, or they do not fit.
     """
-    authority_key = read_key(coordinator.authority_key.read_bytes(), coordinator.authority_key.name)
+    authority, authority_key = read_pair(coordinator.authority, coordinator.authority_key)
+    if authority_key is None:
+        raise ConfigurationError(
+            f"{coordinator.authority_key} is missing; run this where it is kept, or restore it "
+            "from its backup"
+        )
     key = new_key()
-    certificate = issue(
-        coordinator.authority.read_bytes(), authority_key, key, (coordinator.project.host,)
-    )
+    certificate = issue(authority, authority_key, key, (coordinator.project.host,))
     write_atomically(coordinator.front, certificate + key_pem(key), mode=0o600)
     return expiry(certificate)
 

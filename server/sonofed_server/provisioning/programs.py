@@ -52,6 +52,7 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
     front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     inside, outside = endpoints(coordinator)
+    registered = coordinator.registered
     return [
         Program(
             "superlink",
@@ -75,7 +76,8 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
             },
         ),
         Program("front", (*front, "-e", "stderr"), outside.works, endpoint=outside),
-        Program("conductor", conductor, lambda: True),
+        # A hospital's node that comes earlier is taken for a stranger's.
+        Program("conductor", conductor, registered.exists, sign=registered),
     ]
 
 

@@ -160,6 +160,11 @@ class Coordinator:
         return run_folder(self.root)
 
     @property
+    def registered(self) -> Path:
+        """There once the SuperLink knows who is enrolled; gone when the conductor starts anew."""
+        return self.run / "conductor.registered"
+
+    @property
     def front_log(self) -> Path:
         """What the front answered to whom, JSON lines."""
         return self.run / "front-access.log"

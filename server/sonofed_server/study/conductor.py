@@ -108,6 +108,7 @@ class Conductor:
             for line in register(self._coordinator):
                 log.warning("%s", line)
             self._registered = now
+            self._coordinator.registered.touch(mode=0o600)
 
     def _end(self, entry: Entry) -> None:
         if entry.state == "running" and (entry.wish.wanted == "stop" or self._orphaned(entry)):
