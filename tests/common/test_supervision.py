@@ -24,7 +24,7 @@ from sonofed_common.supervision.program import (
     answers_on,
     mark,
 )
-from sonofed_common.supervision.supervisor import alone, left_running, read_status
+from sonofed_common.supervision.supervisor import alone, left_running, read_status, state_file
 
 PATIENCE = 300
 
@@ -162,6 +162,39 @@ def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
         assert left_running(tmp_path) == [] and stop(tmp_path, "the test") is False
         assert say_status(tmp_path, "the test", json=False) == 1
         assert capsys.readouterr().out == "the test is not up\n"
+
+
+def test_who_dies_is_started_again_where_nothing_can_be_written(tmp_path):
+    """As on a full disk: the state is written as soon as it can be, and nobody ends meanwhile."""
+    with up(tmp_path) as port:
+        before = read_status(tmp_path).programs
+        state_file(tmp_path).unlink()
+        state_file(tmp_path).mkdir()
+        os.kill(before["plain"].identity.pid, signal.SIGKILL)
+
+        def again():
+            code, body = asked(port)
+            return code == 200 and json.loads(body)["programs"]["plain"]["restarts"] == 1
+
+        wait_for(again)
+        state_file(tmp_path).rmdir()
+        after = wait_for(lambda: read_status(tmp_path)).programs
+        assert after["plain"].restarts == 1 and after["nest"] == before["nest"]
+        assert (tmp_path / "supervisor.log").read_text().count("cannot be written") == 1
+
+
+@pytest.mark.parametrize("name", ["new.log", "sign"])
+def test_what_a_program_needs_and_cannot_have_is_told_and_tried_again(tmp_path, name):
+    (tmp_path / name).mkdir()
+    program = Program("new", ("sleep", "1000"), lambda: True, sign=tmp_path / "sign")
+    child = Child(program, tmp_path)
+    try:
+        child.step()
+        assert child.status.state == "waiting" and "Is a directory" in child.status.reason
+        (tmp_path / name).rmdir()
+        wait_for(lambda: child.step() and child.status.state == "running")
+    finally:
+        child.end()
 
 
 def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):

@@ -140,11 +140,11 @@ class Child:
             self._become("silent", reason="did not answer")
 
     def _start(self, now: float) -> None:
-        if self.program.sign is not None:
-            self.program.sign.unlink(missing_ok=True)
         environment = {**os.environ, **self.program.environment, MARK: self._mark}
-        with self._log.open("ab") as log:
-            try:
+        try:
+            if self.program.sign is not None:
+                self.program.sign.unlink(missing_ok=True)
+            with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self.program.command,
                     env=environment,
@@ -153,9 +153,9 @@ class Child:
                     stderr=log,
                     start_new_session=True,
                 )
-            except OSError as error:
-                self._wait_for_another_try(f"cannot be started: {error.strerror}", now)
-                return
+        except OSError as error:
+            self._wait_for_another_try(f"cannot be started: {error.strerror}", now)
+            return
         self._started, self._failed_probes = now, 0
         identity = Identity.of(self._process.pid)
         restarts = self.status.restarts + 1

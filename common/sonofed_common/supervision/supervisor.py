@@ -26,7 +26,7 @@ from sonofed_common.supervision.metrics import Source, exposition, program_metri
 from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
-LOGS_SECONDS = 60.0
+MINUTE = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +96,16 @@ def supervise(
         with _health(health_port, status, metrics):
             log.info("the supervisor begins")
             try:
-                looked = -LOGS_SECONDS
+                looked, written = -MINUTE, True
                 while not ended.is_set():
-                    if time.monotonic() - looked > LOGS_SECONDS:
+                    # Each minute, for somebody may have damaged it.
+                    due = time.monotonic() - looked > MINUTE
+                    if due:
                         looked = time.monotonic()
                         set_large_aside(folder)
                     changes = [child.step() for child in children]
-                    if any(changes):
-                        _write(folder, status())
+                    if due or any(changes) or not written:
+                        written = _write(folder, status(), warn=written)
                     ended.wait(STEP_SECONDS)
             finally:
                 for child in reversed(children):
@@ -166,8 +168,17 @@ def _read(folder: Path) -> Status | None:
         return None
 
 
-def _write(folder: Path, status: Status) -> None:
-    write_atomically(state_file(folder), status.model_dump_json(indent=1).encode(), mode=0o600)
+def _write(folder: Path, status: Status, warn: bool) -> bool:
+    data = status.model_dump_json(indent=1).encode()
+    try:
+        write_atomically(state_file(folder), data, mode=0o600)
+    except OSError as error:
+        # Programs go on without: the disk may be full.
+        if warn:
+            facts = {"reason": error.strerror}
+            log.warning("the supervisor's state cannot be written, and is tried again", extra=facts)
+        return False
+    return True
 
 
 def _end_what_was_left(folder: Path, patience: float) -> None:
