@@ -86,9 +86,9 @@ def family(folder):
 
 
 @contextmanager
-def up(folder):
+def up(folder, script=SUPERVISOR):
     port = free_port()
-    start_detached(folder, [sys.executable, "-c", SUPERVISOR, str(folder), str(port)], "the test")
+    start_detached(folder, [sys.executable, "-c", script, str(folder), str(port)], "the test")
     try:
         yield port
     finally:
@@ -132,12 +132,19 @@ def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):
         assert asked(port)[0] == 200
 
 
-def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
+@pytest.fixture(params=["whole", "damaged"])
+def damage(request):
+    """What happens to the state of a supervisor that was killed."""
+    return lambda folder: request.param == "whole" or state_file(folder).write_bytes(b"{")
+
+
+def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path, damage):
     with up(tmp_path):
         first = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(first.pid, signal.SIGKILL)
         wait_for(lambda: not first.alive)
+        damage(tmp_path)
         assert read_status(tmp_path) is None
     # Else the next family counts as ready before it is there.
     (tmp_path / "nested").unlink()
@@ -146,17 +153,19 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
         assert len(family(tmp_path)) == 4
 
 
-def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
+def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys, damage):
     with up(tmp_path):
         supervisor = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(supervisor.pid, signal.SIGKILL)
         wait_for(lambda: not supervisor.alive)
-        assert left_running(tmp_path) == ["plain", "nest"]
+        damage(tmp_path)
+        left = left_running(tmp_path)
+        assert sorted(left) == ["nest", "plain"]
         assert say_status(tmp_path, "the test", json=False) == 1
-        assert "plain, nest run on" in capsys.readouterr().out
+        assert f"{', '.join(left)} run on" in capsys.readouterr().out
         assert say_status(tmp_path, "the test", json=True) == 1
-        assert json.loads(capsys.readouterr().out) == {"left_running": ["plain", "nest"]}
+        assert json.loads(capsys.readouterr().out) == {"left_running": left}
         assert stop(tmp_path, "the test") is True
         assert not any(Identity.of(pid) for pid in everyone)
         assert left_running(tmp_path) == [] and stop(tmp_path, "the test") is False
@@ -195,6 +204,29 @@ def test_what_a_program_needs_and_cannot_have_is_told_and_tried_again(tmp_path, 
         wait_for(lambda: child.step() and child.status.state == "running")
     finally:
         child.end()
+
+
+def test_a_supervisor_whose_state_is_damaged_is_up(tmp_path):
+    with up(tmp_path) as port:
+        state_file(tmp_path).write_bytes(b"{")
+        for ask in (
+            lambda: say_status(tmp_path, "the test", json=False),
+            lambda: stop(tmp_path, "the test"),
+            lambda: start_detached(tmp_path, ["true"], "the test"),
+        ):
+            with pytest.raises(DeploymentError, match=r"is up, and .* cannot be read"):
+                ask()
+        assert left_running(tmp_path) == [] and asked(port)[0] == 200
+        # Whatever changes is written.
+        os.kill(json.loads(asked(port)[1])["programs"]["plain"]["identity"]["pid"], signal.SIGKILL)
+        wait_for(lambda: read_status(tmp_path))
+
+
+def test_a_damaged_state_is_written_anew_each_minute(tmp_path):
+    short = "import sonofed_common.supervision.supervisor as its\nits.MINUTE = 0.5\n"
+    with up(tmp_path, short + SUPERVISOR):
+        state_file(tmp_path).write_bytes(b"{")
+        wait_for(lambda: read_status(tmp_path))
 
 
 def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):

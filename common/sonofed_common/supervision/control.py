@@ -18,6 +18,7 @@ from sonofed_common.supervision.supervisor import (
     Status,
     alone,
     end_left_running,
+    find_status,
     left_running,
     read_status,
 )
@@ -55,7 +56,7 @@ def start_detached(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Of two at once, the second would take the first one's words for those of its own supervisor.
     with alone(folder / "start.lock", f"{title} is being started already; see its status"):
-        if read_status(folder) is not None:
+        if find_status(folder, title) is not None:
             raise DeploymentError(f"{title} is up already; see its status")
         log = folder / "supervisor.log"
         with log.open("ab") as file:
@@ -119,9 +120,9 @@ def stop(folder: Path, title: str) -> bool:
     Raises
     ------
     DeploymentError
-        It does not end.
+        It does not end, or its state is damaged.
     """
-    status = read_status(folder)
+    status = find_status(folder, title)
     if status is None:
         return end_left_running(folder, title)
     os.kill(status.supervisor.pid, signal.SIGTERM)
@@ -151,8 +152,13 @@ def say_status(folder: Path, title: str, json: bool) -> int:
     -------
     int
         Exit code: 0 if all of them work.
+
+    Raises
+    ------
+    DeploymentError
+        They run, and their supervisor's state is damaged.
     """
-    status, left = read_status(folder), left_running(folder)
+    status, left = find_status(folder, title), left_running(folder)
     if json:
         said = status.model_dump_json() if status is not None else "null"
         print(dumps({"left_running": left}) if left else said)

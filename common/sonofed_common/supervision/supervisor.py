@@ -20,13 +20,14 @@ from pydantic import ValidationError
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.supervision.family import Identity, end, members
+from sonofed_common.supervision.family import Identity, end, marks, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
 from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
 MINUTE = 60.0
+LOCK = "supervisor.lock"
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +121,36 @@ def read_status(folder: Path) -> Status | None:
     return kept if kept is not None and kept.supervisor.alive else None
 
 
+def find_status(folder: Path, title: str) -> Status | None:
+    """Do as `read_status`, and take no supervisor for gone whose state is damaged.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+
+    Raises
+    ------
+    DeploymentError
+        A supervisor runs, and what it last said cannot be read.
+    """
+    if _read(folder) is None and _is_supervised(folder):
+        raise DeploymentError(
+            f"{title} is up, and {state_file(folder)}, which says how, cannot be read; it is "
+            "written anew within a minute: ask again then"
+        )
+    return read_status(folder)
+
+
 def left_running(folder: Path) -> list[str]:
     """Return the names of programs that run on although their supervisor was killed."""
-    kept = _read(folder)
-    if kept is None or kept.supervisor.alive:
+    if read_status(folder) is not None or (_read(folder) is None and _is_supervised(folder)):
         return []
-    return [name for name, p in kept.programs.items() if members(mark(folder, name), p.identity)]
+    return [
+        name for name, leader in _leaders(folder).items() if members(mark(folder, name), leader)
+    ]
 
 
 def end_left_running(folder: Path, title: str) -> bool:
@@ -182,9 +207,19 @@ def _write(folder: Path, status: Status, warn: bool) -> bool:
 
 
 def _end_what_was_left(folder: Path, patience: float) -> None:
+    for name, leader in reversed(_leaders(folder).items()):
+        end(mark(folder, name), leader, patience)
+
+
+def _leaders(folder: Path) -> dict[str, Identity | None]:
+    """Who led each program, as the state says, or where it does not, their marks."""
     kept = _read(folder)
-    for name, program in reversed(kept.programs.items()) if kept is not None else ():
-        end(mark(folder, name), program.identity, patience)
+    told = {name: p.identity for name, p in kept.programs.items()} if kept is not None else {}
+    for each, first in marks().items():
+        name = Path(each).name
+        if each == mark(folder, name) and told.get(name) is None:
+            told[name] = first
+    return told
 
 
 @contextmanager
@@ -205,7 +240,18 @@ def alone(lock: Path, otherwise: str) -> Iterator[None]:
 
 
 def _only_supervisor(folder: Path, title: str) -> AbstractContextManager[None]:
-    return alone(folder / "supervisor.lock", f"{title} is up already; see its status")
+    return alone(folder / LOCK, f"{title} is up already; see its status")
+
+
+def _is_supervised(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager
