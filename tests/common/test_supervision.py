@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 
 from sonofed_common.contract.errors import DeploymentError
-from sonofed_common.supervision.control import say_status, start_detached, stop
+from sonofed_common.supervision.control import START_SECONDS, say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import (
@@ -370,11 +370,20 @@ def test_a_program_does_not_start_where_a_stranger_answers(tmp_path):
     assert not (tmp_path / "plain.log").exists()
 
 
-def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
+@pytest.mark.parametrize("there", [False, True])
+def test_who_needs_another_machine_keeps_nobody_from_being_up(tmp_path, monkeypatch, there):
+    """Nobody waits for one that does not answer, nor for ever for one that lets nobody in."""
+    clock = time.monotonic
+
+    def answers():
+        # Asked once all others work; the time for it is then over.
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + START_SECONDS)
+        return there
+
     never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
     command = [sys.executable, "-c", never, str(tmp_path), str(free_port())]
     try:
-        status = start_detached(tmp_path, command, "the test", {"nest": lambda: False})
+        status = start_detached(tmp_path, command, "the test", {"nest": answers})
         assert status.supervisor.alive and not status.healthy
         assert status.programs["plain"].state == "running"
     finally:

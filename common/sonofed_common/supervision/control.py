@@ -44,8 +44,8 @@ def start_detached(
     title : str
         What its programs are together.
     elsewhere : mapping of str to callable, optional
-        Of programs that need another machine: whether that one answers. Without it nothing is
-        waited for: the program goes on trying.
+        Of programs that need another machine: whether that one answers, so that they are waited
+        for. Whether they then work or not, the others stay up, and these go on trying.
 
     Raises
     ------
@@ -80,14 +80,16 @@ def _wait_until_it_works(
     before: int,
 ) -> Status:
     until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
+    in_time = True
+    while in_time:
+        in_time = time.monotonic() < until
         if process.poll() is not None:
             words = last_words(log.read_bytes()[before:].decode(errors="replace"))[-500:]
             raise DeploymentError(f"{title} ended at once: {words or 'it said nothing'}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:
             idle = [name for name, p in status.programs.items() if p.state != "running"]
-            if all(name in elsewhere and not elsewhere[name]() for name in idle):
+            if all(name in elsewhere and not (in_time and elsewhere[name]()) for name in idle):
                 return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
