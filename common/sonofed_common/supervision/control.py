@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -25,6 +26,7 @@ from sonofed_common.supervision.supervisor import (
 
 START_SECONDS, END_SECONDS = 180.0, 120.0
 POLL_SECONDS = 0.1
+CODE = re.compile(r" \[[a-z-]+\]$")
 
 
 def start_detached(
@@ -85,7 +87,9 @@ def _wait_until_it_works(
         in_time = time.monotonic() < until
         if process.poll() is not None:
             words = last_words(log.read_bytes()[before:].decode(errors="replace"))[-500:]
-            raise DeploymentError(f"{title} ended at once: {words or 'it said nothing'}")
+            # The error that is raised here has a code of its own.
+            words = CODE.sub("", words) or "it said nothing"
+            raise DeploymentError(f"{title} ended at once: {words}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:
             idle = [name for name, p in status.programs.items() if p.state != "running"]
@@ -181,5 +185,5 @@ def describe(status: Status) -> Iterator[str]:
     """Say in lines how each program is."""
     for name, program in status.programs.items():
         since = datetime.fromtimestamp(program.since).astimezone().isoformat(timespec="seconds")
-        line = f"{name:<10} {program.state:<8} since {since}, {max(0, program.restarts)} restarts"
+        line = f"{name:<10} {program.state:<8} since {since}, {program.restarts} restarts"
         yield f"{line}, last {program.reason}" if program.reason else line
