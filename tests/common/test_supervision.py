@@ -234,15 +234,15 @@ def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
     now, starts = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     while len(starts) < 11:
-        before = child.status.restarts
         if child.status.state == "starting":
             child._process.wait()
         child.step()
-        if child.status.restarts > before:
+        if child.status.state == "starting":
             starts.append(now[0])
         elif child.status.state == "waiting":
             now[0] += 0.25
     pauses = [b - a for a, b in pairwise(starts)]
+    assert child.status.restarts == len(pauses)
     assert pauses[:4] == [0.5, 1, 2, 4] and pauses[-1] == LONGEST_PAUSE
     assert child.status.reason == "ended by exit code 1"
     child.end()
@@ -296,6 +296,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
     child = Child(Program("absent", (str(tmp_path / "no"),), lambda: True), tmp_path)
     child.step()
     assert child.status.state == "waiting" and "No such file" in child.status.reason
+    assert child.status.restarts == 0
 
 
 def test_a_taken_port_and_an_early_end_are_told(tmp_path):
@@ -306,8 +307,9 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
         log = tmp_path / "supervisor.log"
         log.write_text("how the last one ended\n")
-        with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
+        with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}") as told:
             start_detached(tmp_path, command, "the test")
+        assert str(told.value).count("[deployment]") == 1
         with pytest.raises(DeploymentError, match="ended at once: it said nothing"):
             start_detached(tmp_path, ["true"], "the test")
         assert log.read_text().startswith("how the last one ended\n")

@@ -99,9 +99,9 @@ class Child:
         self._log = folder / f"{program.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._next = self._next_probe = 0.0
-        self._failed_probes = 0
+        self._starts = self._failed_probes = 0
         self._pause = FIRST_PAUSE
-        self.status = ProgramStatus(state="waiting", identity=None, restarts=-1, since=time.time())
+        self.status = ProgramStatus(state="waiting", identity=None, restarts=0, since=time.time())
 
     def step(self) -> bool:
         """Do what is due, and say whether anything changed."""
@@ -158,8 +158,8 @@ class Child:
             return
         self._started, self._failed_probes = now, 0
         identity = Identity.of(self._process.pid)
-        restarts = self.status.restarts + 1
-        self._become("starting", identity=identity, restarts=restarts)
+        self._become("starting", identity=identity, restarts=self._starts)
+        self._starts += 1
 
     def _bury(self, code: int, now: float) -> None:
         # What it has left behind would meet its successor.
