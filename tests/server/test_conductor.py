@@ -130,6 +130,7 @@ def test_a_conductor_that_hangs_is_seen(coordinator, monkeypatch):
     monkeypatch.setattr(programs, "find_nginx", lambda: "nginx")
     project = coordinator.root.parent / "project.toml"
     *_, conductor = programs.programs(coordinator, project)
+    assert coordinator.run.stat().st_mode & 0o777 == 0o700
     assert not conductor.ready()
     process = subprocess.Popen(conductor.command, stderr=subprocess.DEVNULL)
 
