@@ -32,7 +32,7 @@ class Identity(Model):
         Which start of the machine that was.
     """
 
-    pid: int = Field(gt=1)
+    pid: int = Field(gt=0)
     started: int
     boot: str
 
