@@ -236,6 +236,7 @@ def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
     assert refusal(heartbeat).exists() and NOT_KNOWN in caplog.messages
 
 
+@pytest.mark.long
 def test_a_node_that_is_not_let_in_keeps_no_hospital_from_being_up(project, monkeypatch):
     run(coordinator, "init project.toml")
     run(site, f"{enrol()} --health-port {free_ports(1)[0]}")
