@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 
 from sonofed_common.contract.errors import DeploymentError
-from sonofed_common.supervision.control import say_status, start_detached, stop
+from sonofed_common.supervision.control import START_SECONDS, say_status, start_detached, stop
 from sonofed_common.supervision.family import Identity, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.program import (
@@ -24,7 +24,7 @@ from sonofed_common.supervision.program import (
     answers_on,
     mark,
 )
-from sonofed_common.supervision.supervisor import alone, left_running, read_status
+from sonofed_common.supervision.supervisor import alone, left_running, read_status, state_file
 
 PATIENCE = 300
 
@@ -86,9 +86,9 @@ def family(folder):
 
 
 @contextmanager
-def up(folder):
+def up(folder, script=SUPERVISOR):
     port = free_port()
-    start_detached(folder, [sys.executable, "-c", SUPERVISOR, str(folder), str(port)], "the test")
+    start_detached(folder, [sys.executable, "-c", script, str(folder), str(port)], "the test")
     try:
         yield port
     finally:
@@ -132,12 +132,19 @@ def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):
         assert asked(port)[0] == 200
 
 
-def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
+@pytest.fixture(params=["whole", "damaged"])
+def damage(request):
+    """What happens to the state of a supervisor that was killed."""
+    return lambda folder: request.param == "whole" or state_file(folder).write_bytes(b"{")
+
+
+def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path, damage):
     with up(tmp_path):
         first = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(first.pid, signal.SIGKILL)
         wait_for(lambda: not first.alive)
+        damage(tmp_path)
         assert read_status(tmp_path) is None
     # Else the next family counts as ready before it is there.
     (tmp_path / "nested").unlink()
@@ -146,17 +153,19 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path):
         assert len(family(tmp_path)) == 4
 
 
-def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
+def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys, damage):
     with up(tmp_path):
         supervisor = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(supervisor.pid, signal.SIGKILL)
         wait_for(lambda: not supervisor.alive)
-        assert left_running(tmp_path) == ["plain", "nest"]
+        damage(tmp_path)
+        left = left_running(tmp_path)
+        assert sorted(left) == ["nest", "plain"]
         assert say_status(tmp_path, "the test", json=False) == 1
-        assert "plain, nest run on" in capsys.readouterr().out
+        assert f"{', '.join(left)} run on" in capsys.readouterr().out
         assert say_status(tmp_path, "the test", json=True) == 1
-        assert json.loads(capsys.readouterr().out) == {"left_running": ["plain", "nest"]}
+        assert json.loads(capsys.readouterr().out) == {"left_running": left}
         assert stop(tmp_path, "the test") is True
         assert not any(Identity.of(pid) for pid in everyone)
         assert left_running(tmp_path) == [] and stop(tmp_path, "the test") is False
@@ -164,20 +173,76 @@ def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys):
         assert capsys.readouterr().out == "the test is not up\n"
 
 
+def test_who_dies_is_started_again_where_nothing_can_be_written(tmp_path):
+    """As on a full disk: the state is written as soon as it can be, and nobody ends meanwhile."""
+    with up(tmp_path) as port:
+        before = read_status(tmp_path).programs
+        state_file(tmp_path).unlink()
+        state_file(tmp_path).mkdir()
+        os.kill(before["plain"].identity.pid, signal.SIGKILL)
+
+        def again():
+            code, body = asked(port)
+            return code == 200 and json.loads(body)["programs"]["plain"]["restarts"] == 1
+
+        wait_for(again)
+        state_file(tmp_path).rmdir()
+        after = wait_for(lambda: read_status(tmp_path)).programs
+        assert after["plain"].restarts == 1 and after["nest"] == before["nest"]
+        assert (tmp_path / "supervisor.log").read_text().count("cannot be written") == 1
+
+
+@pytest.mark.parametrize("name", ["new.log", "sign"])
+def test_what_a_program_needs_and_cannot_have_is_told_and_tried_again(tmp_path, name):
+    (tmp_path / name).mkdir()
+    program = Program("new", ("sleep", "1000"), lambda: True, sign=tmp_path / "sign")
+    child = Child(program, tmp_path)
+    try:
+        child.step()
+        assert child.status.state == "waiting" and "Is a directory" in child.status.reason
+        (tmp_path / name).rmdir()
+        wait_for(lambda: child.step() and child.status.state == "running")
+    finally:
+        child.end()
+
+
+def test_a_supervisor_whose_state_is_damaged_is_up(tmp_path):
+    with up(tmp_path) as port:
+        state_file(tmp_path).write_bytes(b"{")
+        for ask in (
+            lambda: say_status(tmp_path, "the test", json=False),
+            lambda: stop(tmp_path, "the test"),
+            lambda: start_detached(tmp_path, ["true"], "the test"),
+        ):
+            with pytest.raises(DeploymentError, match=r"is up, and .* cannot be read"):
+                ask()
+        assert left_running(tmp_path) == [] and asked(port)[0] == 200
+        # Whatever changes is written.
+        os.kill(json.loads(asked(port)[1])["programs"]["plain"]["identity"]["pid"], signal.SIGKILL)
+        wait_for(lambda: read_status(tmp_path))
+
+
+def test_a_damaged_state_is_written_anew_each_minute(tmp_path):
+    short = "import sonofed_common.supervision.supervisor as its\nits.MINUTE = 0.5\n"
+    with up(tmp_path, short + SUPERVISOR):
+        state_file(tmp_path).write_bytes(b"{")
+        wait_for(lambda: read_status(tmp_path))
+
+
 def test_pauses_grow_to_a_limit(tmp_path, monkeypatch):
     child = Child(Program("brief", ("false",), lambda: False), tmp_path)
     now, starts = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     while len(starts) < 11:
-        before = child.status.restarts
         if child.status.state == "starting":
             child._process.wait()
         child.step()
-        if child.status.restarts > before:
+        if child.status.state == "starting":
             starts.append(now[0])
         elif child.status.state == "waiting":
             now[0] += 0.25
     pauses = [b - a for a, b in pairwise(starts)]
+    assert child.status.restarts == len(pauses)
     assert pauses[:4] == [0.5, 1, 2, 4] and pauses[-1] == LONGEST_PAUSE
     assert child.status.reason == "ended by exit code 1"
     child.end()
@@ -231,6 +296,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
     child = Child(Program("absent", (str(tmp_path / "no"),), lambda: True), tmp_path)
     child.step()
     assert child.status.state == "waiting" and "No such file" in child.status.reason
+    assert child.status.restarts == 0
 
 
 def test_a_taken_port_and_an_early_end_are_told(tmp_path):
@@ -241,8 +307,9 @@ def test_a_taken_port_and_an_early_end_are_told(tmp_path):
         command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
         log = tmp_path / "supervisor.log"
         log.write_text("how the last one ended\n")
-        with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}"):
+        with pytest.raises(DeploymentError, match=rf"(?s)ended at once.*port {port}") as told:
             start_detached(tmp_path, command, "the test")
+        assert str(told.value).count("[deployment]") == 1
         with pytest.raises(DeploymentError, match="ended at once: it said nothing"):
             start_detached(tmp_path, ["true"], "the test")
         assert log.read_text().startswith("how the last one ended\n")
@@ -305,11 +372,20 @@ def test_a_program_does_not_start_where_a_stranger_answers(tmp_path):
     assert not (tmp_path / "plain.log").exists()
 
 
-def test_nobody_waits_for_a_machine_that_does_not_answer(tmp_path):
+@pytest.mark.parametrize("there", [False, True])
+def test_who_needs_another_machine_keeps_nobody_from_being_up(tmp_path, monkeypatch, there):
+    """Nobody waits for one that does not answer, nor for ever for one that lets nobody in."""
+    clock = time.monotonic
+
+    def answers():
+        # Asked once all others work; the time for it is then over.
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + START_SECONDS)
+        return there
+
     never = SUPERVISOR.replace('(folder / "nested").exists', "lambda: False")
     command = [sys.executable, "-c", never, str(tmp_path), str(free_port())]
     try:
-        status = start_detached(tmp_path, command, "the test", {"nest": lambda: False})
+        status = start_detached(tmp_path, command, "the test", {"nest": answers})
         assert status.supervisor.alive and not status.healthy
         assert status.programs["plain"].state == "running"
     finally:
@@ -323,7 +399,8 @@ def test_a_path_that_is_too_long_for_a_socket_answers_not(tmp_path):
 def test_a_later_process_of_the_same_number_is_another(tmp_path):
     process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     identity = Identity.of(process.pid)
-    assert identity.alive
+    # In a container the supervisor is the first of all.
+    assert identity.alive and Identity.of(1).alive
     assert not identity.model_copy(update={"started": identity.started - 1}).alive
     assert not identity.model_copy(update={"boot": "another"}).alive
     assert members("nothing", identity) == [process.pid]

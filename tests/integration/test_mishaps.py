@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import socket
+import ssl
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
@@ -20,11 +21,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from two_programs import coordinator, enrol, run, site, write_project
 
+from deployed.deployment import free_ports
 from sonofed_client.admission import NOT_KNOWN, explain_refusal, refusal
+from sonofed_client.commands import deployment
 from sonofed_client.provisioning.kit import read_kit
 from sonofed_client.provisioning.place import Hospital
 from sonofed_common.contract.errors import EnrolmentError
 from sonofed_common.runtime import Events, write_atomically
+from sonofed_common.supervision.control import START_SECONDS
 from sonofed_common.supervision.family import MARK, Identity
 from sonofed_common.supervision.program import ProgramStatus, mark
 from sonofed_common.supervision.supervisor import Status, state_file
@@ -339,6 +343,36 @@ def test_a_refused_node_says_why(tmp_path, monkeypatch, caplog):
         with pytest.raises(SystemExit), http_request_response(*coordinator_there):
             raise AssertionError("the node was let in")
     assert refusal(heartbeat).exists() and NOT_KNOWN in caplog.messages
+
+
+@pytest.mark.long
+def test_a_node_that_is_not_let_in_keeps_no_hospital_from_being_up(project, monkeypatch):
+    run(coordinator, "init project.toml")
+    run(site, f"{enrol()} --health-port {free_ports(1)[0]}")
+    hospital = Hospital(Path("north").resolve())
+    with hospital.relay.open("a") as file:
+        file.write('socket = "/run/sonofed/enclave.sock"\n')
+    clock = time.monotonic
+
+    def there(port, host):
+        if refusal(hospital.heartbeat).exists():
+            # Nobody waits longer for it.
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + START_SECONDS)
+        return True
+
+    monkeypatch.setattr(deployment, "answers", there)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain("coordinator/front.pem")
+    error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "").to_json("not activated")
+    with answering(400, json.dumps(error).encode(), context) as port:
+        kit = hospital.kit / "kit.json"
+        kit.write_text(kit.read_text().replace(":8443", f":{port}"))
+        try:
+            said = run(site, "up --detach --relay --folder north")
+            assert f"is up; localhost:{port} did not let it in yet" in said and NOT_KNOWN in said
+            assert "supernode" in run(site, "status --folder north", 1)
+        finally:
+            assert "is down" in run(site, "down --folder north")
 
 
 def test_a_socket_whose_path_is_too_long_is_refused(project):

@@ -276,6 +276,7 @@ def test_a_relay_needs_nothing_of_the_enclave_but_its_socket(project):
     run(site, enrol())
     hospital = Hospital(Path("north").resolve())
     assert [p.name for p in programs(hospital)] == ["enclave", "supernode"]
+    assert hospital.run.stat().st_mode & 0o777 == 0o700
     for file in ("site.toml", "policy.toml", "master.key"):
         (hospital.root / file).unlink()
     with pytest.raises(ConfigurationError, match="names no socket"):

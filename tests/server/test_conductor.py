@@ -23,9 +23,11 @@ from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.program import ProgramStatus
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
+from sonofed_server.provisioning import programs
+from sonofed_server.provisioning.programs import CONDUCTOR_SECONDS
 from sonofed_server.provisioning.project import read_coordinator
-from sonofed_server.study import registration
-from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
+from sonofed_server.study import flower, registration
+from sonofed_server.study.conductor import START_SECONDS, STEP_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
 from sonofed_server.study.hindrance import hindrance, note
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
@@ -123,6 +125,39 @@ def supervised(coordinator, superlink, state="running", reason=""):
     here = Identity.of(os.getpid())
     status = Status(title="trial", supervisor=here, health_port=1, programs={"superlink": program})
     write_atomically(state_file(coordinator.run), status.model_dump_json().encode())
+
+
+def test_a_conductor_that_hangs_is_seen(coordinator, monkeypatch):
+    assert CONDUCTOR_SECONDS > flower.SECONDS
+    monkeypatch.setattr(programs, "find_nginx", lambda: "nginx")
+    project = coordinator.root.parent / "project.toml"
+    *_, conductor = programs.programs(coordinator, project)
+    assert coordinator.run.stat().st_mode & 0o777 == 0o700
+    assert not conductor.ready()
+    process = subprocess.Popen(conductor.command, stderr=subprocess.DEVNULL)
+
+    def gets_on(seconds):
+        coordinator.conductor_sign.touch()
+        os.utime(coordinator.conductor_sign, (0, 0))
+        until = time.monotonic() + seconds
+        ready = False
+        while not ready and time.monotonic() < until:
+            time.sleep(0.05)
+            # No SuperLink runs here that it could tell of the hospitals.
+            coordinator.registered.touch()
+            ready = conductor.ready()
+        return ready
+
+    try:
+        assert gets_on(60)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert not gets_on(3 * STEP_SECONDS)
+        process.send_signal(signal.SIGCONT)
+        assert gets_on(60)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_run_counts_as_over_with_its_superlink_and_not_with_the_supervisor(coordinator):

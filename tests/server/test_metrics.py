@@ -94,6 +94,8 @@ def test_dashboard_and_alerts_ask_for_what_there_is(coordinator):
     for expression in asked:
         names = set(re.findall(r"\bsonofed_\w+|^up\b", expression))
         assert names and names <= known, expression
+    names = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    assert names >= {"ProgramDown", "ProgramDoesNotLast"}
     places = [panel["gridPos"] for panel in dashboard["panels"]]
     assert len({(p["x"], p["y"]) for p in places}) == len(places)
 

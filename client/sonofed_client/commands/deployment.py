@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sonofed_client.admission import NOT_KNOWN, refusal
 from sonofed_client.commands.provisioning import Folder
 from sonofed_client.metrics_file import read_metrics
 from sonofed_client.provisioning import preflight
@@ -52,12 +53,21 @@ def up(
     command += ["--relay"] if relay else []
     address = installed_kit(hospital).address
     host, _, port_there = address.rpartition(":")
-    there = {SUPERNODE: lambda: answers(int(port_there), host)}
-    found = start_detached(hospital.run, command, title, there)
+
+    def is_there() -> bool:
+        return answers(int(port_there), host)
+
+    found = start_detached(hospital.run, command, title, {SUPERNODE: is_there})
     for line in describe(found):
         print(line)
-    later = f"; it connects as soon as the coordinator at {address} answers"
-    print(f"{title} is up{'' if found.healthy else later}")
+    if found.healthy:
+        print(f"{title} is up")
+    elif not is_there():
+        print(f"{title} is up; it connects as soon as the coordinator at {address} answers")
+    else:
+        refused = refusal(hospital.heartbeat).exists()
+        why = NOT_KNOWN if refused else f"see {hospital.run / SUPERNODE}.log"
+        print(f"{title} is up; {address} did not let it in yet, and it goes on trying: {why}")
 
 
 def down(folder: Folder = DEFAULT) -> None:

@@ -120,7 +120,9 @@ def beside(program: str) -> Path:
 
 def _environment(hospital: Hospital) -> dict[str, str]:
     home = hospital.run / "flower"
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # One by one: a parent that is made along with a folder is open to all.
+    for folder in (hospital.run, home):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,12 +19,14 @@ from sonofed_common.supervision.supervisor import (
     Status,
     alone,
     end_left_running,
+    find_status,
     left_running,
     read_status,
 )
 
 START_SECONDS, END_SECONDS = 180.0, 120.0
 POLL_SECONDS = 0.1
+CODE = re.compile(r" \[[a-z-]+\]$")
 
 
 def start_detached(
@@ -43,8 +46,8 @@ def start_detached(
     title : str
         What its programs are together.
     elsewhere : mapping of str to callable, optional
-        Of programs that need another machine, or long: whether that one answers, or they are still
-        waited for. If not, the program goes on trying.
+        Of programs that need another machine, or long: whether that one answers, so that they are
+        waited for. Whether they then work or not, the others stay up, and these go on trying.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def start_detached(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Of two at once, the second would take the first one's words for those of its own supervisor.
     with alone(folder / "start.lock", f"{title} is being started already; see its status"):
-        if read_status(folder) is not None:
+        if find_status(folder, title) is not None:
             raise DeploymentError(f"{title} is up already; see its status")
         log = folder / "supervisor.log"
         with log.open("ab") as file:
@@ -79,14 +82,18 @@ def _wait_until_it_works(
     before: int,
 ) -> Status:
     until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
+    in_time = True
+    while in_time:
+        in_time = time.monotonic() < until
         if process.poll() is not None:
             words = last_words(log.read_bytes()[before:].decode(errors="replace"))[-500:]
-            raise DeploymentError(f"{title} ended at once: {words or 'it said nothing'}")
+            # The error that is raised here has a code of its own.
+            words = CODE.sub("", words) or "it said nothing"
+            raise DeploymentError(f"{title} ended at once: {words}")
         status = read_status(folder)
         if status is not None and status.supervisor.pid == process.pid:
             idle = [name for name, p in status.programs.items() if p.state != "running"]
-            if all(name in elsewhere and not elsewhere[name]() for name in idle):
+            if all(name in elsewhere and not (in_time and elsewhere[name]()) for name in idle):
                 return status
         time.sleep(POLL_SECONDS)
     status = read_status(folder)
@@ -119,9 +126,9 @@ def stop(folder: Path, title: str) -> bool:
     Raises
     ------
     DeploymentError
-        It does not end.
+        It does not end, or its state is damaged.
     """
-    status = read_status(folder)
+    status = find_status(folder, title)
     if status is None:
         return end_left_running(folder, title)
     os.kill(status.supervisor.pid, signal.SIGTERM)
@@ -151,8 +158,13 @@ def say_status(folder: Path, title: str, json: bool) -> int:
     -------
     int
         Exit code: 0 if all of them work.
+
+    Raises
+    ------
+    DeploymentError
+        They run, and their supervisor's state is damaged.
     """
-    status, left = read_status(folder), left_running(folder)
+    status, left = find_status(folder, title), left_running(folder)
     if json:
         said = status.model_dump_json() if status is not None else "null"
         print(dumps({"left_running": left}) if left else said)
@@ -173,5 +185,5 @@ def describe(status: Status) -> Iterator[str]:
     """Say in lines how each program is."""
     for name, program in status.programs.items():
         since = datetime.fromtimestamp(program.since).astimezone().isoformat(timespec="seconds")
-        line = f"{name:<10} {program.state:<8} since {since}, {max(0, program.restarts)} restarts"
+        line = f"{name:<10} {program.state:<8} since {since}, {program.restarts} restarts"
         yield f"{line}, last {program.reason}" if program.reason else line

@@ -32,7 +32,7 @@ class Identity(Model):
         Which start of the machine that was.
     """
 
-    pid: int = Field(gt=1)
+    pid: int = Field(gt=0)
     started: int
     boot: str
 
@@ -79,6 +79,20 @@ def members(mark: str, leader: Identity | None) -> list[int]:
         )
         if in_session or wanted in _environment(entry):
             found.append(int(entry.name))
+    return found
+
+
+def marks() -> dict[str, Identity]:
+    """Return every mark that a process carries, and who of those that carry it began first."""
+    found: dict[str, Identity] = {}
+    wanted = f"{MARK}=".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        for word in _environment(entry):
+            if word.startswith(wanted) and (one := Identity.of(int(entry.name))) is not None:
+                mark = os.fsdecode(word.removeprefix(wanted))
+                found[mark] = min(found.get(mark, one), one, key=lambda i: (i.started, i.pid))
     return found
 
 

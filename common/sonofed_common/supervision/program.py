@@ -99,9 +99,9 @@ class Child:
         self._log = folder / f"{program.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._next = self._next_probe = 0.0
-        self._failed_probes = 0
+        self._starts = self._failed_probes = 0
         self._pause = FIRST_PAUSE
-        self.status = ProgramStatus(state="waiting", identity=None, restarts=-1, since=time.time())
+        self.status = ProgramStatus(state="waiting", identity=None, restarts=0, since=time.time())
 
     def step(self) -> bool:
         """Do what is due, and say whether anything changed."""
@@ -140,11 +140,11 @@ class Child:
             self._become("silent", reason="did not answer")
 
     def _start(self, now: float) -> None:
-        if self.program.sign is not None:
-            self.program.sign.unlink(missing_ok=True)
         environment = {**os.environ, **self.program.environment, MARK: self._mark}
-        with self._log.open("ab") as log:
-            try:
+        try:
+            if self.program.sign is not None:
+                self.program.sign.unlink(missing_ok=True)
+            with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self.program.command,
                     env=environment,
@@ -153,13 +153,13 @@ class Child:
                     stderr=log,
                     start_new_session=True,
                 )
-            except OSError as error:
-                self._wait_for_another_try(f"cannot be started: {error.strerror}", now)
-                return
+        except OSError as error:
+            self._wait_for_another_try(f"cannot be started: {error.strerror}", now)
+            return
         self._started, self._failed_probes = now, 0
         identity = Identity.of(self._process.pid)
-        restarts = self.status.restarts + 1
-        self._become("starting", identity=identity, restarts=restarts)
+        self._become("starting", identity=identity, restarts=self._starts)
+        self._starts += 1
 
     def _bury(self, code: int, now: float) -> None:
         # What it has left behind would meet its successor.

@@ -20,13 +20,14 @@ from pydantic import ValidationError
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
 from sonofed_common.runtime import write_atomically
-from sonofed_common.supervision.family import Identity, end, members
+from sonofed_common.supervision.family import Identity, end, marks, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
 from sonofed_common.supervision.program import END_SECONDS, Child, Program, ProgramStatus, mark
 
 STEP_SECONDS = 0.1
-LOGS_SECONDS = 60.0
+MINUTE = 60.0
+LOCK = "supervisor.lock"
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,16 @@ def supervise(
         with _health(health_port, status, metrics):
             log.info("the supervisor begins")
             try:
-                looked = -LOGS_SECONDS
+                looked, written = -MINUTE, True
                 while not ended.is_set():
-                    if time.monotonic() - looked > LOGS_SECONDS:
+                    # Each minute, for somebody may have damaged it.
+                    due = time.monotonic() - looked > MINUTE
+                    if due:
                         looked = time.monotonic()
                         set_large_aside(folder)
                     changes = [child.step() for child in children]
-                    if any(changes):
-                        _write(folder, status())
+                    if due or any(changes) or not written:
+                        written = _write(folder, status(), warn=written)
                     ended.wait(STEP_SECONDS)
             finally:
                 for child in reversed(children):
@@ -118,12 +121,36 @@ def read_status(folder: Path) -> Status | None:
     return kept if kept is not None and kept.supervisor.alive else None
 
 
+def find_status(folder: Path, title: str) -> Status | None:
+    """Do as `read_status`, and take no supervisor for gone whose state is damaged.
+
+    Parameters
+    ----------
+    folder : Path
+        The supervisor's.
+    title : str
+        What its programs are together.
+
+    Raises
+    ------
+    DeploymentError
+        A supervisor runs, and what it last said cannot be read.
+    """
+    if _read(folder) is None and _is_supervised(folder):
+        raise DeploymentError(
+            f"{title} is up, and {state_file(folder)}, which says how, cannot be read; it is "
+            "written anew within a minute: ask again then"
+        )
+    return read_status(folder)
+
+
 def left_running(folder: Path) -> list[str]:
     """Return the names of programs that run on although their supervisor was killed."""
-    kept = _read(folder)
-    if kept is None or kept.supervisor.alive:
+    if read_status(folder) is not None or (_read(folder) is None and _is_supervised(folder)):
         return []
-    return [name for name, p in kept.programs.items() if members(mark(folder, name), p.identity)]
+    return [
+        name for name, leader in _leaders(folder).items() if members(mark(folder, name), leader)
+    ]
 
 
 def end_left_running(folder: Path, title: str) -> bool:
@@ -166,14 +193,33 @@ def _read(folder: Path) -> Status | None:
         return None
 
 
-def _write(folder: Path, status: Status) -> None:
-    write_atomically(state_file(folder), status.model_dump_json(indent=1).encode(), mode=0o600)
+def _write(folder: Path, status: Status, warn: bool) -> bool:
+    data = status.model_dump_json(indent=1).encode()
+    try:
+        write_atomically(state_file(folder), data, mode=0o600)
+    except OSError as error:
+        # Programs go on without: the disk may be full.
+        if warn:
+            facts = {"reason": error.strerror}
+            log.warning("the supervisor's state cannot be written, and is tried again", extra=facts)
+        return False
+    return True
 
 
 def _end_what_was_left(folder: Path, patience: float) -> None:
+    for name, leader in reversed(_leaders(folder).items()):
+        end(mark(folder, name), leader, patience)
+
+
+def _leaders(folder: Path) -> dict[str, Identity | None]:
+    """Who led each program, as the state says, or where it does not, their marks."""
     kept = _read(folder)
-    for name, program in reversed(kept.programs.items()) if kept is not None else ():
-        end(mark(folder, name), program.identity, patience)
+    told = {name: p.identity for name, p in kept.programs.items()} if kept is not None else {}
+    for each, first in marks().items():
+        name = Path(each).name
+        if each == mark(folder, name) and told.get(name) is None:
+            told[name] = first
+    return told
 
 
 @contextmanager
@@ -194,7 +240,18 @@ def alone(lock: Path, otherwise: str) -> Iterator[None]:
 
 
 def _only_supervisor(folder: Path, title: str) -> AbstractContextManager[None]:
-    return alone(folder / "supervisor.lock", f"{title} is up already; see its status")
+    return alone(folder / LOCK, f"{title} is up already; see its status")
+
+
+def _is_supervised(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

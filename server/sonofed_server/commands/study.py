@@ -12,7 +12,7 @@ import typer
 from sonofed_common.contract.errors import ConfigurationError, DeploymentError, error_from_code
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import read_study
-from sonofed_common.supervision.supervisor import left_running, read_status
+from sonofed_common.supervision.supervisor import find_status, left_running
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning.project import Coordinator, read_coordinator
 from sonofed_server.study import desk
@@ -168,7 +168,7 @@ def _standing(coordinator: Coordinator, entry: desk.Entry) -> Standing:
 
 
 def _check_up(coordinator: Coordinator) -> None:
-    if read_status(coordinator.run) is not None:
+    if find_status(coordinator.run, "the coordinator") is not None:
         return
     if left := left_running(coordinator.run):
         raise DeploymentError(

@@ -121,7 +121,9 @@ def find_nginx() -> str:
 def write_front(coordinator: Coordinator) -> Path:
     """Write nginx's configuration and return its path."""
     project, run = coordinator.project, coordinator.run
-    (run / "nginx").mkdir(parents=True, exist_ok=True, mode=0o700)
+    # One by one: a parent that is made along with a folder is open to all.
+    for folder in (run, run / "nginx"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = run / "nginx.conf"
     text = TEMPLATE.format(
         idle="\n".join(f'    "{path} 200" 0;' for path in IDLE),

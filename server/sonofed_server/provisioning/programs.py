@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 from sonofed_common.log import told
-from sonofed_common.supervision.probes import Endpoint
+from sonofed_common.supervision.probes import Endpoint, fresh
 from sonofed_common.supervision.program import Program
 from sonofed_server.provisioning.front import find_nginx, write_front
 from sonofed_server.provisioning.project import Coordinator
 
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
 """Where one calls who listens on every address."""
+
+CONDUCTOR_SECONDS = 360.0
+"""Longer than the conductor's longest piece of work, a question to the SuperLink."""
 
 
 def programs(coordinator: Coordinator, project: Path) -> list[Program]:
@@ -52,7 +55,7 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
     front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     inside, outside = endpoints(coordinator)
-    registered = coordinator.registered
+    registered, sign = coordinator.registered, coordinator.conductor_sign
     return [
         Program(
             "superlink",
@@ -76,8 +79,13 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
             },
         ),
         Program("front", (*front, "-e", "stderr"), outside.works, endpoint=outside),
-        # A hospital's node that comes earlier is taken for a stranger's.
-        Program("conductor", conductor, registered.exists, sign=registered),
+        Program(
+            "conductor",
+            conductor,
+            # A hospital's node that comes before it is registered is taken for a stranger's.
+            lambda: registered.exists() and fresh(sign, CONDUCTOR_SECONDS),
+            sign=sign,
+        ),
     ]
 
 

@@ -165,6 +165,11 @@ class Coordinator:
         return self.run / "conductor.registered"
 
     @property
+    def conductor_sign(self) -> Path:
+        """Touched by the conductor at each piece of work, and gone when it starts anew."""
+        return self.run / "conductor.sign"
+
+    @property
     def front_log(self) -> Path:
         """What the front answered to whom, JSON lines."""
         return self.run / "front-access.log"

@@ -66,6 +66,8 @@ class Conductor:
     def run(self) -> None:
         """Do what is due, again and again, until this process is ended."""
         note(self._coordinator, self._hindrances)
+        # What the one before registered, its SuperLink may have taken along.
+        self._coordinator.registered.unlink(missing_ok=True)
         while True:
             if time.monotonic() >= self._not_before:
                 self.step()
@@ -73,6 +75,7 @@ class Conductor:
 
     def step(self) -> None:
         """Do what is due now; what fails for one study keeps no other back."""
+        self._show_life()
         before, self._hindrances = self._hindrances, {}
         each = entries(self._coordinator)
         for entry in each:
@@ -85,7 +88,13 @@ class Conductor:
         if self._hindrances != before:
             note(self._coordinator, self._hindrances)
 
+    def _show_life(self) -> None:
+        # One that cannot be touched grows old, which tells enough.
+        with suppress(OSError):
+            self._coordinator.conductor_sign.touch(mode=0o600)
+
     def _try(self, work: Callable[[], None], **named: str) -> bool:
+        self._show_life()
         try:
             with bound_contextvars(**named):
                 work()
