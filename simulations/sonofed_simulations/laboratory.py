@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,11 +214,3 @@ class Laboratory:
 def _link(link: Path, target: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.resolve())
-
-
-def failure(workspace: Workspace) -> dict[str, str] | None:
-    """Return the error that ended a study, if one did."""
-    if not workspace.failure.exists():
-        return None
-    reason: dict[str, str] = json.loads(workspace.failure.read_text(encoding="utf-8"))
-    return reason

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import tomli_w
 from two_programs import coordinator as program
@@ -14,6 +15,7 @@ from two_programs import enrol, run
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import read_study
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
@@ -65,6 +67,47 @@ def test_a_study_is_stopped_whatever_is_wrong_elsewhere(coordinator, working):
     Conductor(coordinator).step()
     assert working.wait(60) == -signal.SIGKILL
     assert entry.state == "stopped"
+
+
+@pytest.mark.parametrize("kept", ["[]", "null", "3", '"x"', "{}", '{"error": "quorum"}', "{", ""])
+def test_a_damaged_record_of_a_failure_is_told_as_one(coordinator, kept):
+    entry = put(coordinator, "a")
+    put(coordinator, "b")
+    entry.workspace.failure.write_text(kept)
+    assert run(program, "study list").split() == ["failed", "a", "stopped", "b"]
+    assert "study a: failed; the study failed, and the record" in run(program, "study status a")
+    supervised(coordinator, None)
+    run(program, "study resume a")
+    assert entry.state == "waiting"
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", '{"time": 1}', '{"event": "asked"}', '{"time": 1, "event": 2}', "[" * 10**5]
+)
+def test_a_damaged_event_is_passed_over(coordinator, line):
+    entry = put(coordinator, "a")
+    lost = {"time": 1, "event": "site-failed", "site": "east", "reason": "gone"}
+    of_no_sites = {"time": 1, "event": "asked", "action": "train.embed", "sites": 3}
+    lines = [line, json.dumps(of_no_sites), json.dumps(lost), line]
+    entry.workspace.events.write_text("\n".join(lines))
+    assert "east: missing: gone" in run(program, "study status a")
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"done": 3}, {"facts": []}, {"facts": {"phases": [{}]}}, {"facts": {"sites": 1}}]
+)
+def test_a_damaged_checkpoint_keeps_no_status_back(coordinator, config):
+    entry = put(coordinator, "a")
+    write_atomically(entry.workspace.checkpoint, to_bytes(Records({}, config)))
+    assert "0 of 9 phases done" in run(program, "study status a")
+
+
+def test_a_status_reads_no_weights(coordinator):
+    checkpoint = put(coordinator, "a").workspace.checkpoint
+    StudyState(done=["enrol"], arrays={"w": np.ones(1000)}).save(checkpoint, "")
+    # Those that are not there cannot be read.
+    os.truncate(checkpoint, checkpoint.stat().st_size - 7000)
+    assert "1 of 9 phases done" in run(program, "study status a")
 
 
 def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):

@@ -208,12 +208,21 @@ def _health(
                 body = json.dumps({"healthy": now.healthy, **now.model_dump(mode="json")})
                 self._answer(200 if now.healthy else 503, "application/json", body.encode())
             elif self.path == "/metrics":
-                self._answer(200, CONTENT_TYPE_LATEST, metrics())
+                self._tell_metrics()
             else:
                 self.send_error(404)
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def _tell_metrics(self) -> None:
+            try:
+                told = metrics()
+            except Exception:
+                log.exception("the metrics cannot be told")
+                self.send_error(500)
+            else:
+                self._answer(200, CONTENT_TYPE_LATEST, told)
 
         def _answer(self, code: int, kind: str, body: bytes) -> None:
             self.send_response(code)
@@ -226,8 +235,13 @@ def _health(
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing of each question."""
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Log it: what is printed by default is no JSON."""
+            log.warning("an answer could not be given", exc_info=True)
+
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server = Server(("127.0.0.1", port), Handler)
     except OSError as error:
         raise DeploymentError(
             f"port {port} of this machine's loopback cannot be used ({error.strerror}); name "

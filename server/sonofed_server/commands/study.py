@@ -153,7 +153,7 @@ def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
                 print(line, flush=True)
         said = lines
         if (failure := entry.failure) is not None and now.state == "failed":
-            raise error_from_code(failure["error"], failure["message"])
+            raise error_from_code(failure.error, failure.message)
         if now.state in ("completed", "stopped"):
             return
         _check_up(coordinator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_common.supervision.family import Identity
 from sonofed_server.provisioning.enrolment import records
 from sonofed_server.provisioning.project import Coordinator
+from sonofed_server.study.failure import Failure, read_failure
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 State = Literal["waiting", "running", "stopped", "failed", "completed"]
@@ -64,13 +64,10 @@ class Entry:
         write_atomically(self._wish, wish.model_dump_json().encode())
 
     @property
-    def failure(self) -> dict[str, str] | None:
+    def failure(self) -> Failure | None:
         """The error that ended it, unless it is one after which it is begun again."""
-        try:
-            reason: dict[str, str] = json.loads(self.workspace.failure.read_bytes())
-        except (OSError, ValueError):
-            return None
-        return None if reason["error"] == EngineError.code else reason
+        reason = read_failure(self.workspace)
+        return None if reason is None or reason.error == EngineError.code else reason
 
     @property
     def checkpoint(self) -> float:
