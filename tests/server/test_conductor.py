@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import time
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import tomli_w
+from PIL import Image
 from two_programs import coordinator as program
 from two_programs import enrol, run
 
@@ -16,7 +18,8 @@ from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.contract.records import Records, to_bytes
-from sonofed_common.contract.study import read_study
+from sonofed_common.contract.segmentation import needing_source_data
+from sonofed_common.contract.study import Study, read_study
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
 from sonofed_common.supervision.family import Identity
@@ -24,6 +27,7 @@ from sonofed_common.supervision.program import ProgramStatus
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.source.settings import read_source
 from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
 from sonofed_server.study.hindrance import hindrance, note
@@ -120,11 +124,12 @@ def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
     assert entry.wish.wanted == "stop"
 
 
-def write_bundle(coordinator, folder, text):
+def write_bundle(coordinator, folder, text, settings="0" * 64, facts=MappingProxyType({})):
     data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
-    provenance = Provenance(data=data, settings="0" * 64)
+    provenance = Provenance(data=data, settings=settings)
     writer = BundleWriter(folder, name="source", kind="source", provenance=provenance)
     writer.add("classifiers/resnet18.safetensors", text)
+    writer.facts = dict(facts)
     return writer.sign(load_signing_key(coordinator.signing_key)).id
 
 
@@ -155,6 +160,72 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     write_bundle(coordinator, one, b"3")
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, one, None)
+
+
+SEGMENTATION = {
+    "encoder": "unet",
+    "classes": 2,
+    "heads": ["unet", "aspp"],
+    "class_ratio": [0.9, 0.1],
+    "foreground_range": [0.0, 0.5],
+    "flips": True,
+}
+
+
+def test_a_study_is_told_before_it_starts_what_it_lacks_of_the_source(project, coordinator):
+    enrol()
+    file, source = project / "seg.toml", project / "source.toml"
+    phases = ["enrol", "ship", "pretrain", "supervise", "evaluate"]
+    study = {"name": "seg", "cohort": {"sites": ["north"]}, "phases": phases, "image_size": 32}
+    file.write_text(tomli_w.dumps(study))
+    wanted = {"name": "breast", "data": {"kind": "table", "path": "set"}, "segmentation": {}}
+    source.write_text(tomli_w.dumps(wanted))
+    (project / "set").mkdir()
+    (project / "set" / "table.csv").write_text("image\na.png\n")
+    Image.new("L", (8, 8)).save(project / "set" / "a.png")
+    write_bundle(coordinator, project / "bare", b"1")
+    assert "'pretrain' needs a segmenter" in run(program, "study check seg.toml --bundle bare", 20)
+    facts = {"image_size": 32, "segmentation": SEGMENTATION}
+    write_bundle(coordinator, project / "full", b"1", read_source(source).digest(), facts)
+    for command in ("check", "run"):
+        ask = f"study {command} seg.toml --bundle full"
+        assert "'supervise' works on the source's" in run(program, ask, 20)
+        assert "name its file by --source" in run(program, f"{ask} --data .", 20)
+        assert "table does not exist" in run(program, f"{ask} --source source.toml --data no", 10)
+    with pytest.raises(ConfigurationError, match="'supervise' works on"):
+        put_on(coordinator, file, project / "full", None)
+    ask = "study check seg.toml --bundle full --source source.toml"
+    assert "source breast: trained this bundle; 1 images" in run(program, ask)
+    assert put_on(coordinator, file, project / "full", (source, project)).state == "stopped"
+    write_bundle(coordinator, project / "full", b"1", facts=facts)
+    assert "source.toml holds other settings" in run(program, ask, 20)
+    write_bundle(coordinator, project / "full", b"1", facts=facts | {"image_size": 64})
+    assert "was trained on 64" in run(program, ask, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needing"),
+    [
+        ({"phases": ["pretrain"]}, []),
+        ({"phases": ["ensemble", "evaluate"], "infusion": {"rule": "gate"}}, []),
+        ({"phases": ["pseudo_label", "ensemble"]}, ["ensemble"]),
+        ({"phases": ["pseudo_label", "ensemble"], "infusion": {"calibration": "none"}}, []),
+        ({"phases": ["pretrain", "supervise", "evaluate"]}, ["supervise"]),
+        (
+            {
+                "phases": ["pretrain", "supervise", "ensemble"],
+                "infusion": {"rule": "gate", "calibration": "none"},
+            },
+            ["supervise", "ensemble"],
+        ),
+    ],
+)
+def test_which_phases_work_on_the_sources_data(settings, needing):
+    phases = ["enrol", "ship", *settings["phases"]]
+    study = Study.model_validate(
+        {"name": "seg", "cohort": {"sites": ["north"]}, **settings, "phases": phases}
+    )
+    assert needing_source_data(study) == needing
 
 
 def supervised(coordinator, superlink, state="running", reason=""):

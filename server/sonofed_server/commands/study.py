@@ -23,6 +23,12 @@ from sonofed_server.study.summary import summary
 app = typer.Typer(help="Studies with the enrolled hospitals.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="The study's file, TOML.", metavar="STUDY.toml")]
 Bundle = Annotated[Path, typer.Option(help="Folder of the source's signed bundle.")]
+SourceFile = Annotated[
+    Path | None, typer.Option(help="The source's file, of a study that works on its data.")
+]
+SourceData = Annotated[
+    Path | None, typer.Option(help="Folder of the source's data; default: beside its file.")
+]
 Name = Annotated[str, typer.Argument(help="The study's name.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
 FOLLOW_SECONDS = 1.0
@@ -39,9 +45,16 @@ def study() -> None:
 
 
 @app.command()
-def check(study: File, bundle: Bundle, project: Project = DEFAULT) -> None:
+def check(
+    study: File,
+    bundle: Bundle,
+    source: SourceFile = None,
+    data: SourceData = None,
+    project: Project = DEFAULT,
+) -> None:
     """Say before it starts whether a study can."""
-    for line in desk.check(read_coordinator(project), read_study(study), bundle):
+    coordinator, where = read_coordinator(project), _source(source, data)
+    for line in desk.check(coordinator, read_study(study), bundle, where):
         print(line)
 
 
@@ -49,19 +62,14 @@ def check(study: File, bundle: Bundle, project: Project = DEFAULT) -> None:
 def run(
     study: File,
     bundle: Bundle,
-    source: Annotated[
-        Path | None, typer.Option(help="The source's file, for segmentation.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="The source's data; default: beside it.")
-    ] = None,
+    source: SourceFile = None,
+    data: SourceData = None,
     project: Project = DEFAULT,
     follow: Follow = False,
 ) -> None:
     """Run a study; it survives the end of this command, of any process, and a restart."""
     coordinator = read_coordinator(project)
-    where = None if source is None else (source, data or source.parent)
-    entry = desk.put_on(coordinator, study, bundle, where)
+    entry = desk.put_on(coordinator, study, bundle, _source(source, data))
     _begin(coordinator, entry, follow)
 
 
@@ -127,6 +135,17 @@ def report(name: Name, project: Project = DEFAULT) -> None:
     for line in summary(read_results(entry.workspace.results)):
         print(line)
     print(f"results: {entry.workspace.results}\nmodel: {entry.workspace.final_bundle}")
+
+
+def _source(file: Path | None, data: Path | None) -> desk.Source | None:
+    if file is not None:
+        return file, data or file.parent
+    if data is not None:
+        raise ConfigurationError(
+            f"--data {data} is the data of a source that is not named; name its file by --source, "
+            "or leave --data out"
+        )
+    return None
 
 
 def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
