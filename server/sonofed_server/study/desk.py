@@ -13,7 +13,7 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError, EngineError
 from sonofed_common.contract.segmentation import bundle_misfit, needing_source_data
 from sonofed_common.contract.study import Study, check_site_name, read_study
-from sonofed_common.runtime import write_atomically
+from sonofed_common.runtime import link_atomically, write_atomically
 from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_common.supervision.family import Identity
 from sonofed_server.provisioning.enrolment import records
@@ -237,8 +237,8 @@ def put_on(coordinator: Coordinator, file: Path, bundle: Path, source: Source | 
             "for a study with this one"
         )
     workspace.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _link(workspace.bundle, bundle)
-    _link(workspace.key, coordinator.signing_key)
+    link_atomically(workspace.bundle, bundle)
+    link_atomically(workspace.key, coordinator.signing_key)
     if source is not None:
         from sonofed_server.source.settings import read_source
         from sonofed_server.study.source import write_source
@@ -256,8 +256,3 @@ def _began_with_another(workspace: Workspace, study: Study, bundle: str) -> bool
         return not StudyState.load(workspace.checkpoint, identity).facts
     linked = workspace.bundle / MANIFEST
     return linked.exists() and sha256(linked.read_bytes()) != bundle
-
-
-def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.resolve())
