@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ Name = Annotated[str, typer.Argument(help="The study's name.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
 FOLLOW_SECONDS = 1.0
 SECONDS = re.compile(r"-?\d+ s\b")
-"""What changes in a line while nothing happens."""
+"""What changes in a line while nothing happens, and is left out of what `_follow` compares."""
 
 STOP_SECONDS = 120.0
 """How long the conductor may take to end a study's process: it may wait for the SuperLink."""
@@ -85,13 +86,13 @@ def status(
     name: Name,
     project: Project = DEFAULT,
     follow: Follow = False,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines: an object a line.")] = False,
 ) -> None:
     """Say where a study stands: phase, round, hospitals, bytes, time left."""
     coordinator = read_coordinator(project)
     entry = desk.find(coordinator, name)
     if follow:
-        _follow(coordinator, entry)
+        _follow(coordinator, entry, _objects if json else _lines)
         return
     now = _standing(coordinator, entry)
     print(now.model_dump_json() if json else "\n".join(now.lines()))
@@ -162,11 +163,23 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
         _follow(coordinator, entry)
 
 
-def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
+def _lines(now: Standing) -> dict[str, str]:
+    return {SECONDS.sub("", line): line for line in now.lines()}
+
+
+def _objects(now: Standing) -> dict[str, str]:
+    return {now.model_dump_json(exclude={"seconds_left", "asked_seconds"}): now.model_dump_json()}
+
+
+def _follow(
+    coordinator: Coordinator,
+    entry: desk.Entry,
+    words: Callable[[Standing], dict[str, str]] = _lines,
+) -> None:
     said: dict[str, str] = {}
     while True:
         now = _standing(coordinator, entry)
-        lines = {SECONDS.sub("", line): line for line in now.lines()}
+        lines = words(now)
         for told, line in lines.items():
             if told not in said:
                 print(line, flush=True)
