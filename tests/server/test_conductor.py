@@ -24,8 +24,10 @@ from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
 from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.program import ProgramStatus
-from sonofed_common.supervision.supervisor import Status, state_file
+from sonofed_common.supervision.supervisor import Status, alone, state_file
 from sonofed_server.commands import study as commands
+from sonofed_server.provisioning.front import front_file
+from sonofed_server.provisioning.programs import beside
 from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.source.settings import read_source
 from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
@@ -251,6 +253,14 @@ def test_a_run_counts_as_over_with_its_superlink_and_not_with_the_supervisor(coo
     assert over() == (False, False)
     supervised(coordinator, here.model_copy(update={"started": here.started + 1}))
     assert over() == (True, True)
+
+
+def test_a_second_up_leaves_the_front_of_the_first_alone(coordinator):
+    coordinator.run.mkdir(exist_ok=True)
+    with alone(coordinator.run / "supervisor.lock", ""):
+        second = subprocess.run([beside("sonofed-coordinator"), "up"], capture_output=True)
+    assert second.returncode == 91 and b"up already" in second.stderr
+    assert not front_file(coordinator).exists()
 
 
 def test_why_a_study_waits_is_told(coordinator):

@@ -51,6 +51,7 @@ def supervise(
     health_port: int,
     programs: Sequence[Program],
     more: Source = tuple,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Run programs until this process is asked to end; then end them in the reverse order.
 
@@ -67,6 +68,8 @@ def supervise(
         In the order of their start.
     more : callable
         Metrics beside those of the programs.
+    before : callable
+        Writes what the programs read, once it is sure that no other supervisor's do.
 
     Raises
     ------
@@ -76,6 +79,7 @@ def supervise(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_supervisor(folder, title):
         _end_what_was_left(folder, 0.0)
+        before()
         for program in programs:
             if program.endpoint is not None:
                 program.endpoint.require_free()
