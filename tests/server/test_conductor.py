@@ -81,7 +81,7 @@ def test_a_damaged_record_of_a_failure_is_told_as_one(coordinator, kept):
     put(coordinator, "b")
     entry.workspace.failure.write_text(kept)
     assert run(program, "study list").split() == ["failed", "a", "stopped", "b"]
-    assert "study a: failed; the study failed, and the record" in run(program, "study status a")
+    assert "study a: failed; why it failed is not known" in run(program, "study status a")
     supervised(coordinator, None)
     run(program, "study resume a")
     assert entry.state == "waiting"

@@ -39,6 +39,6 @@ def read_failure(workspace: Workspace) -> Failure | None:
     except (OSError, ValidationError):
         return Failure(
             error=ConfigurationError.code,
-            message=f"the study failed, and the record of why, {workspace.failure}, is damaged; "
-            "see serverapp.log, then resume the study",
+            message=f"why it failed is not known, for {workspace.failure} is damaged; see "
+            "serverapp.log, then resume the study",
         )
