@@ -82,6 +82,14 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def link_atomically(link: Path, target: Path) -> None:
+    """Point a symbolic link elsewhere; who looks meanwhile finds the old target or the new one."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.resolve())
+    temporary.replace(link)
+
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 

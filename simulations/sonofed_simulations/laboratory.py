@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.contract.study import Study
 from sonofed_common.data.readers import read
-from sonofed_common.runtime import Events, derive_seed, write_atomically
+from sonofed_common.runtime import Events, derive_seed, link_atomically, write_atomically
 from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
 from sonofed_server.source.training import train_source
 from sonofed_server.study.source import write_source
@@ -158,8 +157,8 @@ class Laboratory:
         write_source(workspace, self.scenario.source, self.source_data)
         shared = self.root / "branches"
         shared.mkdir(exist_ok=True)
-        _link(workspace.bundle, bundle)
-        _link(workspace.cache, shared)
+        link_atomically(workspace.bundle, bundle)
+        link_atomically(workspace.cache, shared)
         return workspace
 
     def write_phantoms(self) -> None:
@@ -210,16 +209,3 @@ class Laboratory:
             self.events,
         )
         return folder.resolve()
-
-
-def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.resolve())
-
-
-def failure(workspace: Workspace) -> dict[str, str] | None:
-    """Return the error that ended a study, if one did."""
-    if not workspace.failure.exists():
-        return None
-    reason: dict[str, str] = json.loads(workspace.failure.read_text(encoding="utf-8"))
-    return reason

@@ -33,7 +33,14 @@ from sonofed_common.contract.errors import (
     error_from_code,
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
-from sonofed_common.contract.records import HEADER_BYTES, Records, from_bytes, grouped, to_bytes
+from sonofed_common.contract.records import (
+    HEADER_BYTES,
+    Records,
+    from_bytes,
+    grouped,
+    read_config,
+    to_bytes,
+)
 from sonofed_common.contract.study import (
     ACTIVE_LEARNING,
     PRESETS,
@@ -286,10 +293,28 @@ DEEP = "[" * 100_000
         [1],
     ],
 )
-def test_a_header_of_another_form_is_refused(header):
+def test_a_header_of_another_form_is_refused(header, tmp_path):
     text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text)) + text
     with pytest.raises(ParameterError):
-        from_bytes(struct.pack("<Q", len(text)) + text)
+        from_bytes(data)
+    with pytest.raises(ParameterError):
+        read_config(written(tmp_path, data))
+
+
+def written(folder, data):
+    file = folder / "records.safetensors"
+    file.write_bytes(data)
+    return file
+
+
+def test_the_configuration_is_read_without_the_arrays(tmp_path):
+    data = to_bytes(Records({"w": np.ones(10**6)}, {"done": ["enrol"]}, {"m": 1.0}))
+    # Those that are not there cannot be read.
+    assert read_config(written(tmp_path, data[: -7 * 10**6])) == {"done": ["enrol"]}
+    for damaged in (b"", b"\xff" * 100, data[:20]):
+        with pytest.raises(ParameterError):
+            read_config(written(tmp_path, damaged))
 
 
 def packed(data):

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -110,6 +111,21 @@ def test_a_family_is_watched_and_ends_whole(tmp_path):
     assert read_status(tmp_path) is None
     assert not any(Identity.of(pid) for pid in everyone)
     assert stop(tmp_path, "the test") is False
+
+
+def test_what_cannot_be_told_harms_nothing_else_and_is_logged_as_json(tmp_path):
+    script = SUPERVISOR.replace("programs)", "programs, lambda: 1 / 0)")
+    script = f"from sonofed_common import log\nlog.configure('supervisor')\n{script}"
+    with up(tmp_path, script) as port:
+        assert asked(port, "/metrics")[0] == 500 and asked(port)[0] == 200
+        with socket.create_connection(("127.0.0.1", port)) as caller:
+            # Who hangs up in the middle of the question.
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            caller.sendall(b"GET /heal")
+        wait_for(lambda: "could not be given" in (tmp_path / "supervisor.log").read_text())
+    said = [json.loads(line) for line in (tmp_path / "supervisor.log").read_text().splitlines()]
+    errors = [line["error"] for line in said if "error" in line]
+    assert errors == ["ZeroDivisionError", "ConnectionResetError"]
 
 
 def test_who_is_killed_is_started_again_without_what_it_left(tmp_path):

@@ -65,7 +65,7 @@ def test_a_quorum_goes_on_and_less_than_a_quorum_ends_until_they_return(deployme
     deployment.lose(west)
     deployment.lose(south)
     said = deployment.study("status", "second", "--follow", code=QUORUM_EXIT)
-    reason = second.failure["message"]
+    reason = second.failure.message
     assert second.state == "failed" and reason in said
     assert "2 of 4 sites, below the quorum of 3" in reason and west in reason and south in reason
     failed = next(e for e in events(second) if e["event"] == "study-failed")

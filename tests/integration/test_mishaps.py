@@ -390,7 +390,9 @@ def test_one_sites_folder_is_not_anothers(project):
     assert Path("north/request.json").read_bytes() == before
 
 
-def test_a_study_is_followed_without_a_line_for_each_second(project, monkeypatch):
+@pytest.fixture
+def followed(project, monkeypatch):
+    """A study that asks, is silent for minutes, waits for a hospital and ends."""
     run(coordinator, "init project.toml")
     workspace = Workspace(Path("coordinator/studies/tiny"))
     write_atomically(workspace.study, b'name = "tiny"\ncohort.sites = ["north", "south"]\n')
@@ -411,6 +413,17 @@ def test_a_study_is_followed_without_a_line_for_each_second(project, monkeypatch
     now = [time.time()]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "sleep", pause)
-    said = run(coordinator, "study status tiny --follow").splitlines()
+    return "study status tiny --follow"
+
+
+def test_a_study_is_followed_without_a_line_for_each_second(followed):
+    said = run(coordinator, followed).splitlines()
     assert len([line for line in said if "was asked for" in line]) == 1, said
     assert [line for line in said if "awaited: train.install" in line], said
+
+
+def test_a_study_is_followed_by_a_machine_in_objects(followed):
+    said = [json.loads(line) for line in run(coordinator, f"{followed} --json").splitlines()]
+    assert [now["state"] for now in said] == ["running", "running", "stopped"]
+    assert said[0]["asked_bytes"] == 90 and said[0]["sites"]["north"].startswith("asked for")
+    assert said[1]["sites"]["north"] == "awaited: train.install"

@@ -37,7 +37,6 @@ from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import (
     CollapseError,
     ConfigurationError,
-    ParameterError,
     StudyDeniedError,
 )
 from sonofed_common.contract.manifest import DataProvenance, Provenance
@@ -751,6 +750,8 @@ def test_a_hospital_without_labels_and_masks_takes_part(lab, tmp_path):
         pseudo_labels={"rounds": 1, "local_epochs": 1},
         infusion={"calibration": "consensus"},
     )
+    # It works on none of the source's data.
+    workspace.source.unlink()
     results = run_inline(workspace, [sites[0], unlabelled(sites[1])], Events())
     assert not results.missing_sites
     tested, untested = (results.sites[name] for name in HOSPITALS)
@@ -897,9 +898,9 @@ def test_a_bundle_without_a_segmenter_is_refused(lab, tmp_path, phase):
     bundle = writer.sign(load_or_create_signing_key(lab.key))
     study = lab.scenario.study.model_copy(update={"phases": ("enrol", "ship", phase)})
     workspace = lab.workspace(study, bundle.folder, tmp_path / "study")
-    with pytest.raises(ParameterError, match=r"holds no segmenter; train the source with"):
+    with pytest.raises(ConfigurationError, match=r"holds no segmenter; train the source with"):
         run_inline(workspace, lab.prepare_sites(0, tmp_path / "sites"), Events())
-    assert json.loads(workspace.failure.read_text())["error"] == "parameters"
+    assert json.loads(workspace.failure.read_text())["error"] == "configuration"
 
 
 def reduced(name, hospitals, **source):

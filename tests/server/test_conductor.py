@@ -7,25 +7,32 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import tomli_w
+from PIL import Image
 from two_programs import coordinator as program
 from two_programs import enrol, run
 
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
-from sonofed_common.contract.study import read_study
+from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.contract.segmentation import needing_source_data
+from sonofed_common.contract.study import Study, read_study
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
 from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.program import ProgramStatus
-from sonofed_common.supervision.supervisor import Status, state_file
+from sonofed_common.supervision.supervisor import Status, alone, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning import programs
-from sonofed_server.provisioning.programs import CONDUCTOR_SECONDS
+from sonofed_server.provisioning.front import front_file
+from sonofed_server.provisioning.programs import CONDUCTOR_SECONDS, beside
 from sonofed_server.provisioning.project import read_coordinator
+from sonofed_server.source.settings import read_source
 from sonofed_server.study import flower, registration
 from sonofed_server.study.conductor import START_SECONDS, STEP_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
@@ -72,6 +79,47 @@ def test_a_study_is_stopped_whatever_is_wrong_elsewhere(coordinator, working):
     assert entry.state == "stopped"
 
 
+@pytest.mark.parametrize("kept", ["[]", "null", "3", '"x"', "{}", '{"error": "quorum"}', "{", ""])
+def test_a_damaged_record_of_a_failure_is_told_as_one(coordinator, kept):
+    entry = put(coordinator, "a")
+    put(coordinator, "b")
+    entry.workspace.failure.write_text(kept)
+    assert run(program, "study list").split() == ["failed", "a", "stopped", "b"]
+    assert "study a: failed; why it failed is not known" in run(program, "study status a")
+    supervised(coordinator, None)
+    run(program, "study resume a")
+    assert entry.state == "waiting"
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", '{"time": 1}', '{"event": "asked"}', '{"time": 1, "event": 2}', "[" * 10**5]
+)
+def test_a_damaged_event_is_passed_over(coordinator, line):
+    entry = put(coordinator, "a")
+    lost = {"time": 1, "event": "site-failed", "site": "east", "reason": "gone"}
+    of_no_sites = {"time": 1, "event": "asked", "action": "train.embed", "sites": 3}
+    lines = [line, json.dumps(of_no_sites), json.dumps(lost), line]
+    entry.workspace.events.write_text("\n".join(lines))
+    assert "east: missing: gone" in run(program, "study status a")
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"done": 3}, {"facts": []}, {"facts": {"phases": [{}]}}, {"facts": {"sites": 1}}]
+)
+def test_a_damaged_checkpoint_keeps_no_status_back(coordinator, config):
+    entry = put(coordinator, "a")
+    write_atomically(entry.workspace.checkpoint, to_bytes(Records({}, config)))
+    assert "0 of 9 phases done" in run(program, "study status a")
+
+
+def test_a_status_reads_no_weights(coordinator):
+    checkpoint = put(coordinator, "a").workspace.checkpoint
+    StudyState(done=["enrol"], arrays={"w": np.ones(1000)}).save(checkpoint, "")
+    # Those that are not there cannot be read.
+    os.truncate(checkpoint, checkpoint.stat().st_size - 7000)
+    assert "1 of 9 phases done" in run(program, "study status a")
+
+
 def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
     entry = put(coordinator, "tiny", working)
     own = Identity.of(os.getpid())
@@ -82,11 +130,12 @@ def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
     assert entry.wish.wanted == "stop"
 
 
-def write_bundle(coordinator, folder, text):
+def write_bundle(coordinator, folder, text, settings="0" * 64, facts=MappingProxyType({})):
     data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)
-    provenance = Provenance(data=data, settings="0" * 64)
+    provenance = Provenance(data=data, settings=settings)
     writer = BundleWriter(folder, name="source", kind="source", provenance=provenance)
     writer.add("classifiers/resnet18.safetensors", text)
+    writer.facts = dict(facts)
     return writer.sign(load_signing_key(coordinator.signing_key)).id
 
 
@@ -117,6 +166,72 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     write_bundle(coordinator, one, b"3")
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, one, None)
+
+
+SEGMENTATION = {
+    "encoder": "unet",
+    "classes": 2,
+    "heads": ["unet", "aspp"],
+    "class_ratio": [0.9, 0.1],
+    "foreground_range": [0.0, 0.5],
+    "flips": True,
+}
+
+
+def test_a_study_is_told_before_it_starts_what_it_lacks_of_the_source(project, coordinator):
+    enrol()
+    file, source = project / "seg.toml", project / "source.toml"
+    phases = ["enrol", "ship", "pretrain", "supervise", "evaluate"]
+    study = {"name": "seg", "cohort": {"sites": ["north"]}, "phases": phases, "image_size": 32}
+    file.write_text(tomli_w.dumps(study))
+    wanted = {"name": "breast", "data": {"kind": "table", "path": "set"}, "segmentation": {}}
+    source.write_text(tomli_w.dumps(wanted))
+    (project / "set").mkdir()
+    (project / "set" / "table.csv").write_text("image\na.png\n")
+    Image.new("L", (8, 8)).save(project / "set" / "a.png")
+    write_bundle(coordinator, project / "bare", b"1")
+    assert "'pretrain' needs a segmenter" in run(program, "study check seg.toml --bundle bare", 20)
+    facts = {"image_size": 32, "segmentation": SEGMENTATION}
+    write_bundle(coordinator, project / "full", b"1", read_source(source).digest(), facts)
+    for command in ("check", "run"):
+        ask = f"study {command} seg.toml --bundle full"
+        assert "'supervise' works on the source's" in run(program, ask, 20)
+        assert "name its file by --source" in run(program, f"{ask} --data .", 20)
+        assert "table does not exist" in run(program, f"{ask} --source source.toml --data no", 10)
+    with pytest.raises(ConfigurationError, match="'supervise' works on"):
+        put_on(coordinator, file, project / "full", None)
+    ask = "study check seg.toml --bundle full --source source.toml"
+    assert "source breast: trained this bundle; 1 images" in run(program, ask)
+    assert put_on(coordinator, file, project / "full", (source, project)).state == "stopped"
+    write_bundle(coordinator, project / "full", b"1", facts=facts)
+    assert "source.toml holds other settings" in run(program, ask, 20)
+    write_bundle(coordinator, project / "full", b"1", facts=facts | {"image_size": 64})
+    assert "was trained on 64" in run(program, ask, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needing"),
+    [
+        ({"phases": ["pretrain"]}, []),
+        ({"phases": ["ensemble", "evaluate"], "infusion": {"rule": "gate"}}, []),
+        ({"phases": ["pseudo_label", "ensemble"]}, ["ensemble"]),
+        ({"phases": ["pseudo_label", "ensemble"], "infusion": {"calibration": "none"}}, []),
+        ({"phases": ["pretrain", "supervise", "evaluate"]}, ["supervise"]),
+        (
+            {
+                "phases": ["pretrain", "supervise", "ensemble"],
+                "infusion": {"rule": "gate", "calibration": "none"},
+            },
+            ["supervise", "ensemble"],
+        ),
+    ],
+)
+def test_which_phases_work_on_the_sources_data(settings, needing):
+    phases = ["enrol", "ship", *settings["phases"]]
+    study = Study.model_validate(
+        {"name": "seg", "cohort": {"sites": ["north"]}, **settings, "phases": phases}
+    )
+    assert needing_source_data(study) == needing
 
 
 def supervised(coordinator, superlink, state="running", reason=""):
@@ -175,6 +290,14 @@ def test_a_run_counts_as_over_with_its_superlink_and_not_with_the_supervisor(coo
     assert over() == (False, False)
     supervised(coordinator, here.model_copy(update={"started": here.started + 1}))
     assert over() == (True, True)
+
+
+def test_a_second_up_leaves_the_front_of_the_first_alone(coordinator):
+    coordinator.run.mkdir(exist_ok=True)
+    with alone(coordinator.run / "supervisor.lock", ""):
+        second = subprocess.run([beside("sonofed-coordinator"), "up"], capture_output=True)
+    assert second.returncode == 91 and b"up already" in second.stderr
+    assert not front_file(coordinator).exists()
 
 
 def test_why_a_study_waits_is_told(coordinator):

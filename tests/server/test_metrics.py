@@ -73,6 +73,16 @@ def test_a_study_tells_its_phases_bytes_and_who_is_missing(coordinator):
     assert found["sonofed_phase_bytes_from_sites_total", "enrol", "trial"] == 20
 
 
+def test_one_study_takes_no_other_from_the_metrics(coordinator, caplog):
+    put(coordinator, "a")
+    put(coordinator, "b")
+    # Deeper than the reader of TOML goes.
+    (coordinator.studies / "a" / "study.toml").write_text("name = " + "[" * 10**4)
+    found = samples(exposition(lambda: study_metrics(coordinator)))
+    assert found["sonofed_study_state", "b", "stopped"] == 1
+    assert [record.study for record in caplog.records] == ["a"]
+
+
 def test_dashboard_and_alerts_ask_for_what_there_is(coordinator):
     put(coordinator, "trial", [PhaseCost(name="enrol", seconds=1)])
     program = ProgramStatus(state="running", identity=None, restarts=0, since=0.0)

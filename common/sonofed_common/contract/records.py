@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,13 +156,43 @@ def from_bytes(data: bytes | bytearray) -> Records:
     ParameterError
         The bytes are not such a file.
     """
-    try:
+    with _decoding():
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         parts = json.loads(header.pop("__metadata__")["records"])
         body = memoryview(data)[8 + size :]
         arrays = load(data) if isinstance(data, bytes) else views(header, body)
         return checked(arrays, parts["config"], parts["metrics"])
+
+
+def read_config(path: Path) -> dict[str, Json]:
+    """Read the configuration of a file of records, and none of its arrays.
+
+    Parameters
+    ----------
+    path : Path
+        Holds what `to_bytes` wrote.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ParameterError
+        It does not begin as such a file.
+    """
+    with path.open("rb") as file, _decoding():
+        size = int.from_bytes(file.read(8), "little")
+        # Before it is read: room for a damaged size is more than there is.
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError("a header beyond the file's end")
+        parts = json.loads(json.loads(file.read(size))["__metadata__"]["records"])
+        return checked({}, parts["config"], parts["metrics"]).config
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
     except (
         *(SafetensorError, ValueError, KeyError, TypeError),
         *(AttributeError, OverflowError, RecursionError),

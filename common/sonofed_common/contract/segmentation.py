@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
-from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.configuration import Model, validate
 from sonofed_common.contract.study import ClassifierNorm, Phase, Study
 from sonofed_common.contract.study_segmentation import SiteNorm
 
@@ -14,6 +15,14 @@ NEEDS_SEGMENTER: frozenset[Phase] = frozenset(
     ("pretrain", "supervise", "pseudo_label", "ensemble", "evaluate")
 )
 """Phases that work on the source's segmenter."""
+
+
+def needing_source_data(study: Study) -> list[Phase]:
+    """Return the phases that work on the source's labelled images, at the coordinator."""
+    adapts = "pseudo_label" in study.phases and study.infusion.calibration == "source"
+    gates = "supervise" in study.phases and study.infusion.rule == "gate"
+    needs: dict[Phase, bool] = {"supervise": True, "ensemble": adapts or gates}
+    return [phase for phase in study.phases if needs.get(phase)]
 
 
 class SegmentationFacts(Model):
@@ -60,6 +69,33 @@ class Normalisation(Model):
 
     segmenters: SiteNorm
     classifiers: ClassifierNorm
+
+
+def bundle_misfit(study: Study, facts: Mapping[str, Any]) -> str | None:
+    """Say why a source bundle's segmenter cannot serve a study, or return None where it can.
+
+    Parameters
+    ----------
+    study : Study
+        What is asked.
+    facts : mapping
+        Of the bundle.
+
+    Raises
+    ------
+    ConfigurationError
+        The facts do not validate.
+    """
+    if "segmentation" in facts:
+        known = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
+        return misfit(study, known.encoder, int(facts["image_size"]))
+    wanting = [phase for phase in study.phases if phase in NEEDS_SEGMENTER]
+    if wanting:
+        return (
+            f"phase '{wanting[0]}' needs a segmenter, and the source bundle holds no segmenter; "
+            "train the source with a section 'segmentation'"
+        )
+    return None
 
 
 def misfit(study: Study, encoder: str, image_size: int) -> str | None:

@@ -52,6 +52,7 @@ def supervise(
     health_port: int,
     programs: Sequence[Program],
     more: Source = tuple,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Run programs until this process is asked to end; then end them in the reverse order.
 
@@ -68,6 +69,8 @@ def supervise(
         In the order of their start.
     more : callable
         Metrics beside those of the programs.
+    before : callable
+        Writes what the programs read, once it is sure that no other supervisor's do.
 
     Raises
     ------
@@ -77,6 +80,7 @@ def supervise(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_supervisor(folder, title):
         _end_what_was_left(folder, 0.0)
+        before()
         for program in programs:
             if program.endpoint is not None:
                 program.endpoint.require_free()
@@ -265,12 +269,21 @@ def _health(
                 body = json.dumps({"healthy": now.healthy, **now.model_dump(mode="json")})
                 self._answer(200 if now.healthy else 503, "application/json", body.encode())
             elif self.path == "/metrics":
-                self._answer(200, CONTENT_TYPE_LATEST, metrics())
+                self._tell_metrics()
             else:
                 self.send_error(404)
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def _tell_metrics(self) -> None:
+            try:
+                told = metrics()
+            except Exception:
+                log.exception("the metrics cannot be told")
+                self.send_error(500)
+            else:
+                self._answer(200, CONTENT_TYPE_LATEST, told)
 
         def _answer(self, code: int, kind: str, body: bytes) -> None:
             self.send_response(code)
@@ -283,8 +296,13 @@ def _health(
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing of each question."""
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Log it: what is printed by default is no JSON."""
+            log.warning("an answer could not be given", exc_info=True)
+
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server = Server(("127.0.0.1", port), Handler)
     except OSError as error:
         raise DeploymentError(
             f"port {port} of this machine's loopback cannot be used ({error.strerror}); name "

@@ -13,6 +13,7 @@ from sonofed_common.supervision.control import describe, say_status, start_detac
 from sonofed_common.supervision.supervisor import supervise
 from sonofed_server.commands.provisioning import DEFAULT, Project
 from sonofed_server.provisioning import preflight
+from sonofed_server.provisioning.front import write_front
 from sonofed_server.provisioning.programs import beside, programs
 from sonofed_server.provisioning.project import find_root, read_coordinator, run_folder
 from sonofed_server.study.metrics import study_metrics
@@ -40,6 +41,7 @@ def up(
             port,
             programs(coordinator, project),
             lambda: study_metrics(coordinator),
+            lambda: write_front(coordinator),
         )
         return
     command = [str(beside("sonofed-coordinator")), "up", "--project", str(project)]

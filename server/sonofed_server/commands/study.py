@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,17 @@ from sonofed_server.study.summary import summary
 app = typer.Typer(help="Studies with the enrolled hospitals.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="The study's file, TOML.", metavar="STUDY.toml")]
 Bundle = Annotated[Path, typer.Option(help="Folder of the source's signed bundle.")]
+SourceFile = Annotated[
+    Path | None, typer.Option(help="The source's file, of a study that works on its data.")
+]
+SourceData = Annotated[
+    Path | None, typer.Option(help="Folder of the source's data; default: beside its file.")
+]
 Name = Annotated[str, typer.Argument(help="The study's name.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print progress until it ends.")]
 FOLLOW_SECONDS = 1.0
 SECONDS = re.compile(r"-?\d+ s\b")
-"""What changes in a line while nothing happens."""
+"""What changes in a line while nothing happens, and is left out of what `_follow` compares."""
 
 STOP_SECONDS = 120.0
 """How long the conductor may take to end a study's process: it may wait for the SuperLink."""
@@ -39,9 +46,16 @@ def study() -> None:
 
 
 @app.command()
-def check(study: File, bundle: Bundle, project: Project = DEFAULT) -> None:
+def check(
+    study: File,
+    bundle: Bundle,
+    source: SourceFile = None,
+    data: SourceData = None,
+    project: Project = DEFAULT,
+) -> None:
     """Say before it starts whether a study can."""
-    for line in desk.check(read_coordinator(project), read_study(study), bundle):
+    coordinator, where = read_coordinator(project), _source(source, data)
+    for line in desk.check(coordinator, read_study(study), bundle, where):
         print(line)
 
 
@@ -49,19 +63,14 @@ def check(study: File, bundle: Bundle, project: Project = DEFAULT) -> None:
 def run(
     study: File,
     bundle: Bundle,
-    source: Annotated[
-        Path | None, typer.Option(help="The source's file, for segmentation.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="The source's data; default: beside it.")
-    ] = None,
+    source: SourceFile = None,
+    data: SourceData = None,
     project: Project = DEFAULT,
     follow: Follow = False,
 ) -> None:
     """Run a study; it survives the end of this command, of any process, and a restart."""
     coordinator = read_coordinator(project)
-    where = None if source is None else (source, data or source.parent)
-    entry = desk.put_on(coordinator, study, bundle, where)
+    entry = desk.put_on(coordinator, study, bundle, _source(source, data))
     _begin(coordinator, entry, follow)
 
 
@@ -77,13 +86,13 @@ def status(
     name: Name,
     project: Project = DEFAULT,
     follow: Follow = False,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines: an object a line.")] = False,
 ) -> None:
     """Say where a study stands: phase, round, hospitals, bytes, time left."""
     coordinator = read_coordinator(project)
     entry = desk.find(coordinator, name)
     if follow:
-        _follow(coordinator, entry)
+        _follow(coordinator, entry, _objects if json else _lines)
         return
     now = _standing(coordinator, entry)
     print(now.model_dump_json() if json else "\n".join(now.lines()))
@@ -129,6 +138,17 @@ def report(name: Name, project: Project = DEFAULT) -> None:
     print(f"results: {entry.workspace.results}\nmodel: {entry.workspace.final_bundle}")
 
 
+def _source(file: Path | None, data: Path | None) -> desk.Source | None:
+    if file is not None:
+        return file, data or file.parent
+    if data is not None:
+        raise ConfigurationError(
+            f"--data {data} is the data of a source that is not named; name its file by --source, "
+            "or leave --data out"
+        )
+    return None
+
+
 def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
     if entry.state == "completed":
         print(f"study {entry.name} is completed; see its report")
@@ -143,17 +163,29 @@ def _begin(coordinator: Coordinator, entry: desk.Entry, follow: bool) -> None:
         _follow(coordinator, entry)
 
 
-def _follow(coordinator: Coordinator, entry: desk.Entry) -> None:
+def _lines(now: Standing) -> dict[str, str]:
+    return {SECONDS.sub("", line): line for line in now.lines()}
+
+
+def _objects(now: Standing) -> dict[str, str]:
+    return {now.model_dump_json(exclude={"seconds_left", "asked_seconds"}): now.model_dump_json()}
+
+
+def _follow(
+    coordinator: Coordinator,
+    entry: desk.Entry,
+    words: Callable[[Standing], dict[str, str]] = _lines,
+) -> None:
     said: dict[str, str] = {}
     while True:
         now = _standing(coordinator, entry)
-        lines = {SECONDS.sub("", line): line for line in now.lines()}
+        lines = words(now)
         for told, line in lines.items():
             if told not in said:
                 print(line, flush=True)
         said = lines
         if (failure := entry.failure) is not None and now.state == "failed":
-            raise error_from_code(failure["error"], failure["message"])
+            raise error_from_code(failure.error, failure.message)
         if now.state in ("completed", "stopped"):
             return
         _check_up(coordinator)

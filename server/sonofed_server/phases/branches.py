@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import BundleError, ParameterError
+from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
 from sonofed_common.runtime import device
@@ -62,18 +62,10 @@ def branches(run: StudyRun) -> Branches:
 
     Raises
     ------
-    ParameterError
-        The source bundle holds no segmenter.
     BundleError
         The bundle that supervise signed is not what the study knows.
     """
-    if (found := _opened(run, "branches")) is not None:
-        return found
-    if "segmentation" not in run.bundle.manifest.facts:
-        raise ParameterError(
-            "the source bundle holds no segmenter; train the source with a section 'segmentation'"
-        )
-    return Branches(run.bundle, ("source",))
+    return _opened(run, "branches") or Branches(run.bundle, ("source",))
 
 
 def adapted(run: StudyRun) -> Branches | None:

@@ -8,10 +8,9 @@ import numpy as np
 
 from sonofed_common.contract.actions import Install, Missing, request
 from sonofed_common.contract.bundle import MANIFEST, SIGNATURE, Bundle
-from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import BundleError, ConfigurationError
 from sonofed_common.contract.records import Array, Records
-from sonofed_common.contract.segmentation import SegmentationFacts, misfit
+from sonofed_common.contract.segmentation import bundle_misfit
 from sonofed_server.study.run import StudyRun
 
 MESSAGE_BYTES = 256 * 1024**2
@@ -23,13 +22,10 @@ def ship(run: StudyRun) -> None:
     Raises
     ------
     ConfigurationError
-        The bundle's segmenter cannot serve the study.
+        The bundle's segmenter cannot serve the study, or it holds none.
     """
-    facts = run.bundle.manifest.facts
-    if "segmentation" in facts:
-        known = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
-        if (reason := misfit(run.study, known.encoder, int(facts["image_size"]))) is not None:
-            raise ConfigurationError(reason)
+    if (reason := bundle_misfit(run.study, run.bundle.manifest.facts)) is not None:
+        raise ConfigurationError(reason)
     install_everywhere(run, run.bundle, "ship")
 
 

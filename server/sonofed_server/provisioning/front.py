@@ -118,13 +118,17 @@ def find_nginx() -> str:
     return found
 
 
+def front_file(coordinator: Coordinator) -> Path:
+    """Where nginx's configuration is."""
+    return coordinator.run / "nginx.conf"
+
+
 def write_front(coordinator: Coordinator) -> Path:
     """Write nginx's configuration and return its path."""
     project, run = coordinator.project, coordinator.run
     # One by one: a parent that is made along with a folder is open to all.
     for folder in (run, run / "nginx"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = run / "nginx.conf"
     text = TEMPLATE.format(
         idle="\n".join(f'    "{path} 200" 0;' for path in IDLE),
         run=_inside_quotes(run),
@@ -138,6 +142,7 @@ def write_front(coordinator: Coordinator) -> Path:
         certificate=_inside_quotes(coordinator.front),
         authority=_inside_quotes(coordinator.authority),
     )
+    path = front_file(coordinator)
     write_atomically(path, text.encode())
     return path
 

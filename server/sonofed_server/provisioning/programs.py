@@ -9,7 +9,7 @@ from pathlib import Path
 from sonofed_common.log import told
 from sonofed_common.supervision.probes import Endpoint, fresh
 from sonofed_common.supervision.program import Program
-from sonofed_server.provisioning.front import find_nginx, write_front
+from sonofed_server.provisioning.front import find_nginx, front_file
 from sonofed_server.provisioning.project import Coordinator
 
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
@@ -20,7 +20,7 @@ CONDUCTOR_SECONDS = 360.0
 
 
 def programs(coordinator: Coordinator, project: Path) -> list[Program]:
-    """Return the coordinator's programs, in the order of their start.
+    """Return the coordinator's programs, in the order of their start; `write_front` comes before.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def programs(coordinator: Coordinator, project: Path) -> list[Program]:
         *("--runtime-api-address", f"127.0.0.1:{port}"),
         *("--root-certificates", str(coordinator.authority)),
     )
-    front = (find_nginx(), "-p", str(coordinator.run), "-c", str(write_front(coordinator)))
+    front = (find_nginx(), "-p", str(coordinator.run), "-c", str(front_file(coordinator)))
     conductor = (str(beside("sonofed-coordinator")), "conduct", "--project", str(project.resolve()))
     inside, outside = endpoints(coordinator)
     registered, sign = coordinator.registered, coordinator.conductor_sign

@@ -5,7 +5,6 @@ All that it knows stands in files, so that it may be killed and started again at
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -18,12 +17,12 @@ from functools import partial
 from structlog.contextvars import bound_contextvars
 
 from sonofed_common.contract.errors import DeploymentError, SonoFedError
-from sonofed_common.runtime import write_atomically
 from sonofed_common.supervision.family import Identity
 from sonofed_common.supervision.program import answers
 from sonofed_common.supervision.supervisor import read_status
 from sonofed_server.provisioning.project import Coordinator
 from sonofed_server.study.desk import Entry, Wish, entries
+from sonofed_server.study.failure import Failure, write_failure
 from sonofed_server.study.flower import submit
 from sonofed_server.study.hindrance import EVERY, note
 from sonofed_server.study.registration import register
@@ -172,5 +171,4 @@ class Conductor:
             f"the study's process ended {ATTEMPTS} times without finishing a round; see "
             "serverapp.log, then resume it"
         )
-        reason = {"error": DeploymentError.code, "message": sentence}
-        write_atomically(entry.workspace.failure, json.dumps(reason).encode())
+        write_failure(entry.workspace, Failure(error=DeploymentError.code, message=sentence))

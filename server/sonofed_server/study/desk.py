@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,15 +11,20 @@ from pydantic import ValidationError
 from sonofed_common.contract.bundle import MANIFEST, Bundle
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError, EngineError
+from sonofed_common.contract.segmentation import bundle_misfit, needing_source_data
 from sonofed_common.contract.study import Study, check_site_name, read_study
-from sonofed_common.runtime import write_atomically
+from sonofed_common.runtime import link_atomically, write_atomically
 from sonofed_common.security import load_signing_key, public_hex, sha256
 from sonofed_common.supervision.family import Identity
 from sonofed_server.provisioning.enrolment import records
 from sonofed_server.provisioning.project import Coordinator
+from sonofed_server.study.failure import Failure, read_failure
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 State = Literal["waiting", "running", "stopped", "failed", "completed"]
+
+Source = tuple[Path, Path]
+"""The source's file and the folder of its data, for a study that works on them."""
 
 
 class Wish(Model):
@@ -64,13 +68,10 @@ class Entry:
         write_atomically(self._wish, wish.model_dump_json().encode())
 
     @property
-    def failure(self) -> dict[str, str] | None:
+    def failure(self) -> Failure | None:
         """The error that ended it, unless it is one after which it is begun again."""
-        try:
-            reason: dict[str, str] = json.loads(self.workspace.failure.read_bytes())
-        except (OSError, ValueError):
-            return None
-        return None if reason["error"] == EngineError.code else reason
+        reason = read_failure(self.workspace)
+        return None if reason is None or reason.error == EngineError.code else reason
 
     @property
     def checkpoint(self) -> float:
@@ -125,8 +126,19 @@ def find(coordinator: Coordinator, name: str) -> Entry:
     raise ConfigurationError(f"there is no study {name[:64]!r}; 'study list' names those there are")
 
 
-def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
+def check(coordinator: Coordinator, study: Study, bundle: Path, source: Source | None) -> list[str]:
     """Check before a study starts what can be known before.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Of the project.
+    study : Study
+        Which is to start.
+    bundle : Path
+        Folder of the source's signed bundle.
+    source : pair of Path or None
+        See `Source`.
 
     Returns
     -------
@@ -137,9 +149,12 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
     ------
     ConfigurationError
         A hospital of the cohort is not enrolled or its record is damaged, the name is no folder's,
-        or the bundle holds no classifier of the study's.
+        the bundle holds no classifier or segmenter of the study's, or the study needs the source's
+        data and the source is not named, or another one.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
+    DataMissingError, SiteEmptyError, DataUnreadableError
+        The source's data is not there, or none of it can be read.
     """
     try:
         check_site_name(study.name)
@@ -162,16 +177,35 @@ def check(coordinator: Coordinator, study: Study, bundle: Path) -> list[str]:
             f"bundle {opened.manifest.name} holds no classifier '{lacking[0]}', which the study "
             "works with; name it in the source's 'classifiers' and train the source again"
         )
+    if (reason := bundle_misfit(study, opened.manifest.facts)) is not None:
+        raise ConfigurationError(reason)
+    if source is None and (needing := needing_source_data(study)):
+        raise ConfigurationError(
+            f"phase '{needing[0]}' works on the source's labelled images; name the source's file "
+            "by --source, and the folder of its data by --data"
+        )
     return [
         f"study {study.name}: phases {', '.join(study.phases)}",
         f"cohort: {', '.join(study.cohort.sites)}; quorum {study.cohort.smallest}, all enrolled",
         f"bundle {opened.manifest.name} ({opened.id[:12]}): complete, signed by this coordinator",
+        *([] if source is None else [_check_source(source, opened)]),
     ]
 
 
-def put_on(
-    coordinator: Coordinator, file: Path, bundle: Path, source: tuple[Path, Path] | None
-) -> Entry:
+def _check_source(source: Source, bundle: Bundle) -> str:
+    # The other commands need no torch, and start faster without.
+    from sonofed_server.source.data import read_data
+    from sonofed_server.source.settings import read_source
+    from sonofed_server.study.source import check_trained
+
+    file, data = source
+    settings = read_source(file)
+    check_trained(settings, bundle.manifest.provenance.settings, str(file))
+    reading = read_data(settings, data)
+    return f"source {settings.name}: trained this bundle; {len(reading.samples)} images"
+
+
+def put_on(coordinator: Coordinator, file: Path, bundle: Path, source: Source | None) -> Entry:
     """Lay out the workspace of a study; the same study again is the same entry.
 
     Parameters
@@ -182,16 +216,16 @@ def put_on(
         The study, TOML.
     bundle : Path
         Folder of the source's signed bundle, which stays where it is.
-    source : tuple of Path or None
-        The source's file and its data folder, for studies that train at the coordinator.
+    source : pair of Path or None
+        See `Source`.
 
     Raises
     ------
-    ConfigurationError, BundleError
+    ConfigurationError, BundleError, DataMissingError, SiteEmptyError, DataUnreadableError
         See `check`; or another study of this name is there, or this one with another bundle.
     """
     study = read_study(file)
-    check(coordinator, study, bundle)
+    check(coordinator, study, bundle, source)
     workspace = Workspace(coordinator.studies / study.name)
     if workspace.study.exists() and read_study(workspace.study).digest() != study.digest():
         raise ConfigurationError(
@@ -203,10 +237,9 @@ def put_on(
             "for a study with this one"
         )
     workspace.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _link(workspace.bundle, bundle)
-    _link(workspace.key, coordinator.signing_key)
+    link_atomically(workspace.bundle, bundle)
+    link_atomically(workspace.key, coordinator.signing_key)
     if source is not None:
-        # The other commands need no torch, and start faster without.
         from sonofed_server.source.settings import read_source
         from sonofed_server.study.source import write_source
 
@@ -223,8 +256,3 @@ def _began_with_another(workspace: Workspace, study: Study, bundle: str) -> bool
         return not StudyState.load(workspace.checkpoint, identity).facts
     linked = workspace.bundle / MANIFEST
     return linked.exists() and sha256(linked.read_bytes()) != bundle
-
-
-def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.resolve())

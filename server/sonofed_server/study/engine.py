@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -15,7 +14,7 @@ from sonofed_common.contract.errors import EngineError, SonoFedError
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.log import log_event
-from sonofed_common.runtime import Events, write_atomically
+from sonofed_common.runtime import Events
 from sonofed_common.security import load_signing_key, public_hex
 from sonofed_server.phases.annotate import annotate
 from sonofed_server.phases.classifier import classifier
@@ -33,6 +32,7 @@ from sonofed_server.phases.ship import ship
 from sonofed_server.phases.supervise import supervise
 from sonofed_server.study.cost import PhaseMeter
 from sonofed_server.study.exchange import Exchange
+from sonofed_server.study.failure import Failure, write_failure
 from sonofed_server.study.report import study_results
 from sonofed_server.study.run import StudyRun
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
@@ -90,9 +90,8 @@ def run_study(
         # The text of an error that is not of the catalogue may hold anything; it stays in the log.
         message = error.message if isinstance(error, SonoFedError) else INTERNAL
         code = error.code if isinstance(error, SonoFedError) else SonoFedError.code
-        reason = {"error": code, "message": message}
-        write_atomically(workspace.failure, json.dumps(reason).encode())
-        events.emit("study-failed", **reason)
+        write_failure(workspace, Failure(error=code, message=message))
+        events.emit("study-failed", error=code, message=message)
         raise error
     else:
         events.emit("study-completed", seconds=round(results.seconds, 1))

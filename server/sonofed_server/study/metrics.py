@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import get_args
 
@@ -11,6 +12,8 @@ from sonofed_common.contract.errors import SonoFedError
 from sonofed_server.provisioning.project import Coordinator
 from sonofed_server.study.desk import State, entries
 from sonofed_server.study.standing import standing
+
+log = logging.getLogger(__name__)
 
 
 def study_metrics(coordinator: Coordinator) -> Iterable[Metric]:
@@ -47,7 +50,10 @@ def study_metrics(coordinator: Coordinator) -> Iterable[Metric]:
         try:
             found = standing(entry)
         except SonoFedError:
-            # One study's damaged file must not hide the others.
+            # One study's damaged file must not hide the others; its status names it.
+            continue
+        except Exception:
+            log.exception("a study's metrics cannot be told", extra={"study": entry.name})
             continue
         for name in get_args(State):
             state.add_metric([entry.name, name], float(found.state == name))

@@ -60,6 +60,31 @@ def write_source(workspace: Workspace, settings: SourceSettings, root: Path) -> 
     write_atomically(workspace.source, tomli_w.dumps(values).encode())
 
 
+def check_trained(settings: SourceSettings, digest: str, name: str) -> None:
+    """Refuse settings that are not those that trained a study's source bundle.
+
+    Parameters
+    ----------
+    settings : SourceSettings
+        The study is to use.
+    digest : str
+        SHA-256 of those of the bundle, from its provenance: with others, images held out here
+        might have been trained on there.
+    name : str
+        Of the settings' file.
+
+    Raises
+    ------
+    ConfigurationError
+        They are others.
+    """
+    if settings.digest() != digest:
+        raise ConfigurationError(
+            f"{name} holds other settings than those that trained the study's source bundle; "
+            "copy those, or train the source again"
+        )
+
+
 def read_study_source(workspace: Workspace, digest: str, events: Events) -> StudySource:
     """Read ``source.toml`` and load the data that it names.
 
@@ -68,8 +93,7 @@ def read_study_source(workspace: Workspace, digest: str, events: Events) -> Stud
     workspace : Workspace
         Of the study.
     digest : str
-        SHA-256 of the settings that trained the source bundle, from its provenance: with others,
-        images held out here might have been trained on there.
+        See `check_trained`.
     events : Events
         Gets the counts.
 
@@ -90,10 +114,6 @@ def read_study_source(workspace: Workspace, digest: str, events: Events) -> Stud
     file = validate(SourceFile, read_toml(path), path.name)
     if file.settings.segmentation is None:
         raise ConfigurationError(f"{path.name}: the settings have no section 'segmentation'")
-    if file.settings.digest() != digest:
-        raise ConfigurationError(
-            f"{path.name} holds other settings than those that trained the study's source bundle; "
-            "copy those, or train the source again"
-        )
+    check_trained(file.settings, digest, path.name)
     data = load_segmentation(file.settings, file.root, events)
     return StudySource(file.settings, file.settings.segmentation, data)

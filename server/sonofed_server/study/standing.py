@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ParameterError
-from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.records import read_config
 from sonofed_common.contract.results import PhaseCost
 from sonofed_common.contract.study import read_study
 from sonofed_server.study.crossing import bytes_since
@@ -19,6 +19,45 @@ from sonofed_server.study.desk import Entry, State
 
 TAIL_BYTES = 262_144
 ASKED, AWAITED = "asked for", "awaited:"
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class _Event(_Read):
+    """What is read of a line of the events."""
+
+    time: float
+    event: str
+    phase: str | None = None
+    site: str = ""
+    reason: str = ""
+    action: str = ""
+    sites: tuple[str, ...] = ()
+    bytes: int = 0
+    task: str = ""
+    done: float = 0
+    total: float = 0
+
+
+NOTHING = _Event(time=0, event="")
+
+
+class _SiteFacts(_Read):
+    missing: str = ""
+
+
+class _Facts(_Read):
+    phases: tuple[PhaseCost, ...] = ()
+    sites: dict[str, _SiteFacts] = Field(default_factory=dict)
+
+
+class _Saved(_Read):
+    """What is read of a checkpoint."""
+
+    done: tuple[str, ...] = ()
+    facts: _Facts = _Facts()
 
 
 class Standing(Model):
@@ -120,93 +159,87 @@ def standing(entry: Entry, front_log: Path | None = None) -> Standing:
     """
     study = read_study(entry.workspace.study)
     state, failure = entry.state, entry.failure
-    done, costs, facts = _checkpoint(entry)
-    sites = {site: facts.get(site, {}).get("missing", "") for site in study.cohort.sites}
-    seen: dict[str, Any] = {}
-    asked: dict[str, Any] = {}
+    saved = _checkpoint(entry)
+    known = saved.facts.sites
+    sites = {site: known[site].missing if site in known else "" for site in study.cohort.sites}
+    phase: str | None = None
+    asked = began = now = NOTHING
     for event in _events(entry):
-        if event["event"] == "phase-started":
-            seen, asked = {"phase": event["phase"]}, {}
-        elif event["event"] == "phase-finished":
+        if event.event == "phase-started":
+            phase, asked, began, now = event.phase, NOTHING, NOTHING, NOTHING
+        elif event.event == "phase-finished":
             _answered(sites, asked, ASKED, AWAITED)
-            seen, asked = {}, {}
-        elif event["event"] == "asked":
+            phase, asked, began, now = None, NOTHING, NOTHING, NOTHING
+        elif event.event == "asked":
             _answered(sites, asked, ASKED, AWAITED)
             asked = event
-            sites |= dict.fromkeys(event["sites"], f"{ASKED} {event['action']}")
-        elif event["event"] == "awaited" and event["site"] in sites:
+            sites |= dict.fromkeys(event.sites, f"{ASKED} {event.action}")
+        elif event.event == "awaited" and event.site in sites:
             # Who was awaited before it has answered: they are waited for one after the other.
             _answered(sites, asked, AWAITED)
-            sites[event["site"]] = f"{AWAITED} {asked.get('action', '')}"
-        elif event["event"] == "progress":
-            if seen.get("task") != event["task"]:
-                seen |= {"task": event["task"], "since": event["time"]}
-            seen |= {"done": event["done"], "total": event["total"]}
-            if event.get("site") in sites:
-                sites[event["site"]] = f"answered {event['task']}"
-        elif event["event"] == "site-failed" and event["site"] in sites:
-            sites[event["site"]] = f"missing: {event['reason']}"
+            sites[event.site] = f"{AWAITED} {asked.action}"
+        elif event.event == "progress":
+            if began.task != event.task:
+                began = event
+            now = event
+            if event.site in sites:
+                sites[event.site] = f"answered {event.task}"
+        elif event.event == "site-failed" and event.site in sites:
+            sites[event.site] = f"missing: {event.reason}"
     if state != "running":
-        asked = {}
+        asked = NOTHING
     over = state in ("completed", "failed", "stopped")
     return Standing(
         name=entry.name,
         state=state,
-        phase=None if over else seen.get("phase"),
-        phases_done=len(done),
+        phase=None if over else phase,
+        phases_done=len(saved.done),
         phases=len(study.phases),
-        task=seen.get("task", ""),
-        done=seen.get("done", 0),
-        total=seen.get("total", 0),
-        seconds_left=None if over else _left(seen),
+        task=now.task,
+        done=now.done,
+        total=now.total,
+        seconds_left=None if over else _left(began, now),
         sites={site: word or "nothing yet" for site, word in sites.items()},
-        bytes_to_sites=sum(cost.bytes_to_sites for cost in costs),
-        bytes_from_sites=sum(cost.bytes_from_sites for cost in costs),
-        asked=asked.get("action", ""),
-        asked_seconds=time.time() - asked["time"] if asked else 0,
-        asked_bytes=asked.get("bytes", 0),
-        crossed_bytes=bytes_since(front_log, asked["time"]) if asked and front_log else 0,
+        bytes_to_sites=sum(cost.bytes_to_sites for cost in saved.facts.phases),
+        bytes_from_sites=sum(cost.bytes_from_sites for cost in saved.facts.phases),
+        asked=asked.action,
+        asked_seconds=time.time() - asked.time if asked.action else 0,
+        asked_bytes=asked.bytes,
+        crossed_bytes=bytes_since(front_log, asked.time) if asked.action and front_log else 0,
         attempts=entry.wish.attempts,
-        reason=failure["message"] if failure is not None else "",
+        reason=failure.message if failure is not None else "",
         quorum=study.cohort.smallest,
-        costs=tuple(costs),
+        costs=saved.facts.phases,
     )
 
 
-def _checkpoint(entry: Entry) -> tuple[list[str], list[PhaseCost], dict[str, Any]]:
+def _checkpoint(entry: Entry) -> _Saved:
     try:
-        config = from_bytes(entry.workspace.checkpoint.read_bytes()).config
-    except (OSError, ParameterError):
-        return [], [], {}
-    costs = [PhaseCost.model_validate(cost) for cost in config["facts"].get("phases", ())]
-    return config["done"], costs, config["facts"].get("sites", {})
+        return _Saved.model_validate(read_config(entry.workspace.checkpoint))
+    except (OSError, ParameterError, ValidationError):
+        return _Saved()
 
 
-def _events(entry: Entry) -> list[dict[str, Any]]:
+def _events(entry: Entry) -> Iterator[_Event]:
     try:
         with entry.workspace.events.open("rb") as file:
             file.seek(max(0, entry.workspace.events.stat().st_size - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            # The first line of the tail is cut, the last may be yet unfinished.
-            continue
-    return found
+        # The first line of the tail is cut, the last may be yet unfinished, any may be damaged.
+        with suppress(ValidationError):
+            yield _Event.model_validate_json(line)
 
 
-def _answered(sites: dict[str, str], asked: dict[str, Any], *words: str) -> None:
-    for site in asked.get("sites", ()):
+def _answered(sites: dict[str, str], asked: _Event, *words: str) -> None:
+    for site in asked.sites:
         if sites.get(site, "").startswith(words):
-            sites[site] = f"answered {asked['action']}"
+            sites[site] = f"answered {asked.action}"
 
 
-def _left(seen: dict[str, Any]) -> float | None:
-    if not seen.get("done") or "since" not in seen:
+def _left(began: _Event, now: _Event) -> float | None:
+    if not now.done:
         return None
-    passed = time.time() - seen["since"]
-    return max(0.0, float(passed * (seen["total"] - seen["done"]) / seen["done"]))
+    return max(0.0, (time.time() - began.time) * (now.total - now.done) / now.done)

@@ -24,9 +24,9 @@ from sonofed_client.app import SITES_VARIABLE
 from sonofed_common.contract.errors import EngineError, error_from_code
 from sonofed_common.contract.results import Results, read_results
 from sonofed_common.runtime import Events
+from sonofed_server.study.failure import read_failure
 from sonofed_server.study.flower import app_bundle
 from sonofed_server.study.workspace import Workspace
-from sonofed_simulations.laboratory import failure
 
 START_SECONDS = 60
 POLL_SECONDS = 0.2
@@ -167,8 +167,8 @@ def _follow(
     quiet_since, patience = time.monotonic(), START_SECONDS
     while True:
         seen = _read_events(workspace, events, seen)
-        if (reason := failure(workspace)) is not None:
-            raise error_from_code(reason["error"], reason["message"])
+        if (failure := read_failure(workspace)) is not None:
+            raise error_from_code(failure.error, failure.message)
         if workspace.results.exists():
             _read_events(workspace, events, seen)
             return
