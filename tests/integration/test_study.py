@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import tomli_w
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.run import RunNotRunningException
 from safetensors.numpy import load
 
 from sonofed_client.app import SITES_VARIABLE
@@ -25,6 +27,7 @@ from sonofed_common.contract.errors import (
     ConfigurationError,
     DataMissingError,
     DivergenceError,
+    EngineError,
     ParameterError,
     QuorumError,
     SonoFedError,
@@ -37,6 +40,8 @@ from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.phases import annotate, reconstruct, ship
 from sonofed_server.phases.annotate import POLL_SECONDS
+from sonofed_server.study import engine
+from sonofed_server.study.desk import Entry
 from sonofed_server.study.engine import run_study
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.flower import run_flower
@@ -693,6 +698,21 @@ def test_an_error_of_the_program_is_recorded_without_its_text(laboratory, tmp_pa
     reason = json.loads(workspace.failure.read_text())
     assert reason["error"] == "internal" and "division" not in reason["message"]
     assert events(workspace)[-1]["event"] == "study-failed"
+
+
+@pytest.mark.parametrize("cut", [ObjectPushError("0", 1, ""), RunNotRunningException()], ids=repr)
+def test_a_superlink_that_gives_the_run_up_is_no_error_of_the_program(
+    laboratory, tmp_path, monkeypatch, cut
+):
+    workspace, _ = lay_out(laboratory, tmp_path, **SHORT)
+
+    def give_up(*_):
+        raise cut
+
+    monkeypatch.setitem(engine.PHASES, "enrol", give_up)
+    with pytest.raises(EngineError, match="goes on when it is back"):
+        run_study(workspace, InlineGrid(2), "inline")
+    assert Entry(workspace).failure is None and workspace.failure.exists()
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 
 import httpx
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.run import RunNotRunningException
 from structlog.contextvars import bind_contextvars, bound_contextvars, unbind_contextvars
 
 from sonofed_common.contract.bundle import Bundle
@@ -39,6 +41,9 @@ from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 INTERNAL = "the coordinator met an error of its own; see its log, and run the study again to go on"
 CUT_OFF = "the SuperLink was lost or gave the run up; the study goes on when it is back"
+
+CUTS = (httpx.HTTPError, ObjectPushError, RunNotRunningException)
+"""What Flower raises then; the last is no `Exception`."""
 
 PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "enrol": enrol,
@@ -84,8 +89,8 @@ def run_study(
     workspace.results.unlink(missing_ok=True)
     try:
         results = _run(workspace, grid, engine, events)
-    except Exception as error:
-        if isinstance(error, httpx.HTTPError):
+    except (Exception, RunNotRunningException) as error:
+        if isinstance(error, CUTS):
             error = EngineError(CUT_OFF)
         # The text of an error that is not of the catalogue may hold anything; it stays in the log.
         message = error.message if isinstance(error, SonoFedError) else INTERNAL
