@@ -194,12 +194,14 @@ def test_nothing_of_an_image_is_in_what_the_coordinator_keeps(inline):
 
 def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
     workspace, sites, results = inline
-    before = checkpoint(workspace)
+    before, saved = checkpoint(workspace), workspace.checkpoint.stat().st_mtime_ns
     again = run_inline(workspace, sites, Events())
     phases = [e["phase"] for e in events(workspace) if e["event"] == "phase-started"]
     assert phases == [*ACTIVE_LEARNING, "enrol"]
     assert again.sites == results.sites and again.started == results.started
     assert before.digest() == checkpoint(workspace).digest()
+    # That it enrolled again is no progress, by which a conductor sees that a study gets on.
+    assert workspace.checkpoint.stat().st_mtime_ns == saved
 
 
 @pytest.mark.parametrize(("first", "changes"), BOTH)

@@ -12,7 +12,7 @@ from two_programs import coordinator as program
 from two_programs import enrol, run
 
 from sonofed_common.contract.bundle import BundleWriter
-from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.errors import ConfigurationError, EngineError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.contract.study import read_study
 from sonofed_common.runtime import write_atomically
@@ -22,7 +22,8 @@ from sonofed_common.supervision.program import ProgramStatus
 from sonofed_common.supervision.supervisor import Status, state_file
 from sonofed_server.commands import study as commands
 from sonofed_server.provisioning.project import read_coordinator
-from sonofed_server.study.conductor import START_SECONDS, Conductor, _Start
+from sonofed_server.study import conductor as module
+from sonofed_server.study.conductor import ATTEMPTS, START_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
 from sonofed_server.study.hindrance import hindrance, note
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
@@ -137,6 +138,58 @@ def test_a_run_counts_as_over_with_its_superlink_and_not_with_the_supervisor(coo
     assert over() == (False, False)
     supervised(coordinator, here.model_copy(update={"started": here.started + 1}))
     assert over() == (True, True)
+
+
+def test_a_study_that_finishes_no_round_has_failed(coordinator, monkeypatch):
+    entry, begun = put(coordinator, "tiny"), []
+    monkeypatch.setattr(module, "submit", lambda *_: begun.append(entry.wish.attempts) or "1")
+    entry.want(Wish())
+
+    def begin():
+        # It has begun nothing yet, so it waits for nothing.
+        Conductor(coordinator)._begin(entry)
+
+    for _ in range(ATTEMPTS - 1):
+        begin()
+    write_atomically(entry.workspace.checkpoint, b"a round")
+    while entry.state == "waiting":
+        begin()
+    assert begun == [*range(ATTEMPTS), *range(1, ATTEMPTS)]
+    assert "begun 6 times and finished no round" in entry.failure["message"]
+
+
+def test_only_what_was_begun_counts(coordinator, monkeypatch):
+    entry = put(coordinator, "tiny")
+    entry.want(Wish())
+
+    def refuse(*_):
+        raise EngineError("the SuperLink did not do 'run'")
+
+    monkeypatch.setattr(module, "submit", refuse)
+    for _ in range(ATTEMPTS + 1):
+        with pytest.raises(EngineError):
+            Conductor(coordinator)._begin(entry)
+    assert entry.state == "waiting" and entry.wish.attempts == 0
+
+
+def test_who_asks_for_a_stop_while_a_study_begins_gets_it(coordinator, monkeypatch):
+    entry = put(coordinator, "tiny")
+    entry.want(Wish())
+    monkeypatch.setattr(module, "submit", lambda *_: entry.want(Wish(wanted="stop")) or "1")
+    Conductor(coordinator)._begin(entry)
+    assert entry.wish.wanted == "stop"
+
+
+@pytest.mark.parametrize(("state", "works"), [("running", True), ("silent", False)])
+def test_a_superlink_that_hangs_is_asked_for_nothing(coordinator, monkeypatch, state, works):
+    put(coordinator, "tiny").want(Wish())
+    supervised(coordinator, Identity.of(os.getpid()), state)
+    asked = []
+    monkeypatch.setattr(module, "answers", lambda port: True)
+    monkeypatch.setattr(module, "register", lambda _: [])
+    monkeypatch.setattr(module, "submit", lambda *_: asked.append("run") or "1")
+    Conductor(coordinator).step()
+    assert bool(asked) == works
 
 
 def test_why_a_study_waits_is_told(coordinator):

@@ -135,20 +135,20 @@ def _run_phase(run: StudyRun, phase: Phase) -> None:
     PHASES[phase](run)
     for site, reason in run.exchange.missing.items():
         run.site_facts(site)["missing"] = f"{phase}: {reason}"
-    # A repeated enrolment leaves alone where the interrupted phase stands.
+    # A repeated enrolment leaves alone where the interrupted phase stands, and is no progress.
     if phase not in run.state.done:
         # Who only receives the final bundle has not come back to the study.
         for site in run.exchange.sites() if phase != "publish" else ():
             run.site_facts(site).pop("missing", None)
         run.state.done.append(phase)
         run.state.position = {}
-    run.save()
+        run.save()
     run.events.emit("phase-finished", phase=phase, seconds=run.meter.read().seconds)
 
 
 def _cost_before(run: StudyRun, phase: Phase) -> PhaseCost:
     kept = {cost["name"]: cost for cost in run.state.facts["phases"]}
-    # An enrolment that is repeated replaces the one before it.
+    # An enrolment that is repeated is measured by itself.
     if phase in kept and phase not in run.state.done:
         return PhaseCost.model_validate(kept[phase])
     return PhaseCost(name=phase, seconds=0.0)
