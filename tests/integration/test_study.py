@@ -690,6 +690,18 @@ def test_a_state_belongs_to_one_study_and_one_bundle(laboratory, tmp_path):
         StudyState.load(path, identity_of(study, "a"))
 
 
+def test_a_laboratory_folder_of_another_study_starts_anew(laboratory, tmp_path):
+    study, bundle = laboratory.scenario.study, laboratory.root / "source"
+
+    def lay_out_again(study):
+        return laboratory.workspace(study, bundle, tmp_path / "study").checkpoint
+
+    state = StudyState(facts={"started": "now"})
+    state.save(lay_out_again(study), identity_of(study, Bundle.open(bundle).id))
+    assert lay_out_again(study).exists()
+    assert not lay_out_again(study_like(laboratory, seed=1)).exists()
+
+
 def test_an_error_of_the_program_is_recorded_without_its_text(laboratory, tmp_path, monkeypatch):
     workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
     monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))

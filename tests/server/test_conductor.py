@@ -25,8 +25,10 @@ from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.study import conductor as module
 from sonofed_server.study.conductor import ATTEMPTS, START_SECONDS, Conductor, _Start
 from sonofed_server.study.desk import Entry, Wish, put_on
+from sonofed_server.study.engine import run_study
 from sonofed_server.study.hindrance import hindrance, note
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
+from sonofed_simulations.engines.inline import InlineGrid
 
 
 @pytest.fixture
@@ -109,10 +111,15 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, other, None)
     put_on(coordinator, file, one, None)
-    # Or another bundle is trained in its place.
+    # Or another bundle is trained in its place, which nothing goes on with.
+    before = workspace.checkpoint.read_bytes()
     write_bundle(coordinator, one, b"3")
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, one, None)
+    assert "began with another bundle than" in run(program, "study resume tiny", 20)
+    with pytest.raises(ConfigurationError, match="began with another bundle"):
+        run_study(workspace, InlineGrid(2))
+    assert workspace.checkpoint.read_bytes() == before
 
 
 def supervised(coordinator, superlink, state="running", reason=""):

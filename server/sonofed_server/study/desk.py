@@ -216,6 +216,25 @@ def put_on(
     return Entry(workspace)
 
 
+def check_bundle(entry: Entry) -> None:
+    """Check before a study goes on that its bundle is the one that it began with.
+
+    Raises
+    ------
+    ConfigurationError
+        It is another.
+    BundleError
+        It is gone.
+    """
+    bundle = Bundle.open(entry.workspace.bundle, check_blobs=False)
+    if _began_with_another(entry.workspace, read_study(entry.workspace.study), bundle.id):
+        folder = entry.workspace.bundle.resolve()
+        raise ConfigurationError(
+            f"study {entry.name} began with another bundle than {folder} holds now; put that one "
+            "back, or run a study of another name with this one"
+        )
+
+
 def _began_with_another(workspace: Workspace, study: Study, bundle: str) -> bool:
     # The folder may have got another bundle since, or be gone.
     if workspace.checkpoint.exists():

@@ -13,7 +13,7 @@ from flwr.supercore.run import RunNotRunningException
 from structlog.contextvars import bind_contextvars, bound_contextvars, unbind_contextvars
 
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import EngineError, SonoFedError
+from sonofed_common.contract.errors import ConfigurationError, EngineError, SonoFedError
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.log import log_event
@@ -112,6 +112,11 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
     key = load_signing_key(workspace.key)
     bundle = Bundle.open(workspace.bundle, public_hex(key))
     state = StudyState.load(workspace.checkpoint, identity_of(study, bundle.id))
+    if workspace.checkpoint.exists() and not state.facts:
+        raise ConfigurationError(
+            f"study {study.name} began with another bundle or study file; put back what it began "
+            "with, or choose another name for a study with these"
+        )
     state.facts.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
     state.facts.setdefault("phases", [])
     state.facts["engine"] = engine
