@@ -70,6 +70,26 @@ def test_a_study_is_stopped_whatever_is_wrong_elsewhere(coordinator, working):
     assert entry.state == "stopped"
 
 
+def test_a_damaged_wish_ends_no_study(coordinator, working):
+    entry = put(coordinator, "tiny", working)
+    write_atomically(entry.workspace.root / "wish.json", b"{")
+    Conductor(coordinator).step()
+    assert entry.state == "running"
+    working.kill()
+    working.wait()
+    assert entry.state == "stopped"
+
+
+def test_a_study_that_still_runs_has_no_reason_to_have_failed(coordinator, working):
+    entry = put(coordinator, "tiny", working)
+    reason = {"error": "internal", "message": "the coordinator met an error"}
+    write_atomically(entry.workspace.failure, json.dumps(reason).encode())
+    assert "study tiny: running\n" in run(program, "study status tiny")
+    working.kill()
+    working.wait()
+    assert "study tiny: failed; the coordinator met an error" in run(program, "study status tiny")
+
+
 def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
     entry = put(coordinator, "tiny", working)
     own = Identity.of(os.getpid())

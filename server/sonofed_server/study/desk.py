@@ -28,14 +28,15 @@ class Wish(Model):
 
     Attributes
     ----------
-    wanted : {"run", "stop"}
+    wanted : {"run", "stop", "nothing"}
+        ``nothing`` leaves alone what runs, and begins nothing.
     attempts : int
         Starts since the study last finished a round.
     checkpoint : float
         Time of the checkpoint at the last start; a later one says that it got on.
     """
 
-    wanted: Literal["run", "stop"] = "run"
+    wanted: Literal["run", "stop", "nothing"] = "run"
     attempts: int = 0
     checkpoint: float = 0.0
 
@@ -57,7 +58,7 @@ class Entry:
         try:
             return Wish.model_validate_json(self._wish.read_bytes())
         except (OSError, ValidationError):
-            return Wish(wanted="stop")
+            return Wish(wanted="nothing")
 
     def want(self, wish: Wish) -> None:
         """Say what is wanted of it."""

@@ -167,7 +167,8 @@ def standing(entry: Entry, front_log: Path | None = None) -> Standing:
         asked_bytes=asked.get("bytes", 0),
         crossed_bytes=bytes_since(front_log, asked["time"]) if asked and front_log else 0,
         attempts=entry.wish.attempts,
-        reason=failure["message"] if failure is not None else "",
+        # A process that failed lives on for a moment.
+        reason=failure["message"] if failure is not None and state == "failed" else "",
         quorum=study.cohort.smallest,
         costs=tuple(costs),
     )
