@@ -147,7 +147,7 @@ def flower_main(grid: Grid, context: Context) -> None:
 @sonofed_server.main()
 def sonofed_main(grid: Grid, context: Context) -> None:
     config = context.run_config
-    hasten()
+    hasten(grid)
     with Report(context) as report:
         nodes = wait_for_nodes(grid, int(config["sites"]))
         exchange = Exchange(grid, Cohort(sites=tuple(sorted(nodes))), SILENT, nodes=nodes)

@@ -49,7 +49,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 
 from sonofed_client.admission import explain_refusal, note_answer, note_refusal
 from sonofed_client.app import app
-from sonofed_common.contract.recorddict import send_larger_parts, take_apart
+from sonofed_common.contract.recorddict import PATIENCE, send_larger_parts, take_apart
 
 SHORTEST_REST = 0.05
 LONGEST_REST = 0.5
@@ -58,8 +58,6 @@ WAITED_SHARE = 0.1
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 """Seconds between two questions for a part of a message that is not there yet."""
-
-PATIENCE = httpx.Timeout(180.0, connect=30.0)
 
 log = logging.getLogger(__name__)
 

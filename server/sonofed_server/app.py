@@ -19,7 +19,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study in the workspace that the run configuration names."""
-    hasten()
+    hasten(grid)
     workspace = Workspace(Path(str(context.run_config["workspace"])))
     with workspace.alone():
         run_study(workspace, grid, str(context.run_config["engine"]))

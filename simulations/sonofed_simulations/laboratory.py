@@ -13,6 +13,7 @@ import tomli_w
 
 from sonofed_client.enclave.opening import open_enclave
 from sonofed_client.settings import SiteData, SiteSettings
+from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.contract.study import Study
 from sonofed_common.data.readers import read
@@ -20,7 +21,7 @@ from sonofed_common.runtime import Events, derive_seed, link_atomically, write_a
 from sonofed_common.security import load_or_create_signing_key, public_hex, sha256
 from sonofed_server.source.training import train_source
 from sonofed_server.study.source import write_source
-from sonofed_server.study.workspace import Workspace
+from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
 from sonofed_simulations.scenarios.scenario import Hospital, PhantomData, Scenario
@@ -144,7 +145,7 @@ class Laboratory:
         return settings, folder / name / f"site-{seed}.toml"
 
     def workspace(self, study: Study, bundle: Path, root: Path) -> Workspace:
-        """Lay out the workspace of a study; an earlier one of the same study is kept, to resume.
+        """Lay out the workspace of a study; what the same study saved is kept, to resume it.
 
         All studies of the laboratory share the segmenters that they train at the coordinator.
         """
@@ -158,6 +159,11 @@ class Laboratory:
         shared = self.root / "branches"
         shared.mkdir(exist_ok=True)
         link_atomically(workspace.bundle, bundle)
+        if workspace.checkpoint.exists():
+            identity = identity_of(study, Bundle.open(bundle, check_blobs=False).id)
+            if not StudyState.load(workspace.checkpoint, identity).facts:
+                # What another scenario left in this folder.
+                workspace.checkpoint.unlink()
         link_atomically(workspace.cache, shared)
         return workspace
 

@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import pytest
@@ -62,6 +62,12 @@ def wait_for(condition):
         assert time.monotonic() < until
         time.sleep(0.05)
     return found
+
+
+def is_free(folder):
+    """Whether the last thread of a killed supervisor has given its lock back."""
+    with suppress(DeploymentError), alone(folder / "supervisor.lock", ""):
+        return True
 
 
 def free_port():
@@ -159,7 +165,7 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_would_meet(tmp_path, d
         first = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(first.pid, signal.SIGKILL)
-        wait_for(lambda: not first.alive)
+        wait_for(lambda: not first.alive and is_free(tmp_path))
         damage(tmp_path)
         assert read_status(tmp_path) is None
     # Else the next family counts as ready before it is there.
@@ -174,7 +180,7 @@ def test_what_a_killed_supervisor_left_is_told_and_ended(tmp_path, capsys, damag
         supervisor = read_status(tmp_path).supervisor
         everyone = family(tmp_path)
         os.kill(supervisor.pid, signal.SIGKILL)
-        wait_for(lambda: not supervisor.alive)
+        wait_for(lambda: not supervisor.alive and is_free(tmp_path))
         damage(tmp_path)
         left = left_running(tmp_path)
         assert sorted(left) == ["nest", "plain"]

@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import tomli_w
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.run import RunNotRunningException
 from safetensors.numpy import load
 
 from sonofed_client.app import SITES_VARIABLE
@@ -25,6 +27,7 @@ from sonofed_common.contract.errors import (
     ConfigurationError,
     DataMissingError,
     DivergenceError,
+    EngineError,
     ParameterError,
     QuorumError,
     SonoFedError,
@@ -37,6 +40,8 @@ from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
 from sonofed_server.phases import annotate, reconstruct, ship
 from sonofed_server.phases.annotate import POLL_SECONDS
+from sonofed_server.study import engine
+from sonofed_server.study.desk import Entry
 from sonofed_server.study.engine import run_study
 from sonofed_server.study.workspace import StudyState, identity_of
 from sonofed_simulations.engines.flower import run_flower
@@ -189,12 +194,14 @@ def test_nothing_of_an_image_is_in_what_the_coordinator_keeps(inline):
 
 def test_a_finished_study_that_is_run_again_asks_no_phase_again(inline):
     workspace, sites, results = inline
-    before = checkpoint(workspace)
+    before, saved = checkpoint(workspace), workspace.checkpoint.stat().st_mtime_ns
     again = run_inline(workspace, sites, Events())
     phases = [e["phase"] for e in events(workspace) if e["event"] == "phase-started"]
     assert phases == [*ACTIVE_LEARNING, "enrol"]
     assert again.sites == results.sites and again.started == results.started
     assert before.digest() == checkpoint(workspace).digest()
+    # That it enrolled again is no progress, by which a conductor sees that a study gets on.
+    assert workspace.checkpoint.stat().st_mtime_ns == saved
 
 
 @pytest.mark.parametrize(("first", "changes"), BOTH)
@@ -683,6 +690,18 @@ def test_a_state_belongs_to_one_study_and_one_bundle(laboratory, tmp_path):
         StudyState.load(path, identity_of(study, "a"))
 
 
+def test_a_laboratory_folder_of_another_study_starts_anew(laboratory, tmp_path):
+    study, bundle = laboratory.scenario.study, laboratory.root / "source"
+
+    def lay_out_again(study):
+        return laboratory.workspace(study, bundle, tmp_path / "study").checkpoint
+
+    state = StudyState(facts={"started": "now"})
+    state.save(lay_out_again(study), identity_of(study, Bundle.open(bundle).id))
+    assert lay_out_again(study).exists()
+    assert not lay_out_again(study_like(laboratory, seed=1)).exists()
+
+
 def test_an_error_of_the_program_is_recorded_without_its_text(laboratory, tmp_path, monkeypatch):
     workspace, sites = lay_out(laboratory, tmp_path, **SHORT)
     monkeypatch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
@@ -693,6 +712,21 @@ def test_an_error_of_the_program_is_recorded_without_its_text(laboratory, tmp_pa
     reason = json.loads(workspace.failure.read_text())
     assert reason["error"] == "internal" and "division" not in reason["message"]
     assert events(workspace)[-1]["event"] == "study-failed"
+
+
+@pytest.mark.parametrize("cut", [ObjectPushError("0", 1, ""), RunNotRunningException()], ids=repr)
+def test_a_superlink_that_gives_the_run_up_is_no_error_of_the_program(
+    laboratory, tmp_path, monkeypatch, cut
+):
+    workspace, _ = lay_out(laboratory, tmp_path, **SHORT)
+
+    def give_up(*_):
+        raise cut
+
+    monkeypatch.setitem(engine.PHASES, "enrol", give_up)
+    with pytest.raises(EngineError, match="goes on when it is back"):
+        run_study(workspace, InlineGrid(2), "inline")
+    assert Entry(workspace).failure is None and workspace.failure.exists()
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -17,7 +17,7 @@ from two_programs import coordinator as program
 from two_programs import enrol, run
 
 from sonofed_common.contract.bundle import BundleWriter
-from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.errors import ConfigurationError, EngineError
 from sonofed_common.contract.manifest import DataProvenance, Provenance
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.segmentation import needing_source_data
@@ -33,11 +33,20 @@ from sonofed_server.provisioning.front import front_file
 from sonofed_server.provisioning.programs import CONDUCTOR_SECONDS, beside
 from sonofed_server.provisioning.project import read_coordinator
 from sonofed_server.source.settings import read_source
+from sonofed_server.study import conductor as module
 from sonofed_server.study import flower, registration
-from sonofed_server.study.conductor import START_SECONDS, STEP_SECONDS, Conductor, _Start
+from sonofed_server.study.conductor import (
+    ATTEMPTS,
+    START_SECONDS,
+    STEP_SECONDS,
+    Conductor,
+    _Start,
+)
 from sonofed_server.study.desk import Entry, Wish, put_on
+from sonofed_server.study.engine import run_study
 from sonofed_server.study.hindrance import hindrance, note
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
+from sonofed_simulations.engines.inline import InlineGrid
 
 
 @pytest.fixture
@@ -87,6 +96,7 @@ def test_a_damaged_record_of_a_failure_is_told_as_one(coordinator, kept):
     assert run(program, "study list").split() == ["failed", "a", "stopped", "b"]
     assert "study a: failed; why it failed is not known" in run(program, "study status a")
     supervised(coordinator, None)
+    write_bundle(coordinator, entry.workspace.bundle, b"weights")
     run(program, "study resume a")
     assert entry.state == "waiting"
 
@@ -118,6 +128,26 @@ def test_a_status_reads_no_weights(coordinator):
     # Those that are not there cannot be read.
     os.truncate(checkpoint, checkpoint.stat().st_size - 7000)
     assert "1 of 9 phases done" in run(program, "study status a")
+
+
+def test_a_damaged_wish_ends_no_study(coordinator, working):
+    entry = put(coordinator, "tiny", working)
+    write_atomically(entry.workspace.root / "wish.json", b"{")
+    Conductor(coordinator).step()
+    assert entry.state == "running"
+    working.kill()
+    working.wait()
+    assert entry.state == "stopped"
+
+
+def test_a_study_that_still_runs_has_no_reason_to_have_failed(coordinator, working):
+    entry = put(coordinator, "tiny", working)
+    reason = {"error": "internal", "message": "the coordinator met an error"}
+    write_atomically(entry.workspace.failure, json.dumps(reason).encode())
+    assert "study tiny: running\n" in run(program, "study status tiny")
+    working.kill()
+    working.wait()
+    assert "study tiny: failed; the coordinator met an error" in run(program, "study status tiny")
 
 
 def test_a_stop_that_nobody_sees_to_is_told(coordinator, working, monkeypatch):
@@ -162,10 +192,15 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, other, None)
     put_on(coordinator, file, one, None)
-    # Or another bundle is trained in its place.
+    # Or another bundle is trained in its place, which nothing goes on with.
+    before = workspace.checkpoint.read_bytes()
     write_bundle(coordinator, one, b"3")
     with pytest.raises(ConfigurationError, match="began with another bundle"):
         put_on(coordinator, file, one, None)
+    assert "began with another bundle than" in run(program, "study resume tiny", 20)
+    with pytest.raises(ConfigurationError, match="began with another bundle"):
+        run_study(workspace, InlineGrid(2))
+    assert workspace.checkpoint.read_bytes() == before
 
 
 SEGMENTATION = {
@@ -247,7 +282,7 @@ def test_a_conductor_that_hangs_is_seen(coordinator, monkeypatch):
     monkeypatch.setattr(programs, "find_nginx", lambda: "nginx")
     project = coordinator.root.parent / "project.toml"
     *_, conductor = programs.programs(coordinator, project)
-    assert coordinator.run.stat().st_mode & 0o777 == 0o700
+    coordinator.run.mkdir(exist_ok=True)
     assert not conductor.ready()
     process = subprocess.Popen(conductor.command, stderr=subprocess.DEVNULL)
 
@@ -298,6 +333,58 @@ def test_a_second_up_leaves_the_front_of_the_first_alone(coordinator):
         second = subprocess.run([beside("sonofed-coordinator"), "up"], capture_output=True)
     assert second.returncode == 91 and b"up already" in second.stderr
     assert not front_file(coordinator).exists()
+
+
+def test_a_study_that_finishes_no_round_has_failed(coordinator, monkeypatch):
+    entry, begun = put(coordinator, "tiny"), []
+    monkeypatch.setattr(module, "submit", lambda *_: begun.append(entry.wish.attempts) or "1")
+    entry.want(Wish())
+
+    def begin():
+        # It has begun nothing yet, so it waits for nothing.
+        Conductor(coordinator)._begin(entry)
+
+    for _ in range(ATTEMPTS - 1):
+        begin()
+    write_atomically(entry.workspace.checkpoint, b"a round")
+    while entry.state == "waiting":
+        begin()
+    assert begun == [*range(ATTEMPTS), *range(1, ATTEMPTS)]
+    assert "begun 6 times and finished no round" in entry.failure.message
+
+
+def test_only_what_was_begun_counts(coordinator, monkeypatch):
+    entry = put(coordinator, "tiny")
+    entry.want(Wish())
+
+    def refuse(*_):
+        raise EngineError("the SuperLink did not do 'run'")
+
+    monkeypatch.setattr(module, "submit", refuse)
+    for _ in range(ATTEMPTS + 1):
+        with pytest.raises(EngineError):
+            Conductor(coordinator)._begin(entry)
+    assert entry.state == "waiting" and entry.wish.attempts == 0
+
+
+def test_who_asks_for_a_stop_while_a_study_begins_gets_it(coordinator, monkeypatch):
+    entry = put(coordinator, "tiny")
+    entry.want(Wish())
+    monkeypatch.setattr(module, "submit", lambda *_: entry.want(Wish(wanted="stop")) or "1")
+    Conductor(coordinator)._begin(entry)
+    assert entry.wish.wanted == "stop"
+
+
+@pytest.mark.parametrize(("state", "works"), [("running", True), ("silent", False)])
+def test_a_superlink_that_hangs_is_asked_for_nothing(coordinator, monkeypatch, state, works):
+    put(coordinator, "tiny").want(Wish())
+    supervised(coordinator, Identity.of(os.getpid()), state)
+    asked = []
+    monkeypatch.setattr(module, "answers", lambda port: True)
+    monkeypatch.setattr(module, "register", lambda _: [])
+    monkeypatch.setattr(module, "submit", lambda *_: asked.append("run") or "1")
+    Conductor(coordinator).step()
+    assert bool(asked) == works
 
 
 def test_why_a_study_waits_is_told(coordinator):

@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
@@ -98,6 +99,22 @@ class Locked(Failing):
         return super().pull_messages(ids)
 
 
+class Unwanted(Failing):
+    """The SuperLink hangs for a while, and then does not want what it got and could not confirm."""
+
+    def __init__(self, times, clock):
+        super().__init__()
+        self._times, self._clock = times, clock
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        if self._times > 0:
+            self._times -= 1
+            self._clock[0] += 2 * PATIENCE_SECONDS
+            raise ObjectPushError("0", 1, "")
+        return super().push_messages(messages)
+
+
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     """Time that passes only when the test sleeps; other threads have their own."""
@@ -175,6 +192,13 @@ def test_a_locked_database_is_waited_for_and_a_lost_run_is_not():
         ask(exchange(Locked(int(PATIENCE_SECONDS / module.RETRY_SECONDS) + 5)))
     with pytest.raises(httpx.HTTPStatusError):
         ask(exchange(Locked(1, 404)))
+
+
+def test_a_push_that_the_superlink_took_in_part_is_sent_anew(clock):
+    grid = Unwanted(1, clock)
+    assert ask(exchange(grid)) == BOTH and grid.sent == [1, 2]
+    with pytest.raises(ObjectPushError):
+        ask(exchange(Unwanted(10**6, clock)))
 
 
 def test_all_who_broke_the_quorum_are_named():

@@ -8,15 +8,17 @@ from flwr.app.message.array import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid, http_grid
 
 from sonofed_common.contract.recorddict import (
     PART_BYTES,
+    PATIENCE,
     from_recorddict,
     send_larger_parts,
     to_recorddict,
 )
 from sonofed_common.contract.records import Records
-from sonofed_server.study.grid import put_together, take_apart
+from sonofed_server.study.grid import hasten, put_together, take_apart
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
@@ -58,6 +60,18 @@ def test_parts_are_larger_than_flowers(monkeypatch):
     parts = [len(o.data) for o in get_all_nested_objects(content).values() if type(o) is ArrayChunk]
     assert len(parts) == 4
     assert max(parts) == PART_BYTES and sum(parts) >= 25_000_000
+
+
+def test_the_grid_of_a_running_app_gets_patience(monkeypatch):
+    for name in ("pull_objects", "push_objects", "inflate_object_from_contents"):
+        monkeypatch.setattr(http_grid, name, getattr(http_grid, name))
+    name = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+    monkeypatch.setattr(flower_array, name, getattr(flower_array, name))
+    grid = HttpGrid("localhost:1", insecure=True, token="any")
+    client = grid._runtime_client
+    hasten(grid)
+    assert client._client.timeout == PATIENCE
+    grid.close()
 
 
 def test_only_what_is_missing_is_sent(message):

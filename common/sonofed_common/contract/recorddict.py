@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+import httpx
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.app.message import array as flower_array
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
@@ -13,6 +14,10 @@ from sonofed_common.contract.errors import ParameterError
 from sonofed_common.contract.records import Records, check_header, from_bytes, to_bytes
 
 _NAME, _FORM = "records", "safetensors"
+
+PATIENCE = httpx.Timeout(180.0, connect=30.0)
+"""How long an answer to one of Flower's calls may take; with Flower it is thirty seconds, in which
+the parts that go at a time cross no slow link, and a busy SuperLink does not always answer."""
 
 PUSHES = 2
 """Parts that are on their way to the SuperLink at a time, as with Flower."""

@@ -103,6 +103,7 @@ def resume(name: Name, project: Project = DEFAULT, follow: Follow = False) -> No
     """Go on with a study that was stopped or has failed, from its last finished round."""
     coordinator = read_coordinator(project)
     entry = desk.find(coordinator, name)
+    desk.check_bundle(entry)
     entry.workspace.failure.unlink(missing_ok=True)
     _begin(coordinator, entry, follow)
 

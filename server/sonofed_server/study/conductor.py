@@ -79,7 +79,7 @@ class Conductor:
         each = entries(self._coordinator)
         for entry in each:
             self._try(partial(self._end, entry), study=entry.name)
-        if not answers(self._coordinator.project.superlink_port):
+        if not self._superlink_works():
             self._hindrances[EVERY] = "the SuperLink does not answer"
         elif self._try(self._keep_registrations):
             for entry in each:
@@ -109,6 +109,12 @@ class Conductor:
         self._not_before = time.monotonic() + 5.0
         return False
 
+    def _superlink_works(self) -> bool:
+        # The port of one that hangs answers.
+        status = read_status(self._coordinator.run)
+        hangs = status is not None and status.programs["superlink"].state != "running"
+        return not hangs and answers(self._coordinator.project.superlink_port)
+
     def _keep_registrations(self) -> None:
         files = self._coordinator.sites.glob("*.json")
         now = frozenset((f.name, f.stat().st_mtime) for f in files)
@@ -130,15 +136,17 @@ class Conductor:
         wish = entry.wish
         if entry.state != "waiting" or not self._due(entry, wish):
             return
-        got_on = entry.checkpoint > wish.checkpoint
-        attempts = 0 if got_on else wish.attempts
+        saved = entry.checkpoint
+        attempts = wish.attempts if saved == wish.checkpoint else 0
         if attempts >= ATTEMPTS:
             self._give_up(entry)
             return
-        entry.want(Wish(attempts=attempts + 1, checkpoint=entry.checkpoint))
         entry.workspace.failure.unlink(missing_ok=True)
         before = entry.process
         run = submit(self._coordinator, entry.workspace)
+        # What was not begun is not counted, and who asked for a stop meanwhile gets it.
+        if entry.wish == wish:
+            entry.want(Wish(attempts=attempts + 1, checkpoint=saved))
         self._submitted[entry.name] = _Start(time.monotonic(), self._superlink(), before)
         log.info("the study began", extra={"run": run, "attempt": attempts + 1})
 
@@ -168,7 +176,7 @@ class Conductor:
 
     def _give_up(self, entry: Entry) -> None:
         sentence = (
-            f"the study's process ended {ATTEMPTS} times without finishing a round; see "
-            "serverapp.log, then resume it"
+            f"the study was begun {ATTEMPTS} times and finished no round; see serverapp.log, then "
+            "resume it"
         )
         write_failure(entry.workspace, Failure(error=DeploymentError.code, message=sentence))

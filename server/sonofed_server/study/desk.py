@@ -32,14 +32,15 @@ class Wish(Model):
 
     Attributes
     ----------
-    wanted : {"run", "stop"}
+    wanted : {"run", "stop", "nothing"}
+        ``nothing`` leaves alone what runs, and begins nothing.
     attempts : int
         Starts since the study last finished a round.
     checkpoint : float
         Time of the checkpoint at the last start; a later one says that it got on.
     """
 
-    wanted: Literal["run", "stop"] = "run"
+    wanted: Literal["run", "stop", "nothing"] = "run"
     attempts: int = 0
     checkpoint: float = 0.0
 
@@ -61,7 +62,7 @@ class Entry:
         try:
             return Wish.model_validate_json(self._wish.read_bytes())
         except (OSError, ValidationError):
-            return Wish(wanted="stop")
+            return Wish(wanted="nothing")
 
     def want(self, wish: Wish) -> None:
         """Say what is wanted of it."""
@@ -247,6 +248,25 @@ def put_on(coordinator: Coordinator, file: Path, bundle: Path, source: Source | 
     # The study's file makes it an entry: it comes last.
     write_atomically(workspace.study, file.read_bytes())
     return Entry(workspace)
+
+
+def check_bundle(entry: Entry) -> None:
+    """Check before a study goes on that its bundle is the one that it began with.
+
+    Raises
+    ------
+    ConfigurationError
+        It is another.
+    BundleError
+        It is gone.
+    """
+    bundle = Bundle.open(entry.workspace.bundle, check_blobs=False)
+    if _began_with_another(entry.workspace, read_study(entry.workspace.study), bundle.id):
+        folder = entry.workspace.bundle.resolve()
+        raise ConfigurationError(
+            f"study {entry.name} began with another bundle than {folder} holds now; put that one "
+            "back, or run a study of another name with this one"
+        )
 
 
 def _began_with_another(workspace: Workspace, study: Study, bundle: str) -> bool:

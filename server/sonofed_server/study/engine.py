@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 
 import httpx
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.run import RunNotRunningException
 from structlog.contextvars import bind_contextvars, bound_contextvars, unbind_contextvars
 
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import EngineError, SonoFedError
+from sonofed_common.contract.errors import ConfigurationError, EngineError, SonoFedError
 from sonofed_common.contract.results import PhaseCost, Results, write_results
 from sonofed_common.contract.study import Phase, read_study
 from sonofed_common.log import log_event
@@ -39,6 +41,9 @@ from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 
 INTERNAL = "the coordinator met an error of its own; see its log, and run the study again to go on"
 CUT_OFF = "the SuperLink was lost or gave the run up; the study goes on when it is back"
+
+CUTS = (httpx.HTTPError, ObjectPushError, RunNotRunningException)
+"""What Flower raises then; the last is no `Exception`."""
 
 PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "enrol": enrol,
@@ -84,8 +89,8 @@ def run_study(
     workspace.results.unlink(missing_ok=True)
     try:
         results = _run(workspace, grid, engine, events)
-    except Exception as error:
-        if isinstance(error, httpx.HTTPError):
+    except (Exception, RunNotRunningException) as error:
+        if isinstance(error, CUTS):
             error = EngineError(CUT_OFF)
         # The text of an error that is not of the catalogue may hold anything; it stays in the log.
         message = error.message if isinstance(error, SonoFedError) else INTERNAL
@@ -106,6 +111,11 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
     key = load_signing_key(workspace.key)
     bundle = Bundle.open(workspace.bundle, public_hex(key))
     state = StudyState.load(workspace.checkpoint, identity_of(study, bundle.id))
+    if workspace.checkpoint.exists() and not state.facts:
+        raise ConfigurationError(
+            f"study {study.name} began with another bundle or study file; put back what it began "
+            "with, or choose another name for a study with these"
+        )
     state.facts.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
     state.facts.setdefault("phases", [])
     state.facts["engine"] = engine
@@ -129,20 +139,20 @@ def _run_phase(run: StudyRun, phase: Phase) -> None:
     PHASES[phase](run)
     for site, reason in run.exchange.missing.items():
         run.site_facts(site)["missing"] = f"{phase}: {reason}"
-    # A repeated enrolment leaves alone where the interrupted phase stands.
+    # A repeated enrolment leaves alone where the interrupted phase stands, and is no progress.
     if phase not in run.state.done:
         # Who only receives the final bundle has not come back to the study.
         for site in run.exchange.sites() if phase != "publish" else ():
             run.site_facts(site).pop("missing", None)
         run.state.done.append(phase)
         run.state.position = {}
-    run.save()
+        run.save()
     run.events.emit("phase-finished", phase=phase, seconds=run.meter.read().seconds)
 
 
 def _cost_before(run: StudyRun, phase: Phase) -> PhaseCost:
     kept = {cost["name"]: cost for cost in run.state.facts["phases"]}
-    # An enrolment that is repeated replaces the one before it.
+    # An enrolment that is repeated is measured by itself.
     if phase in kept and phase not in run.state.done:
         return PhaseCost.model_validate(kept[phase])
     return PhaseCost(name=phase, seconds=0.0)

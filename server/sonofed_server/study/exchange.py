@@ -12,6 +12,7 @@ import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from sonofed_common.contract.errors import (
     OrderError,
@@ -32,7 +33,8 @@ WAITED_SHARE = 0.1
 
 PATIENCE_SECONDS = 120.0
 """How long the SuperLink may answer that it cannot: on a slow disk its database is locked at times,
-which it does not wait out."""
+which it does not wait out; and what it took already from a call whose answer did not come, it does
+not take again in the same push."""
 
 AWAY_SECONDS = 240.0
 """How long a site may be away before an exchange goes on without it. Flower takes about a minute to
@@ -276,12 +278,16 @@ def _tidy(size: int) -> None:
 
 
 def _patiently(call: Callable[[], list[T]]) -> list[T]:
-    until = time.monotonic() + PATIENCE_SECONDS
+    failed: float | None = None
     while True:
         try:
             return call()
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code < 500 or time.monotonic() > until:
+        except (httpx.HTTPStatusError, ObjectPushError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
+            # A call that fails may itself have waited for minutes.
+            failed = time.monotonic() if failed is None else failed
+            if time.monotonic() - failed > PATIENCE_SECONDS:
                 raise
         time.sleep(RETRY_SECONDS)
 

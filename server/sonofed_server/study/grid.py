@@ -1,8 +1,9 @@
-"""Flower's Grid, with less memory, shorter pauses and larger parts.
+"""Flower's Grid, with less memory, shorter pauses, larger parts and more patience.
 
 A reply can be seen before its parts are there. Flower then waits for a second, for two, up to ten
 before it asks for a part again; a part takes much less. While it puts a message together it holds
-it three times, while it takes one apart, twice. Nothing else is changed.
+it three times, while it takes one apart, twice. It repeats a call that is not answered within
+thirty seconds, although the SuperLink may have done what was asked. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_object_head_values_from_object_content,
@@ -22,7 +24,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry, pull_objects
 from flwr.superlink.grid import http_grid
 
-from sonofed_common.contract.recorddict import send_larger_parts, take_apart
+from sonofed_common.contract.recorddict import PATIENCE, send_larger_parts, take_apart
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 """Seconds."""
@@ -31,13 +33,16 @@ MARGIN = 2**16
 """Bytes of an array beyond its values, at most."""
 
 
-def hasten() -> None:
-    """Have this process's grid ask sooner, move larger parts, and hold what it moves once."""
+def hasten(grid: Grid) -> None:
+    """Have this process's grid ask sooner, wait longer, move larger parts, and hold them once."""
     send_larger_parts()
     hasty = partial(pull_objects, initial_backoff=FIRST_PAUSE, backoff_cap=LONGEST_PAUSE)
     vars(http_grid).update(
         pull_objects=hasty, inflate_object_from_contents=put_together, push_objects=take_apart
     )
+    if isinstance(grid, http_grid.HttpGrid):
+        # It has a connection before the app is loaded.
+        grid._runtime_client._client.timeout = PATIENCE
 
 
 def put_together(name: str, contents: dict[str, bytes]) -> InflatableObject:

@@ -207,7 +207,8 @@ def standing(entry: Entry, front_log: Path | None = None) -> Standing:
         asked_bytes=asked.bytes,
         crossed_bytes=bytes_since(front_log, asked.time) if asked.action and front_log else 0,
         attempts=entry.wish.attempts,
-        reason=failure.message if failure is not None else "",
+        # A process that failed lives on for a moment.
+        reason=failure.message if failure is not None and state == "failed" else "",
         quorum=study.cohort.smallest,
         costs=saved.facts.phases,
     )
