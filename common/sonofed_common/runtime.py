@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,24 @@ def set_threads(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def end_signals() -> list[int]:
+    """Have SIGTERM and SIGINT noted instead of obeyed.
+
+    Returns
+    -------
+    list of int
+        Grows by each that comes; a loop of this thread looks at it.
+
+    Notes
+    -----
+    Not an event: one that a handler sets while its own thread begins to wait for it is a deadlock.
+    """
+    came: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: came.append(number))
+    return came
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from sonofed_common.contract.enclave_pb2_grpc import (
 from sonofed_common.contract.errors import ConfigurationError, ParameterError, SonoFedError
 from sonofed_common.contract.names import DESCRIBE
 from sonofed_common.contract.records import Records, to_bytes
+from sonofed_common.runtime import end_signals
 
 T = TypeVar("T")
 THREADS = 16
@@ -42,6 +42,7 @@ SUBMIT_SECONDS = 600.0
 """Longest time that one request may take to come in."""
 
 STOP_SECONDS = 5.0
+POLL_SECONDS = 0.2
 PATH_BYTES = 107
 MESSAGE_BYTES = 16 * 1024**2
 """What is larger, gRPC itself ends: the ledger hears of it where it is part of a request."""
@@ -216,10 +217,9 @@ def serve(service: Service, path: Path) -> grpc.Server:
 
 def wait_for_the_end(server: grpc.Server) -> None:
     """Answer until the process is asked to end; then let calls finish for a moment."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    asked_to_end = end_signals()
+    while not asked_to_end:
+        time.sleep(POLL_SECONDS)
     # A call that gRPC lost sight of must not keep the process from its end.
     server.stop(grace=1.0).wait(STOP_SECONDS)
 

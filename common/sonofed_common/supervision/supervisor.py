@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import DeploymentError
-from sonofed_common.runtime import write_atomically
+from sonofed_common.runtime import end_signals, write_atomically
 from sonofed_common.supervision.family import Identity, end, marks, members
 from sonofed_common.supervision.logs import set_large_aside
 from sonofed_common.supervision.metrics import Source, exposition, program_metrics
@@ -84,9 +83,7 @@ def supervise(
         for program in programs:
             if program.endpoint is not None:
                 program.endpoint.require_free()
-        ended = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
+        asked_to_end = end_signals()
         children = [Child(program, folder) for program in programs]
         own = Identity.of(os.getpid())
         assert own is not None
@@ -102,7 +99,7 @@ def supervise(
             log.info("the supervisor begins")
             try:
                 looked, written = -MINUTE, True
-                while not ended.is_set():
+                while not asked_to_end:
                     # Each minute, for somebody may have damaged it.
                     due = time.monotonic() - looked > MINUTE
                     if due:
@@ -111,7 +108,7 @@ def supervise(
                     changes = [child.step() for child in children]
                     if due or any(changes) or not written:
                         written = _write(folder, status(), warn=written)
-                    ended.wait(STEP_SECONDS)
+                    time.sleep(STEP_SECONDS)
             finally:
                 for child in reversed(children):
                     child.end()
