@@ -15,9 +15,9 @@ from sonofed_common.contract.actions import TrainClassifier, request
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError, ParameterError
+from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study import Finetuning, Selection, Study
-from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.security import load_or_create_signing_key
 
 COMMON = {"study": "trial", "seed": 3}

@@ -65,6 +65,31 @@ def test_a_study_is_told_before_it_starts_that_the_bundle_lacks_its_classifier(p
     assert "all enrolled" in run(coordinator, f"study check study.toml --bundle {plain}")
 
 
+@pytest.mark.parametrize(
+    ("asked", "lacking"),
+    [
+        ('phases = ["enrol", "ship", "reconstruct"]', "diffusion stack"),
+        ("finetuning = { replay = 0.5 }", "synthetic images"),
+        ('phases = ["enrol", "ship", "evaluate"]', "segmenter"),
+    ],
+)
+def test_a_study_is_told_before_it_starts_what_else_the_bundle_lacks(project, asked, lacking):
+    run(coordinator, "init project.toml")
+    enrol()
+    cohort = '[cohort]\nsites = ["north"]\n'
+    plain = a_bundle(project, "efficientnet_lite0")
+    trained = (
+        'phases = ["enrol", "ship", "select", "annotate", "classifier"]\n'
+        'selection = { strategy = "random" }'
+    )
+    first = asked if "phases" in asked else f"{trained}\n{asked}"
+    Path("study.toml").write_text(f'name = "one"\n{first}\n{cohort}')
+    said = " ".join(run(coordinator, f"study check study.toml --bundle {plain}", 20).split())
+    assert f"bundle cairo holds no {lacking}, which" in said and "train the source" in said
+    Path("study.toml").write_text(f'name = "one"\n{trained}\n{cohort}')
+    assert "all enrolled" in run(coordinator, f"study check study.toml --bundle {plain}")
+
+
 def test_from_nothing_to_an_installed_site(project):
     told = words(run(coordinator, "init project.toml"))
     run(site, enrol())

@@ -12,9 +12,9 @@ from torch import Tensor
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
 from sonofed_common.contract.records import from_bytes, to_bytes
 from sonofed_common.models.diffusion import DiffusionStack, build_tiny
-from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.runtime import Events
 from sonofed_server.source.data import SourceSet, load_source
 from sonofed_server.source.memorisation import dissimilarity

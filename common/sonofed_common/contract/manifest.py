@@ -16,6 +16,10 @@ from sonofed_common.security import sha256, verify
 
 Kind = Literal["source", "final"]
 
+SYNTHETIC_IMAGES = "synthetic/source.safetensors"
+"""Where a source bundle holds images that were drawn from source edges: records with ``images``
+(N, S, S) uint8 and ``labels`` (N,) int64."""
+
 
 class Blob(Model):
     """Digest and size of one file."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from sonofed_common.contract.configuration import Model, validate
+from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.study import ClassifierNorm, Phase, Study
 from sonofed_common.contract.study_segmentation import SiteNorm
 
@@ -69,33 +68,6 @@ class Normalisation(Model):
 
     segmenters: SiteNorm
     classifiers: ClassifierNorm
-
-
-def bundle_misfit(study: Study, facts: Mapping[str, Any]) -> str | None:
-    """Say why a source bundle's segmenter cannot serve a study, or return None where it can.
-
-    Parameters
-    ----------
-    study : Study
-        What is asked.
-    facts : mapping
-        Of the bundle.
-
-    Raises
-    ------
-    ConfigurationError
-        The facts do not validate.
-    """
-    if "segmentation" in facts:
-        known = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
-        return misfit(study, known.encoder, int(facts["image_size"]))
-    wanting = [phase for phase in study.phases if phase in NEEDS_SEGMENTER]
-    if wanting:
-        return (
-            f"phase '{wanting[0]}' needs a segmenter, and the source bundle holds no segmenter; "
-            "train the source with a section 'segmentation'"
-        )
-    return None
 
 
 def misfit(study: Study, encoder: str, image_size: int) -> str | None:

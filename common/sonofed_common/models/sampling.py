@@ -11,10 +11,6 @@ from sonofed_common.contract.errors import ConfigurationError, DivergenceError
 from sonofed_common.contract.study import Reconstruction
 from sonofed_common.models.stack import DiffusionStack
 
-SYNTHETIC_IMAGES = "synthetic/source.safetensors"
-"""Where a source bundle holds images that were drawn from source edges: records with ``images``
-(N, S, S) uint8 and ``labels`` (N,) int64."""
-
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",

@@ -9,8 +9,8 @@ import numpy as np
 from sonofed_common.contract.actions import Install, Missing, request
 from sonofed_common.contract.bundle import MANIFEST, SIGNATURE, Bundle
 from sonofed_common.contract.errors import BundleError, ConfigurationError
+from sonofed_common.contract.fit import bundle_misfit
 from sonofed_common.contract.records import Array, Records
-from sonofed_common.contract.segmentation import bundle_misfit
 from sonofed_server.study.run import StudyRun
 
 MESSAGE_BYTES = 256 * 1024**2
@@ -22,9 +22,9 @@ def ship(run: StudyRun) -> None:
     Raises
     ------
     ConfigurationError
-        The bundle's segmenter cannot serve the study, or it holds none.
+        The bundle lacks what the study works with, or its segmenter cannot serve it.
     """
-    if (reason := bundle_misfit(run.study, run.bundle.manifest.facts)) is not None:
+    if (reason := bundle_misfit(run.study, run.bundle.manifest)) is not None:
         raise ConfigurationError(reason)
     install_everywhere(run, run.bundle, "ship")
 

@@ -21,11 +21,11 @@ from sonofed_common.contract.bundle import (
     Provenance,
 )
 from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
 from sonofed_common.models.classifiers import sees_lesions
 from sonofed_common.models.diffusion import build_tiny, load_sd15
-from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from sonofed_common.contract.bundle import MANIFEST, Bundle
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError, EngineError
-from sonofed_common.contract.segmentation import bundle_misfit, needing_source_data
+from sonofed_common.contract.fit import bundle_misfit
+from sonofed_common.contract.segmentation import needing_source_data
 from sonofed_common.contract.study import Study, check_site_name, read_study
 from sonofed_common.runtime import link_atomically, write_atomically
 from sonofed_common.security import load_signing_key, public_hex, sha256
@@ -150,7 +151,7 @@ def check(coordinator: Coordinator, study: Study, bundle: Path, source: Source |
     ------
     ConfigurationError
         A hospital of the cohort is not enrolled or its record is damaged, the name is no folder's,
-        the bundle holds no classifier or segmenter of the study's, or the study needs the source's
+        the bundle lacks what the study works with, or the study needs the source's
         data and the source is not named, or another one.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
@@ -172,13 +173,7 @@ def check(coordinator: Coordinator, study: Study, bundle: Path, source: Source |
         raise ConfigurationError(f"not enrolled: {', '.join(absent)}; enrol them first")
     key = public_hex(load_signing_key(coordinator.signing_key))
     opened = Bundle.open(bundle, key)
-    lacking = [n for n in study.classifiers if f"classifiers/{n}.safetensors" not in opened.paths]
-    if study.classifying and lacking:
-        raise ConfigurationError(
-            f"bundle {opened.manifest.name} holds no classifier '{lacking[0]}', which the study "
-            "works with; name it in the source's 'classifiers' and train the source again"
-        )
-    if (reason := bundle_misfit(study, opened.manifest.facts)) is not None:
+    if (reason := bundle_misfit(study, opened.manifest)) is not None:
         raise ConfigurationError(reason)
     if source is None and (needing := needing_source_data(study)):
         raise ConfigurationError(

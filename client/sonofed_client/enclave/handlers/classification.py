@@ -23,9 +23,9 @@ from sonofed_client.enclave.views import seen_by
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateClassifier, Score, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
+from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
 from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
-from sonofed_common.models.sampling import SYNTHETIC_IMAGES
 from sonofed_common.runtime import derive_seed, seed_everything
 
 
