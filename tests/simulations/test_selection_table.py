@@ -305,6 +305,23 @@ def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> Non
     assert "dual-margin-near below" in said and "This is 60% of the table" in said
 
 
+def test_rows_of_two_views_are_set_against_random_of_two_views() -> None:
+    splits = [SplitName(0, fold) for fold in range(3)]
+    rights = dict.fromkeys(["random", "badge", *TWO_VIEWS], 0.6) | {"two-view-badge": 0.9}
+    made = [cell(name, split, right) for name, right in rights.items() for split in splits]
+    rows = {row.strategy: row for row in summarise(tiny(), made, len(made)).rows}
+    gain = rows["two-view-badge"].over_two_view_random["accuracy"]
+    of_random = rows["two-view-badge"].over_random["accuracy"]
+    # Here Random of two views gets right what Random does.
+    assert gain.low > 0.1 and (gain.value, gain.low) == (of_random.value, of_random.low)
+    # Corrected over the rows of two views, and not over all.
+    assert gain.p_holm is not None and gain.p_holm == pytest.approx(len(TWO_VIEWS) * gain.p)
+    assert rows["two-view-clue"].over_two_view_random["accuracy"].value == 0
+    assert "accuracy" in rows["sonofed"].over_two_view_random
+    alone = ("random", "badge", "two-view-random")
+    assert not any(rows[name].over_two_view_random for name in alone)
+
+
 def at_sites(strategy: str, split: SplitName, right: dict[str, float]) -> Cell:
     """A cell that gets a share of each site's images right, spread over patients."""
     predictions = {}

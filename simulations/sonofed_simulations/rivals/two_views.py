@@ -8,8 +8,10 @@ from sonofed_simulations.rivals.pool import Strategy
 from sonofed_simulations.rivals.random import Random
 from sonofed_simulations.rivals.uncertainty import MaxEntropy
 
+TWO_VIEW_RANDOM = "two-view-random"
+
 TWO_VIEWS: dict[str, Strategy] = {
-    "two-view-random": Random(),
+    TWO_VIEW_RANDOM: Random(),
     "two-view-max-entropy": MaxEntropy(),
     "two-view-clue": Clue(),
     "two-view-badge": Badge(),

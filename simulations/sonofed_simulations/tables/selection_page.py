@@ -20,6 +20,7 @@ from sonofed_simulations.tables.selection_tables import (
     main_table,
     rival_table,
     site_table,
+    two_view_table,
 )
 from sonofed_simulations.tables.settings import (
     ALL_LABELS,
@@ -133,7 +134,9 @@ def _preset(summary: Summary) -> list[str]:
         "and starts as the mean of the two heads' logits. So `two-view-random` over `random` is "
         "what the second view is worth, but for the draw of the weights: the network of whole "
         "images is trained from another seed than the rivals'. The others over `two-view-random` "
-        "are what their strategy adds.",
+        "are what their strategy adds:",
+        "",
+        *two_view_table(summary),
         "",
         f"`{PRESET}` is put together of these rows, a hospital each: the strategy with the best "
         f"mean accuracy at the *other* hospitals at {summary.main_budget:.0%} of the labels: "

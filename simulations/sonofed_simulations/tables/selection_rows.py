@@ -1,4 +1,4 @@
-"""Rows of a selection table: metrics, and paired differences to Random and to the best rival."""
+"""Rows of a selection table: metrics, and paired differences to what each is set against."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pydantic import Field
 from sonofed_common.contract.configuration import Model
 from sonofed_common.metrics import classification_metrics
 from sonofed_simulations.paired import Contrast, Interval, contrast, holm, interval
+from sonofed_simulations.rivals.two_views import TWO_VIEW_RANDOM, TWO_VIEWS
 from sonofed_simulations.statistics import paired_effect, sign_permutation
-from sonofed_simulations.tables.preset import is_ours
+from sonofed_simulations.tables.preset import PRESET, is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS, Key, SelectionReplicates
 from sonofed_simulations.tables.selection_tests import by_patient, combined_delong
 from sonofed_simulations.tables.settings import CONTROLS, RANDOM, Mode, SplitName
@@ -26,11 +27,11 @@ class Row(Model):
 
     Notes
     -----
-    ``over_random`` and ``over_best`` (by metric) are differences in the same bootstrap samples,
-    over the splits that both have; ``effect`` is Cohen's d of the accuracy's differences to Random
-    over these splits, where there are `LEAST_SPLITS`, ``p_permutation`` of flipping their signs by
-    patient, and ``p_delong`` of the AUROCs in the first seed's folds and sites, against Random's
-    first draw.
+    ``over_random``, ``over_best`` and, of rows of two views, ``over_two_view_random`` (by metric)
+    are differences in the same bootstrap samples, over the splits that both have; ``effect`` is
+    Cohen's d of the accuracy's differences to Random over these splits, where there are
+    `LEAST_SPLITS`, ``p_permutation`` of flipping their signs by patient, and ``p_delong`` of the
+    AUROCs in the first seed's folds and sites, against Random's first draw.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class Row(Model):
     site_share: dict[str, float]
     over_random: dict[str, Contrast] = Field(default={})
     over_best: dict[str, Contrast] = Field(default={})
+    over_two_view_random: dict[str, Contrast] = Field(default={})
     effect: float | None = None
     p_permutation: float | None = None
     p_delong: float | None = None
@@ -57,8 +59,15 @@ def rows_of(replicates: SelectionReplicates, budget: float) -> tuple[list[Row], 
     """Return all rows, and the best rival at the main budget, which they are set against."""
     rows = [_against_random(_row(key, replicates), replicates) for key in replicates.by_key]
     rival = _best_rival(rows, budget)
-    rows = [_against_best(row, rival, replicates) for row in rows]
-    for field in ("over_random", "over_best"):
+    if rival is not None:
+        rows = [_against(row, rival, "over_best", replicates) for row in rows]
+    rows = [
+        _against(row, TWO_VIEW_RANDOM, "over_two_view_random", replicates)
+        if row.strategy in (PRESET, *TWO_VIEWS)
+        else row
+        for row in rows
+    ]
+    for field in ("over_random", "over_best", "over_two_view_random"):
         rows = _corrected(rows, field)
     return rows, rival
 
@@ -121,13 +130,13 @@ def _against_random(row: Row, replicates: SelectionReplicates) -> Row:
     )
 
 
-def _against_best(row: Row, rival: str | None, replicates: SelectionReplicates) -> Row:
-    if rival is None or row.strategy in (rival, RANDOM, *CONTROLS):
+def _against(row: Row, reference: str, field: str, replicates: SelectionReplicates) -> Row:
+    if row.strategy in (reference, RANDOM, *CONTROLS):
         return row
-    key, other = (row.strategy, row.mode, row.budget), (rival, row.mode, row.budget)
+    key, other = (row.strategy, row.mode, row.budget), (reference, row.mode, row.budget)
     splits = replicates.splits(key, other)
     found = _contrasts(key, other, splits, replicates) if splits else {}
-    return row.model_copy(update={"over_best": found})
+    return row.model_copy(update={field: found})
 
 
 def _contrasts(

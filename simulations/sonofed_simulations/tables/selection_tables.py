@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
+from sonofed_simulations.paired import Contrast
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
@@ -30,10 +33,19 @@ def main_table(summary: Summary) -> list[str]:
 
 def rival_table(summary: Summary) -> list[str]:
     """Return differences to the best rival."""
+    return _differences({row.strategy: row.over_best for row in main_rows(summary)})
+
+
+def two_view_table(summary: Summary) -> list[str]:
+    """Return differences of the rows of two views to Random of two views."""
+    return _differences({row.strategy: row.over_two_view_random for row in main_rows(summary)})
+
+
+def _differences(found: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
     rows = [
-        [row.strategy, *(contrast_text(row.over_best.get(metric)) for metric in METRICS)]
-        for row in main_rows(summary)
-        if row.over_best
+        [name, *(contrast_text(contrasts.get(metric)) for metric in METRICS)]
+        for name, contrasts in found.items()
+        if contrasts
     ]
     return markdown(("strategy", "accuracy (95%), p Holm", "AUROC (95%), p Holm"), rows)
 
