@@ -256,3 +256,12 @@ def test_only_those_that_look_at_a_sites_own_head_ask_for_one() -> None:
     for name, strategy in STRATEGIES.items():
         same = strategy.select(shown, 8, 1).tolist() == strategy.select(other, 8, 1).tolist()
         assert same or strategy.uses_local, name
+
+
+def test_only_those_that_look_at_draws_of_dropout_ask_for_them() -> None:
+    shown = pool()
+    without = replace(shown, passes=shown.passes[:0])
+    for name, strategy in STRATEGIES.items():
+        if not strategy.uses_passes:
+            same = strategy.select(without, 8, 1).tolist() == strategy.select(shown, 8, 1).tolist()
+            assert same, name

@@ -22,6 +22,8 @@ class BatchBald(PerSite):
     Adapted: as `Bald`; the joint entropy is estimated from 50 drawn outcomes.
     """
 
+    uses_passes: bool = True
+
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """See `Strategy.select`."""
         candidates = pool.unlabelled

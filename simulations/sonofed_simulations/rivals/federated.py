@@ -21,6 +21,7 @@ class PerSiteWithOwnHead:
 
     ranks_globally: bool = False
     uses_local: bool = True
+    uses_passes: bool = False
 
 
 @dataclass(frozen=True)

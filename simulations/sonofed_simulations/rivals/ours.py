@@ -30,6 +30,7 @@ class DualScore:
     order: Literal["near", "far", "both"]
     ranks_globally: bool = True
     uses_local: bool = False
+    uses_passes: bool = False
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """See `Strategy.select`."""

@@ -35,7 +35,8 @@ class Pool:
         Of the head that the site trained on its own labels alone; the same as ``logits`` while it
         has none.
     passes : ndarray of float32 (T, N, C)
-        Class probabilities of the common head under T draws of dropout.
+        Class probabilities of the common head under T draws of dropout; none where the strategy
+        does not look at them.
     labels : ndarray of int64 (N,)
         Classes of the images that are labelled, -1 for the others.
     source_centroids : ndarray of float32 (k, F)
@@ -103,6 +104,11 @@ class Strategy(Protocol):
         """Whether it looks at ``local_logits``; for the others no such head is trained."""
         ...
 
+    @property
+    def uses_passes(self) -> bool:
+        """Whether it looks at ``passes``; for the others none are drawn."""
+        ...
+
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """Choose unlabelled images.
 
@@ -129,6 +135,7 @@ class PerSite:
 
     ranks_globally: bool = False
     uses_local: bool = False
+    uses_passes: bool = False
 
 
 def best(pool: Pool, scores: Floats, count: int, seed: int) -> Indices:

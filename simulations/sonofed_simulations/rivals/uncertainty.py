@@ -26,6 +26,8 @@ class Bald(PerSite):
     Adapted: the weights' uncertainty is that of dropout before the head alone.
     """
 
+    uses_passes: bool = True
+
     def select(self, pool: Pool, count: int, seed: int) -> Indices:
         """See `Strategy.select`."""
         information = entropy(pool.passes.mean(axis=0)) - entropy(pool.passes).mean(axis=0)

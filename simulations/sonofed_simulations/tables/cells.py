@@ -260,13 +260,19 @@ class _Worker:
             local = self._train([self._labelled(site, chosen)])
         labels = np.full(len(site.labels), UNLABELLED, dtype=np.int64)
         labels[chosen] = site.labels[chosen]
-        passes = dropout_passes(
-            head, features, self.begin.dropped, self.table.passes, derive_seed(self.seed, "passes")
-        )
+        common = logits(head, features)
+        passes = (
+            dropout_passes(
+                head, features, self.begin.dropped, self.table.passes,
+                derive_seed(self.seed, "passes"),
+            )
+            if strategy.uses_passes
+            else np.empty((0, *common.shape), dtype=common.dtype)
+        )  # fmt: skip
         return Pool(
             site.name,
             features,
-            logits(head, features),
+            common,
             logits(local, features),
             passes,
             labels,
