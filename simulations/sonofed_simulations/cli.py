@@ -105,21 +105,39 @@ def table_(
     shard: Annotated[
         str, typer.Option("--shard", metavar="I/N", help="Only this part of the cells, from 1.")
     ] = "1/1",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Cells that run at once, each on one CPU, by Ray."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on this Ray cluster, on --workers of its CPUs or on all.",
+        ),
+    ] = None,
 ) -> None:
     """Make a table of the literature anew, cell by cell, and write all that has finished."""
     from sonofed_simulations.tables.archive import pack, unpack
     from sonofed_simulations.tables.request import Request
+    from sonofed_simulations.tables.workers import make_on_ray
 
     if name not in TABLES:
         raise ConfigurationError(f"there is no table {name!r}; choose one of {', '.join(TABLES)}")
     if not re.fullmatch(r"\d{1,4}/\d{1,4}", shard):
         raise ConfigurationError(f"'{shard}' is no shard; write it as 1/4, the first of four")
     number, total = map(int, shard.split("/"))
+    spread = workers is not None or ray is not None
+    if spread and total > 1:
+        raise ConfigurationError("--shard is for machines without Ray; leave it out")
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         unpack(out)
         try:
-            made = maker(name)(Request(name, quick, out, data, (number, total), events))
+            request = Request(name, quick, out, data, (number, total), events)
+            make = maker(name)
+            made = make_on_ray(make, request, workers, ray) if spread else make(request)
         finally:
             pack(out)
     _console().print(made.table)

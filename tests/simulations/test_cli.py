@@ -108,7 +108,10 @@ def test_a_table_that_cannot_be_made(tmp_path):
     for shard in ("5", "0/4", "5/4"):
         line = sentence(lab("table", table, *out, "--quick", "--shard", shard), 20)
         assert shard in line
-    assert "--data" in sentence(lab("table", table, *out, "--quick"), 10)
+    line = sentence(lab("table", table, *out, "--quick", "--shard", "1/2", "--workers", "2"), 20)
+    assert "--shard" in line
+    for spread in ((), ("--workers", "1")):
+        assert "--data" in sentence(lab("table", table, *out, "--quick", *spread), 10)
 
 
 def test_an_unknown_scanner(tmp_path):
