@@ -28,7 +28,6 @@ from sonofed_common.contract.errors import (
     DataMissingError,
     DivergenceError,
     EngineError,
-    ParameterError,
     QuorumError,
     SonoFedError,
 )
@@ -787,7 +786,7 @@ def test_selection_settings_run(laboratory, tmp_path, settings):
 
 def test_a_study_of_another_classifier_than_the_sources_is_refused(laboratory, tmp_path):
     workspace, sites = lay_out(laboratory, tmp_path, **{**SHORT, "classifiers": ["mobilenet_v2"]})
-    with pytest.raises(ParameterError, match="mobilenet_v2"):
+    with pytest.raises(ConfigurationError, match="no classifier 'mobilenet_v2', which the study"):
         run_inline(workspace, sites, Events())
     assert workspace.failure.exists()
 

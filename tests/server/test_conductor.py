@@ -177,6 +177,7 @@ def test_a_study_keeps_the_bundle_that_it_began_with(project, coordinator):
     write_bundle(coordinator, other, b"2")
     file = project / "tiny.toml"
     study = {"name": "tiny", "cohort": {"sites": ["north", "south"]}, "classifiers": ["resnet18"]}
+    study["phases"] = ["enrol", "ship", "embed"]
     file.write_text(tomli_w.dumps(study))
     workspace = put_on(coordinator, file, one, None).workspace
     with pytest.raises(ConfigurationError, match="began with another bundle"):
@@ -225,7 +226,8 @@ def test_a_study_is_told_before_it_starts_what_it_lacks_of_the_source(project, c
     (project / "set" / "table.csv").write_text("image\na.png\n")
     Image.new("L", (8, 8)).save(project / "set" / "a.png")
     write_bundle(coordinator, project / "bare", b"1")
-    assert "'pretrain' needs a segmenter" in run(program, "study check seg.toml --bundle bare", 20)
+    said = run(program, "study check seg.toml --bundle bare", 20)
+    assert "holds no segmenter, which phase 'pretrain' works on" in said
     facts = {"image_size": 32, "segmentation": SEGMENTATION}
     write_bundle(coordinator, project / "full", b"1", read_source(source).digest(), facts)
     for command in ("check", "run"):
