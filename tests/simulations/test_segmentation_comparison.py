@@ -266,6 +266,14 @@ def test_the_built_in_comparisons_start_what_they_plug_in_from_what_they_say(nam
         assert chain(method) == [*chain(start), "apl"]
 
 
+def test_the_branch_with_style_augmentation_stands_beside_a_source_without() -> None:
+    comparison, scenario = read_mask_comparison(built_in()["breast_segmentation_style"])
+    assert scenario.source.segmentation is not None
+    assert not scenario.source.segmentation.style_augmentation
+    study = mask_study(comparison, scenario, "style", 0)
+    assert study.supervision.style_augmentation and study.pseudo_labels.strategy == "threshold"
+
+
 def test_the_built_in_rows_are_what_they_are_called() -> None:
     comparison, scenario = read_mask_comparison(built_in()["breast_segmentation"])
     assert len(set(comparison.rows.values())) == len(comparison.rows)
