@@ -50,21 +50,19 @@ def make_on_ray(
     A worker that dies is begun anew, and goes on from the cells that it has finished. What a
     worker does stands in ``work/worker-<n>.jsonl``.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    quiet = {"include_dashboard": False} if address is None else {}
+    quiet = {"log_to_driver": False, "configure_logging": False}
     try:
-        if address not in (None, "auto"):
-            _knock(str(address))
-        ray.init(
-            address=address or "local",
-            num_cpus=workers if address is None else None,
-            log_to_driver=False,
-            configure_logging=False,
-            **quiet,
-        )
+        if address is None:
+            ray.init("local", num_cpus=workers, include_dashboard=False, **quiet)
+        else:
+            if address != "auto":
+                _knock(address)
+            ray.init(address, **quiet)
     except (OSError, ValueError):
         raise ConfigurationError(
             f"no Ray cluster answers at '{address}'; start one by 'ray start --head' and name its "
