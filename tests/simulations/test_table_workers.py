@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.errors import ConfigurationError, DataMissingError, EngineError
 from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
@@ -84,16 +84,22 @@ def test_workers_make_all_cells_once_though_one_is_killed(tmp_path: Path) -> Non
     assert "6 of 6 cells have run" in (tmp_path / "README.md").read_text()
     shards = [e["done"] for e in told if e.get("task") == "shards"]
     assert shards[0] == 0 and shards[-1] == 2
-    events = [
-        json.loads(x) for x in (tmp_path / "work" / "worker-2.jsonl").read_text().split("\n") if x
-    ]
-    assert any(e.get("task") == "cells" for e in events)
+    log = (tmp_path / "work" / "worker-2.jsonl").read_text().splitlines()
+    assert any(json.loads(line).get("task") == "cells" for line in log)
 
 
 def test_what_a_worker_ends_with_ends_the_table(tmp_path: Path) -> None:
     failing = partial(fail, error=DataMissingError("no folder 'x'; give it with --data"))
     with pytest.raises(DataMissingError, match="give it with --data"):
         make_on_ray(failing, request(tmp_path), workers=1)
+
+
+def test_a_machine_on_which_ray_does_not_start_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
+    with pytest.raises(EngineError, match="Ray does not start on this machine"):
+        make_on_ray(make, request(tmp_path), workers=1)
 
 
 def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path) -> None:

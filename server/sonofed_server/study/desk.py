@@ -151,8 +151,8 @@ def check(coordinator: Coordinator, study: Study, bundle: Path, source: Source |
     ------
     ConfigurationError
         A hospital of the cohort is not enrolled or its record is damaged, the name is no folder's,
-        the bundle lacks what the study works with, or the study needs the source's
-        data and the source is not named, or another one.
+        the bundle lacks what the study works with, or the study needs the source's data and the
+        source is not named, or another one.
     BundleError
         The bundle is not signed by this coordinator, or incomplete.
     DataMissingError, SiteEmptyError, DataUnreadableError

@@ -41,14 +41,15 @@ def make_on_ray(
     ConfigurationError
         No cluster answers at the address.
     EngineError
-        A worker died again and again.
+        Ray does not start on this machine, or a worker died again and again.
     SonoFedError
         What a worker ended with.
 
     Notes
     -----
     A worker that dies is begun anew, and goes on from the cells that it has finished. What a
-    worker does stands in ``work/worker-<n>.jsonl``.
+    worker does stands in ``work/worker-<n>.jsonl``. An interruption keeps the cells, and writes no
+    page.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -63,7 +64,9 @@ def make_on_ray(
             if address != "auto":
                 _knock(address)
             ray.init(address, **quiet)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise EngineError(f"Ray does not start on this machine: {error}") from None
         raise ConfigurationError(
             f"no Ray cluster answers at '{address}'; start one by 'ray start --head' and name its "
             "host:port, or leave --ray out"
