@@ -74,8 +74,13 @@ class Laboratory:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def prepare_source(self) -> Path:
+    def prepare_source(self, folder: Path | None = None) -> Path:
         """Train the source's models unless that is done, and return the bundle.
+
+        Parameters
+        ----------
+        folder : Path, optional
+            Of the bundle; default ``source/`` of the laboratory.
 
         Raises
         ------
@@ -86,9 +91,8 @@ class Laboratory:
         if self.scenario.source_phantoms is not None:
             self._phantoms("source", self.scenario.source_phantoms)
         key = load_or_create_signing_key(self.key)
-        return train_source(
-            self.scenario.source, self.source_data, self.root / "source", key, self.events
-        )
+        folder = folder or self.root / "source"
+        return train_source(self.scenario.source, self.source_data, folder, key, self.events)
 
     @property
     def source_data(self) -> Path:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from sonofed_common.contract.configuration import Model, read_toml, validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import SILENT, Events, write_atomically
+from sonofed_server.source.settings import SourceSettings
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.engines.inline import run_inline
 from sonofed_simulations.laboratory import Laboratory
@@ -33,8 +34,11 @@ from sonofed_simulations.segmentation_scores import (
     scores_file,
 )
 
-TAKEN = (CONTROL, "source", "sites", "branches", "phantoms")
+TAKEN = (CONTROL, "source", "sources", "sites", "branches", "phantoms")
 """Folders of a seed that no variant may take."""
+
+SOURCE = "source"
+"""Key of a variant that names its source."""
 
 
 class SegmentationComparison(Model):
@@ -43,9 +47,12 @@ class SegmentationComparison(Model):
     Notes
     -----
     A variant is a partial study: what it says replaces what the scenario's study says, section by
-    section. ``rows`` names what is shown as ``variant/what`` (see `row_names`), or as ``control/``
-    and one of `CONTROLS`. ``plug_in`` names for a row the one that it started from. Every seed has
-    a source training of its own, whose seed it is.
+    section. ``sources`` are partial sources by name, which replace parts of the scenario's in the
+    same way; a variant starts from the one that its ``source`` names, by default from the
+    scenario's own. ``rows`` names what is shown as ``variant/what`` (see `row_names`), or as one of
+    `CONTROLS` after ``control/``, or after ``control-<name>/`` of a named source. ``plug_in`` names
+    for a row the one that it started from. Every seed has source trainings of its own, whose seed
+    it is.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -54,6 +61,9 @@ class SegmentationComparison(Model):
     threads: int = Field(default=1, ge=1, description="CPU threads; run seeds side by side instead")
     baseline: str
     supervised: Supervised
+    sources: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], dict[str, Any]] = Field(
+        default={}
+    )
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     rows: dict[str, str] = Field(min_length=1)
     plug_in: dict[str, str] = Field(default={})
@@ -63,17 +73,31 @@ class SegmentationComparison(Model):
         for name in [self.baseline, *self.plug_in, *self.plug_in.values()]:
             if name not in self.rows:
                 raise ValueError(f"'{name}' is not one of the rows")
-        if taken := sorted(set(TAKEN) & self.variants.keys()):
+        controls = self.controls
+        if taken := sorted({*TAKEN, *controls} & self.variants.keys()):
             raise ValueError(f"a variant cannot be called '{taken[0]}'; give it another name")
-        for name, source in self.rows.items():
-            variant, _, what = source.partition("/")
-            if variant != CONTROL and variant not in self.variants:
+        for name, changes in self.variants.items():
+            if (source := changes.get(SOURCE, "")) not in {"", *self.sources}:
+                raise ValueError(f"variant '{name}' starts from '{source}', which is not a source")
+        for name, shown in self.rows.items():
+            variant, _, what = shown.partition("/")
+            if variant not in {*controls, *self.variants}:
                 raise ValueError(f"row '{name}' shows '{variant}', which is not a variant")
-            if variant == CONTROL and what not in CONTROLS:
+            if variant in controls and what not in CONTROLS:
                 raise ValueError(
-                    f"row '{name}' shows '{source}'; the controls are {', '.join(CONTROLS)}"
+                    f"row '{name}' shows '{shown}'; the controls are {', '.join(CONTROLS)}"
                 )
         return self
+
+    @property
+    def controls(self) -> dict[str, str]:
+        """Folders of the controls, and the source of each; the scenario's own is ''."""
+        return {CONTROL: "", **{f"{CONTROL}-{name}": name for name in self.sources}}
+
+    def starts(self) -> dict[str, str]:
+        """Return the source that each variant and control starts from; the scenario's own is ''."""
+        named = {name: variant.get(SOURCE, "") for name, variant in self.variants.items()}
+        return named | self.controls
 
 
 def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
@@ -92,9 +116,11 @@ def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
         name: mask_study(comparison, scenario, name, comparison.seeds[0])
         for name in comparison.variants
     }
+    for name in comparison.sources:
+        _with_source(comparison, scenario, name)
     for name, shown in comparison.rows.items():
         variant, _, what = shown.partition("/")
-        if variant != CONTROL and what not in (known := row_names(studies[variant])):
+        if variant in studies and what not in (known := row_names(studies[variant])):
             raise ConfigurationError(
                 f"{path.name}: row '{name}' shows '{shown}'; variant '{variant}' has "
                 f"{', '.join(known)}"
@@ -111,11 +137,8 @@ def mask_study(
     -----
     All variants bear one name, so that sites and coordinator do once what several have in common.
     """
-    values = scenario.study.model_dump(mode="json", exclude_unset=True)
-    for key, value in comparison.variants[variant].items():
-        both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
-        values[key] = {**values[key], **value} if both else value
-    values |= {"seed": seed, "name": scenario.name}
+    changes = {key: v for key, v in comparison.variants[variant].items() if key != SOURCE}
+    values = _changed(scenario.study, changes) | {"seed": seed, "name": scenario.name}
     return validate(Study, values, f"variant {variant}")
 
 
@@ -142,26 +165,30 @@ def run_mask_comparison(
     events : Events
         Progress.
     """
-    total = len(seeds) * (len(comparison.variants) + 1)
+    total = len(seeds) * sum(bool(_shown(comparison, name)) for name in comparison.starts())
     done = 0
     for seed in seeds:
         own = _of_seed(scenario, seed)
         folder = out / f"seed-{seed}"
-        laboratory = Laboratory(own, folder, data, events)
-        bundle = laboratory.prepare_source()
-        sites = laboratory.prepare_sites(seed)
-        origins = _origins(comparison, own, bundle, sites, seed)
-        for variant in comparison.variants:
-            study = mask_study(comparison, own, variant, seed)
-            shown = _shown(comparison, variant)
-            _cell(laboratory, study, bundle, sites, folder / variant, shown, origins[variant])
+        sites = Laboratory(own, folder, data, events).prepare_sites(seed)
+        scenarios = _scenarios(comparison, own)
+        laboratories = {s: Laboratory(scenarios[s], folder, data, events) for s in scenarios}
+        bundles = {s: laboratories[s].prepare_source(_bundle(folder, s)) for s in scenarios}
+        for variant, source in comparison.starts().items():
+            if not (shown := _shown(comparison, variant)):
+                continue
+            bundle, cell = bundles[source], folder / variant
+            origin = _origin(comparison, scenarios[source], bundle, sites, variant, seed)
+            if variant in comparison.controls:
+                begin(cell, origin)
+                study = mask_study(comparison, own, next(iter(comparison.variants)), seed)
+                laboratory = laboratories[source]
+                score_controls(comparison.supervised, study, laboratory, bundle, sites, cell, shown)
+            else:
+                study = mask_study(comparison, own, variant, seed)
+                _cell(laboratories[source], study, bundle, sites, cell, shown, origin)
             done += 1
             events.progress("cells", done, total, variant=variant, seed=seed)
-        begin(folder / CONTROL, origins[CONTROL])
-        study = mask_study(comparison, own, next(iter(comparison.variants)), seed)
-        score_controls(comparison.supervised, study, laboratory, bundle, sites, folder / CONTROL)
-        done += 1
-        events.progress("cells", done, total, variant=CONTROL, seed=seed)
 
 
 def finished_scores(
@@ -175,18 +202,24 @@ def finished_scores(
     found: dict[str, dict[int, MaskScores]] = {}
     for seed in comparison.seeds:
         own, folder = _of_seed(scenario, seed), out / f"seed-{seed}"
-        bundle = folder / "source"
+        scenarios = _scenarios(comparison, own)
         sites = [folder / "sites" / name / f"site-{seed}.toml" for name in own.hospitals]
-        if not all(path.exists() for path in (bundle / MANIFEST, *sites)):
+        if not all(path.exists() for path in sites):
             continue
-        origins = _origins(comparison, own, bundle, sites, seed)
+        origins = {
+            variant: _origin(
+                comparison, scenarios[source], _bundle(folder, source), sites, variant, seed
+            )
+            for variant, source in comparison.starts().items()
+            if (_bundle(folder, source) / MANIFEST).exists()
+        }
         for variant, origin in origins.items():
             if mark_of(folder / variant) not in ("", origin):
                 events.emit("left out", seed=seed, variant=variant, reason="made of something else")
         for row, where in comparison.rows.items():
             variant, _, what = where.partition("/")
             path = scores_file(folder / variant, what)
-            if path.exists() and mark_of(folder / variant) == origins[variant]:
+            if path.exists() and mark_of(folder / variant) == origins.get(variant):
                 found.setdefault(row, {})[seed] = read_scores(path)
     return {row: found[row] for row in comparison.rows if row in found}
 
@@ -202,28 +235,52 @@ def _of_seed(scenario: Scenario, seed: int) -> Scenario:
     return scenario.model_copy(update={"source": source})
 
 
-def _origins(
+def _scenarios(comparison: SegmentationComparison, scenario: Scenario) -> dict[str, Scenario]:
+    """The scenario with each source that something shown starts from, by the source's name."""
+    needed = {s for name, s in comparison.starts().items() if _shown(comparison, name)}
+    return {source: _with_source(comparison, scenario, source) for source in sorted(needed)}
+
+
+def _with_source(comparison: SegmentationComparison, scenario: Scenario, name: str) -> Scenario:
+    values = _changed(scenario.source, comparison.sources.get(name, {}))
+    source = validate(SourceSettings, values, f"source {name}")
+    return scenario.model_copy(update={"source": source})
+
+
+def _changed(settings: Model, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings say, with changes put in their place section by section."""
+    values = settings.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        values[key] = {**values[key], **value} if both else value
+    return values
+
+
+def _bundle(folder: Path, source: str) -> Path:
+    return folder / "sources" / source if source else folder / "source"
+
+
+def _origin(
     comparison: SegmentationComparison,
     scenario: Scenario,
     bundle: Path,
     sites: list[Path],
+    variant: str,
     seed: int,
-) -> dict[str, str]:
-    """What scores are made of, by variant: they are made anew when any of it changes."""
+) -> str:
+    """What a variant's scores are made of: they are made anew when any of it changes."""
+    study = next(iter(comparison.variants)) if variant in comparison.controls else variant
+    wanted = mask_study(comparison, scenario, study, seed)
+    own: dict[str, Any] = {"study": wanted.digest()}
+    if variant in comparison.controls:
+        supervised = comparison.supervised.model_dump(mode="json")
+        own = {"supervised": supervised, "image_size": wanted.image_size}
     made_of = {
         "scenario": scenario.model_dump(mode="json", exclude={"title", "notes", "study"}),
         "bundle": Bundle.open(bundle, check_blobs=False).id,
         "sites": [Site(read_site(path)).snapshot for path in sites],
     }
-    studies = {name: mask_study(comparison, scenario, name, seed) for name in comparison.variants}
-    own: dict[str, dict[str, Any]] = {
-        name: {"study": study.digest()} for name, study in studies.items()
-    }
-    own[CONTROL] = {
-        "supervised": comparison.supervised.model_dump(mode="json"),
-        "image_size": next(iter(studies.values())).image_size,
-    }
-    return {name: json.dumps(made_of | what, sort_keys=True) for name, what in own.items()}
+    return json.dumps(made_of | own, sort_keys=True)
 
 
 def _cell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ def score_controls(
     bundle: Path,
     sites: list[Path],
     folder: Path,
+    shown: Collection[str],
 ) -> None:
-    """Score the `CONTROLS` that are not there yet.
+    """Score the `CONTROLS` that are shown and not there yet.
 
     Parameters
     ----------
@@ -58,13 +60,15 @@ def score_controls(
         Settings files.
     folder : Path
         Of the scores.
+    shown : collection of str
+        Which of them to score.
     """
     identity = Bundle.open(bundle, check_blobs=False).id
     source = MaskRow(identity, ("source",), {}, batch_norm="global")
     for name, row in (("source-only", source), ("bn-adapted", MaskRow(identity, ("source",), {}))):
-        if not (path := scores_file(folder, name)).exists():
+        if name in shown and not (path := scores_file(folder, name)).exists():
             score_row(study, row, sites, path)
-    if not (path := scores_file(folder, "supervised")).exists():
+    if "supervised" in shown and not (path := scores_file(folder, "supervised")).exists():
         trained, counts = _train_supervised(supervised, study, laboratory, bundle, sites, folder)
         score_row(study, MaskRow(trained, ("source",), {}), sites, path, counts)
 

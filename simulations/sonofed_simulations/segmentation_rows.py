@@ -14,6 +14,7 @@ from sonofed_server.study.workspace import StudyState
 
 CONTROL = "control"
 CONTROLS = ("source-only", "bn-adapted", "supervised")
+MIRRORED = "mirrored "
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def row_names(study: Study) -> list[str]:
     list of str
         Branches before pseudo-labelling by their names (``source``; ``target``, or one
         ``target-<site>`` for each hospital), and of several ``mean`` and ``infusion``; the same
-        after pseudo-labelling with ``adapted`` before the name.
+        after pseudo-labelling with ``adapted`` before the name; and all of these with ``mirrored``
+        before it, where each branch's prediction is its mean over image and mirrored image.
     """
     names = ["source"]
     if "supervise" in study.phases:
@@ -58,7 +60,8 @@ def row_names(study: Study) -> list[str]:
     if len(names) > 1:
         names += ["mean", "infusion"] if "ensemble" in study.phases else ["mean"]
     adapted = names if "pseudo_label" in study.phases else []
-    return [*names, *(f"adapted {name}" for name in adapted)]
+    names = [*names, *(f"adapted {name}" for name in adapted)]
+    return [*names, *(f"{MIRRORED}{name}" for name in names)]
 
 
 def row_of(study: Study, state: StudyState, source_bundle: str, name: str) -> MaskRow:
@@ -69,18 +72,20 @@ def row_of(study: Study, state: StudyState, source_bundle: str, name: str) -> Ma
     ConfigurationError
         The row is of a branch that the study could not train.
     """
-    what = name.removeprefix("adapted ")
-    origin = "branches" if what == name else "adapted"
+    seen = name.removeprefix(MIRRORED)
+    mirrored = {"mirrored": True} if seen != name else {}
+    what = seen.removeprefix("adapted ")
+    origin = "branches" if what == seen else "adapted"
     known = state.facts.get(origin, {"bundle": source_bundle, "names": ["source"]})
     names: Sequence[str] = known["names"]
     if what == "infusion":
         arrays = state.group(f"ensemble/{origin}")
-        return MaskRow(
-            known["bundle"], tuple(names), arrays, study.infusion, study.segmenter_batch_norm
-        )
+        infusion = study.infusion.model_copy(update=mirrored)
+        return MaskRow(known["bundle"], tuple(names), arrays, infusion, study.segmenter_batch_norm)
     if what != "mean" and what not in names:
         raise ConfigurationError(
             f"study {study.name} has no branch '{what}': its site took no part in the pretraining"
         )
     chosen = tuple(names) if what == "mean" else (what,)
-    return MaskRow(known["bundle"], chosen, {}, batch_norm=study.segmenter_batch_norm)
+    plain = PLAIN_MEAN.model_copy(update=mirrored)
+    return MaskRow(known["bundle"], chosen, {}, plain, study.segmenter_batch_norm)

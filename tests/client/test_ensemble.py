@@ -30,7 +30,7 @@ from sonofed_common.contract.errors import (
     ParameterError,
     SiteEmptyError,
 )
-from sonofed_common.contract.records import to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.results import SEGMENTATION_METRICS
 from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.contract.study_segmentation import Infusion
@@ -368,6 +368,33 @@ def test_batches_keep_the_order_of_images_and_leave_gradients_on():
     assert [part.shape[1] for part in parts] == [2, 2, 1]
     whole = next(iter(branch_probabilities(models, images)))
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_mirrored_branches_predict_the_mean_of_image_and_mirror(bundle, settings):
+    site = Site(settings)
+    install(InProcessEnclave(settings), bundle)
+    parameters = evaluation(bundle, infusion=Infusion(rule="mean", mirrored=True))
+    parts = list(predict_site(site, parameters, Records()))
+    images = torch.cat([part.images for part in parts])
+    _, pool = site.images("pool", SIZE)
+    expected = []
+    for seed in range(len(BRANCHES)):
+        model = segmenter(seed).eval()
+        adapt_batch_norm(model, pool)
+        with torch.inference_mode():
+            mirror = model.probabilities(images.flip(-1)).flip(-1)
+            expected.append((model.probabilities(images) + mirror) / 2)
+    said = torch.cat([part.probabilities for part in parts])
+    torch.testing.assert_close(said, sum(expected) / 2)
+
+
+def test_nothing_is_mirrored_where_classes_have_a_side(enclave, bundle, monkeypatch):
+    sided = FACTS.model_copy(update={"flips": False})
+    monkeypatch.setattr(Site, "segmentation", lambda site, bundle: sided)
+    enclave.perform("evaluate.segmenter", request(evaluation(bundle)))
+    mirrored = evaluation(bundle, infusion=Infusion(mirrored=True))
+    with pytest.raises(ParameterError, match="a side; leave it off"):
+        enclave.perform("evaluate.segmenter", request(mirrored))
 
 
 def test_requests_that_do_not_fit_are_refused(enclave, bundle):

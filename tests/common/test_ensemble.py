@@ -59,10 +59,10 @@ def images():
     return torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def ensemble_of(networks, rule="gate", normalisation=OWN):
+def ensemble_of(networks, rule="gate", normalisation=OWN, mirrored=False):
     # `adapt` changes them in place.
     branches, classifiers = copy.deepcopy(networks)
-    head = InfusionHead(len(branches), Infusion(rule=rule), CLASSES)
+    head = InfusionHead(len(branches), Infusion(rule=rule, mirrored=mirrored), CLASSES)
     generator = torch.Generator().manual_seed(1)
     for weight in head.parameters():
         weight.data = torch.randn(weight.shape, generator=generator)
@@ -89,9 +89,11 @@ def written(folder, ensemble, facts=FACTS, **changes):
     return writer.sign(Ed25519PrivateKey.generate())
 
 
-@pytest.mark.parametrize("rule", ["entropy", "gate"])
-def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rule):
-    ensemble = ensemble_of(networks, rule)
+@pytest.mark.parametrize(
+    ("rule", "mirrored"), [("entropy", False), ("gate", False), ("gate", True)]
+)
+def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rule, mirrored):
+    ensemble = ensemble_of(networks, rule, mirrored=mirrored)
     again = load_ensemble(written(tmp_path, ensemble))
     assert list(again.branches) == ["target-north", "source"]
     ensemble.adapt(images)
@@ -102,15 +104,16 @@ def test_a_published_ensemble_predicts_as_before(networks, images, tmp_path, rul
     assert torch.equal(first.classes[NETWORK], second.classes[NETWORK])
 
 
-def test_a_prediction_is_the_infusion_of_its_branches(networks, images):
-    ensemble = ensemble_of(networks, "mean")
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_prediction_is_the_infusion_of_its_branches(networks, images, mirrored):
+    ensemble = ensemble_of(networks, "mean", mirrored=mirrored)
     ensemble.adapt(images)
     said = ensemble.predict(images)
     assert said.mask.shape == (3, SIZE, SIZE) and said.mask.dtype == torch.uint8
     assert said.weights.shape == (2, 3, SIZE, SIZE)
     with torch.inference_mode():
         calibrated = [
-            (model.probabilities(images).log() / t).softmax(1)
+            (model.probabilities(images, mirrored).log() / t).softmax(1)
             for model, t in zip(ensemble.branches.values(), (0.5, 3.0), strict=True)
         ]
         malignant = ensemble.classifiers[NETWORK](images).softmax(1)[:, 1]

@@ -35,6 +35,19 @@ def test_logits_have_a_class_a_pixel_at_sides_that_are_no_power_of_two(name):
     assert not torch.equal(p[0], p[1])
 
 
+def test_mirrored_probabilities_are_those_of_the_mirrored_image_mirrored():
+    model = build_segmenter("unet", 3, 48, pretrained=False).eval()
+    images = draw(2, 1, 48, 48)
+    with torch.inference_mode():
+        plain = model.probabilities(images)
+        both = model.probabilities(images, mirrored=True)
+        other = model.probabilities(images.flip(-1), mirrored=True)
+        of_mirror = model.probabilities(images.flip(-1)).flip(-1)
+    torch.testing.assert_close(both, (plain + of_mirror) / 2)
+    torch.testing.assert_close(both, other.flip(-1))
+    assert not torch.allclose(both, plain)
+
+
 @pytest.mark.parametrize("kind", ["unet", "aspp"])
 def test_two_heads_of_one_kind_start_differently_and_repeat(kind):
     model, again = (build_segmenter("unet", 3, 48, (kind, kind), False, seed=4) for _ in range(2))

@@ -888,6 +888,15 @@ def test_a_segmenter_that_does_not_fit_the_study_is_refused_at_once(
     run_inline(workspace, lab.prepare_sites(0, tmp_path / "sites"), Events())
 
 
+def test_nothing_is_mirrored_of_a_source_trained_without_flips():
+    values = tomllib.loads(TINY.read_text())
+    values["study"] |= {"infusion": {"mirrored": True}}
+    validate(Scenario, values, "scenario.toml")
+    values["source"]["segmentation"]["flips"] = False
+    with pytest.raises(ConfigurationError, match=r"infusion\.mirrored is on, but the source's"):
+        validate(Scenario, values, "scenario.toml")
+
+
 @pytest.mark.parametrize("phase", ["pretrain", "pseudo_label", "ensemble", "evaluate"])
 def test_a_bundle_without_a_segmenter_is_refused(lab, tmp_path, phase):
     data = DataProvenance(name="phantoms", digest="0" * 64, images=1, groups=1)

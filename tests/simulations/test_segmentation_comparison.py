@@ -141,6 +141,51 @@ def test_cells_run_once_and_again_after_what_they_rest_on_changed(tmp_path: Path
 
 
 @pytest.mark.long
+def test_a_variant_starts_from_the_source_that_it_names(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = write(tmp_path, full=False)
+    values = tomllib.loads(file.read_text(encoding="utf-8"))
+    values["sources"] = {"styled": {"segmentation": {"style_augmentation": True}}}
+    values["variants"]["other"] = {**values["variants"]["short"], "source": "styled"}
+    values["rows"] |= {
+        "styled": "control-styled/source-only",
+        "styled, adapted": "other/adapted source",
+        "styled, mirrored": "other/mirrored source",
+    }
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    comparison, scenario = run(file, out)
+    folder = out / "seed-0"
+    own, styled = (Bundle.open(folder / name) for name in ("source", "sources/styled"))
+    assert own.id != styled.id
+    assert own.manifest.provenance.seeds == styled.manifest.provenance.seeds
+    # Nobody shows what the styled source gains by all masks.
+    assert not (folder / "control-styled" / "supervised.safetensors").exists()
+
+    scores = finished_scores(comparison, scenario, out)
+    assert set(scores) == set(comparison.rows)
+
+    def dice(row: str) -> list[float]:
+        return [value for found in scores[row][0].scores.values() for value in found.dice]
+
+    # Re-normalising alone is no learning: the adapted rows are of two sources, and differ.
+    np.testing.assert_allclose(dice("adapted"), dice("BN"))
+    assert dice("styled, adapted") != dice("adapted")
+    assert dice("styled, mirrored") != dice("styled, adapted")
+
+    first = cells(out)
+    values["sources"]["styled"]["segmentation"]["learning_rate"] = 1e-3
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    run(file, out)
+    again = cells(out)
+    changed = {name for name in first if again[name] != first[name]}
+    assert changed == {
+        "control-styled/source-only",
+        "other/adapted-source",
+        "other/mirrored-source",
+    }
+
+
+@pytest.mark.long
 def test_each_seed_has_a_source_of_its_own_and_no_score_of_other_images_counts(
     tmp_path: Path,
 ) -> None:
@@ -195,6 +240,16 @@ def test_rows_of_one_seed_that_were_tested_on_other_patients_are_refused() -> No
         ),
         ({"variants": {"short": {"pseudo_label": {}}}}, "pseudo_labels"),
         ({"variants": {"short": {}, "sites": {}}}, "cannot be called 'sites'"),
+        ({"variants": {"short": {"source": "rich"}}}, "starts from 'rich', which is not a source"),
+        (
+            {"sources": {"rich": {}}, "variants": {"short": {}, "control-rich": {}}},
+            "cannot be called 'control-rich'",
+        ),
+        (
+            {"sources": {"rich": {"segmentation": {"epoch": 2}}}},
+            "source rich: unknown key 'segmentation.epoch'",
+        ),
+        ({"rows": {"BN": "control-rich/bn-adapted"}}, "'control-rich', which is not a variant"),
     ],
 )
 def test_a_comparison_that_fits_nothing_is_refused(
@@ -229,7 +284,7 @@ def test_a_comparison_that_fits_nothing_is_refused(
 )
 def test_names_of_the_rows_that_a_study_can_show(changes: dict[str, Any], names: list[str]) -> None:
     study = Study.model_validate({"name": "x", "cohort": {"sites": ["a", "b"]}, **changes})
-    assert row_names(study) == names
+    assert row_names(study) == [*names, *(f"mirrored {name}" for name in names)]
 
 
 def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> SegmentationComparison:
@@ -247,13 +302,19 @@ def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> Segmentation
     )
 
 
-OUTLINES = ("breast_segmentation", "cross_device", "nerves", "phantom_multiclass")
+OUTLINES = (
+    "breast_segmentation",
+    "breast_segmentation_further",
+    "cross_device",
+    "nerves",
+    "phantom_multiclass",
+)
 
 
 @pytest.mark.parametrize("name", OUTLINES)
 def test_the_built_in_comparisons_start_what_they_plug_in_from_what_they_say(name: str) -> None:
     comparison, scenario = read_mask_comparison(built_in()[name])
-    assert comparison.scenario == name and len(comparison.seeds) >= 3
+    assert name.startswith(comparison.scenario) and len(comparison.seeds) >= 3
 
     def chain(row: str) -> list[Strategy]:
         variant, _, what = comparison.rows[row].partition("/")
@@ -266,12 +327,17 @@ def test_the_built_in_comparisons_start_what_they_plug_in_from_what_they_say(nam
         assert chain(method) == [*chain(start), "apl"]
 
 
-def test_the_branch_with_style_augmentation_stands_beside_a_source_without() -> None:
-    comparison, scenario = read_mask_comparison(built_in()["breast_segmentation_style"])
+def test_the_style_source_differs_in_its_augmentation_alone() -> None:
+    comparison, scenario = read_mask_comparison(built_in()["breast_segmentation_further"])
+    assert comparison.baseline == "BN adaptation"
+    assert comparison.rows["BN adaptation"] == "control/bn-adapted"
     assert scenario.source.segmentation is not None
     assert not scenario.source.segmentation.style_augmentation
-    study = mask_study(comparison, scenario, "style", 0)
-    assert study.supervision.style_augmentation and study.pseudo_labels.strategy == "threshold"
+    assert comparison.sources == {"style": {"segmentation": {"style_augmentation": True}}}
+    for row, shown in comparison.rows.items():
+        start = comparison.starts()[shown.partition("/")[0]]
+        assert (start == "style") == row.startswith("style")
+        assert ("mirrored" in row) == ("mirrored" in shown)
 
 
 def test_the_built_in_rows_are_what_they_are_called() -> None:

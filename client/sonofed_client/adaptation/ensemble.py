@@ -19,7 +19,7 @@ _TINY = 1e-8
 
 
 def branch_probabilities(
-    models: Sequence[Segmenter], images: Tensor, batch_size: int = 16
+    models: Sequence[Segmenter], images: Tensor, batch_size: int = 16, mirrored: bool = False
 ) -> Iterator[Tensor]:
     """Compute the class probabilities of each branch, batch by batch.
 
@@ -31,6 +31,8 @@ def branch_probabilities(
         In [0, 1].
     batch_size : int
         Images at once.
+    mirrored : bool
+        See `Segmenter.probabilities`.
 
     Yields
     ------
@@ -43,8 +45,8 @@ def branch_probabilities(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
         with torch.inference_mode():
-            stacked = torch.stack([model.probabilities(batch) for model in models]).cpu()
-        yield stacked
+            stacked = torch.stack([model.probabilities(batch, mirrored) for model in models])
+        yield stacked.cpu()
 
 
 def consensus_log_temperatures(models: Sequence[Segmenter], images: Tensor) -> NDArray[np.float64]:

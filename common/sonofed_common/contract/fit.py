@@ -49,7 +49,7 @@ def _segmenter_misfit(study: Study, bundle: Manifest) -> str | None:
     facts = bundle.facts
     if "segmentation" in facts:
         known = validate(SegmentationFacts, facts["segmentation"], "the bundle's facts")
-        return misfit(study, known.encoder, int(facts["image_size"]))
+        return misfit(study, known.encoder, int(facts["image_size"]), known.flips)
     wanting = [phase for phase in study.phases if phase in NEEDS_SEGMENTER]
     if wanting:
         return (

@@ -70,7 +70,7 @@ class Normalisation(Model):
     classifiers: ClassifierNorm
 
 
-def misfit(study: Study, encoder: str, image_size: int) -> str | None:
+def misfit(study: Study, encoder: str, image_size: int, flips: bool) -> str | None:
     """Say why a source's segmenter cannot serve a study, or return None where it can.
 
     Parameters
@@ -81,6 +81,8 @@ def misfit(study: Study, encoder: str, image_size: int) -> str | None:
         Of the source's segmenter.
     image_size : int
         Side of the images that it was trained on.
+    flips : bool
+        Whether it was trained on mirrored images too.
     """
     if not NEEDS_SEGMENTER & set(study.phases):
         return None
@@ -94,5 +96,10 @@ def misfit(study: Study, encoder: str, image_size: int) -> str | None:
         return (
             f"pretraining of form 'mae' needs the encoder 'vit', but the source's segmenter has "
             f"'{encoder}'; choose 'simmim', or train the source with 'vit'"
+        )
+    if study.infusion.mirrored and not flips:
+        return (
+            "infusion.mirrored is on, but the source's segmenter was trained without flips, for "
+            "classes that have a side; leave it off, or train the source with flips"
         )
     return None

@@ -146,6 +146,11 @@ class Infusion(Model):
         default="source",
         description="temperatures from held-out source labels, or from the branches' consensus",
     )
+    mirrored: bool = Field(
+        default=False,
+        description="a branch's prediction is its mean over an image and the mirrored image; only "
+        "where classes have no side",
+    )
 
 
 PLAIN_MEAN = Infusion(rule="mean", calibration="none")

@@ -135,7 +135,8 @@ class SegmentationEnsemble:
                 "the ensemble does not have the hospital's normalisation statistics yet; call "
                 "adapt(images) with its images first"
             )
-        stacked = torch.stack([model.probabilities(images) for model in self.branches.values()])
+        mirrored = self.head.settings.mirrored
+        stacked = torch.stack([m.probabilities(images, mirrored) for m in self.branches.values()])
         p, weights = self.head(stacked)
         malignant = {n: model(images).softmax(1)[:, 1] for n, model in self.classifiers.items()}
         mask = p.argmax(dim=1).to(torch.uint8)

@@ -171,11 +171,25 @@ class Segmenter(nn.Module):
         )
         return main, auxiliary
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Map images (B, 1, S, S) to the mean class probabilities (B, C, S, S) of both heads."""
+    def probabilities(self, x: Tensor, mirrored: bool = False) -> Tensor:
+        """Map images to the mean class probabilities of both heads.
+
+        Parameters
+        ----------
+        x : Tensor (B, 1, S, S)
+            In [0, 1].
+        mirrored : bool
+            Take the mean over each image and the image mirrored left to right.
+
+        Returns
+        -------
+        Tensor (B, C, S, S)
+        """
         main, auxiliary = self(x)
         mean: Tensor = (main.softmax(1) + auxiliary.softmax(1)) / 2
-        return mean
+        if not mirrored:
+            return mean
+        return (mean + self.probabilities(x.flip(-1)).flip(-1)) / 2
 
 
 def build_segmenter(

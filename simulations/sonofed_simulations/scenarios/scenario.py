@@ -134,7 +134,7 @@ class Scenario(Model):
             )
         trained = self.source.segmentation
         if trained is not None:
-            reason = misfit(self.study, trained.encoder, self.source.image_size)
+            reason = misfit(self.study, trained.encoder, self.source.image_size, trained.flips)
             if reason is not None:
                 raise ValueError(reason)
         return self

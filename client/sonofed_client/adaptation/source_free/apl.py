@@ -42,9 +42,7 @@ class APL(SelfTraining):
 
     def judge(self, teacher: Segmenter, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the classes of largest probability, with flips the mean of image and mirror."""
-        p = teacher.probabilities(batch)
-        if self.facts.flips:
-            p = (p + teacher.probabilities(batch.flip(-1)).flip(-1)) / 2
+        p = teacher.probabilities(batch, mirrored=self.facts.flips)
         return p.argmax(dim=1), certainty(p)
 
     def weigh(self, labels: Tensor, confidence: Tensor) -> Tensor:

@@ -120,18 +120,24 @@ def predict_site(
             f"site {site.settings.name} has no test image with a mask; add masks, or leave the "
             "phase 'evaluate' out"
         )
-    classes = site.segmentation(parameters.bundle).classes
+    facts = site.segmentation(parameters.bundle)
+    classes, mirrored = facts.classes, parameters.infusion.mirrored
     if int(masks.max()) >= classes:
         raise ParameterError(
             f"masks of site {site.settings.name} hold class {int(masks.max())}, but the segmenters "
             f"know {classes}, background included; train the source on the same classes"
+        )
+    if mirrored and not facts.flips:
+        raise ParameterError(
+            "infusion.mirrored is on, but the segmenters know classes that have a side; leave it "
+            "off, or train the source with flips"
         )
     head = InfusionHead(len(parameters.branches), parameters.infusion, classes)
     head.load(request.arrays)
     _, pool = site.images("pool", parameters.image_size)
     models = _branches(site, parameters, pool)
     tested = images[index]
-    for number, stacked in enumerate(branch_probabilities(models, tested, BATCH)):
+    for number, stacked in enumerate(branch_probabilities(models, tested, BATCH, mirrored)):
         part = slice(number * BATCH, number * BATCH + stacked.shape[1])
         with torch.inference_mode():
             probabilities, weights = head(stacked)
