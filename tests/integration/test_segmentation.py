@@ -37,6 +37,7 @@ from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import (
     CollapseError,
     ConfigurationError,
+    OrderError,
     StudyDeniedError,
 )
 from sonofed_common.contract.manifest import DataProvenance, Provenance
@@ -47,7 +48,7 @@ from sonofed_common.contract.results import (
     SEGMENTATION_STAGES,
     read_results,
 )
-from sonofed_common.contract.study import SEGMENTATION, Study
+from sonofed_common.contract.study import SEGMENTATION, Study, read_study
 from sonofed_common.models.ensemble import INFUSION, load_ensemble
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import SILENT, Events
@@ -541,6 +542,138 @@ def test_strategies_of_a_chain_go_on_from_each_other_also_after_a_stop(lab, tmp_
     assert len(first.config["facts"]["pseudo_labels"]["source"]) == 3
     assert first.arrays.keys() == second.arrays.keys()
     assert all(np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays)
+
+
+class Unlucky(Recording):
+    """A grid on which nodes fail with the source's weights, and whose coordinator may be stopped.
+
+    Parameters
+    ----------
+    failing : set of (int, int)
+        Round and node: an action of that round, of the source's branch if of any, is spoilt.
+    stop : tuple of str, str and int, optional
+        Action, branch and round of the message that the coordinator is stopped at.
+    """
+
+    def __init__(self, failing, stop=None):
+        super().__init__()
+        self._failing, self._stop = failing, stop
+        self.told = []
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for number, message in enumerate(messages):
+            action, node = message.metadata.message_type, message.metadata.dst_node_id
+            records = from_recorddict(message.content)
+            branch, step = records.config.get("branch", "source"), records.config.get("round", 0)
+            if (action, branch, step) == self._stop:
+                raise KeyboardInterrupt
+            self.told.append((action, branch, step, node))
+            learns = action in ("train.pretrain", "train.segmenter")
+            if learns and branch == "source" and (step, node) in self._failing:
+                records.config["bundle"] = "0" * 64
+                messages[number] = Message(to_recorddict(records), node, action)
+        return super().push_messages(messages)
+
+
+def run_unlucky(workspace, sites, failing, stop=None):
+    """Run a study, or its part until it is stopped; return what was asked but to find the sites."""
+    grid = Unlucky(failing, stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SITES_VARIABLE, os.pathsep.join(map(str, sites)))
+        try:
+            run_study(workspace, grid, "inline")
+        except KeyboardInterrupt:
+            assert stop is not None
+        else:
+            assert stop is None
+    return [each for each in grid.told if each[0] != "query.describe"]
+
+
+def begin_together(workspace, study):
+    """When a study started stands in what it signs: have all that are compared start at once."""
+    identity = identity_of(study, Bundle.open(workspace.bundle).id)
+    StudyState(facts={"started": "2026-01-01T00:00:00+00:00"}).save(workspace.checkpoint, identity)
+
+
+ADAPTING = ["enrol", "ship", "pseudo_label", "publish"]
+FIRST, NOBODY = {HOSPITALS[0]}, set()
+LOST, FORGIVEN = (FIRST, NOBODY), (NOBODY, FIRST)
+# With the query it is about to install what was adapted.
+INSTALLING = ("query.missing", "source", 0)
+
+
+@pytest.mark.parametrize(
+    ("phases", "learned", "stops"),
+    [
+        (
+            ADAPTING,
+            [("source", 0, 1), ("source", 0, 2), ("source", 1, 2)],
+            {("train.segmenter", "source", 1): LOST, INSTALLING: LOST},
+        ),
+        pytest.param(
+            [*ADAPTING[:2], "pretrain", "supervise", *ADAPTING[2:]],
+            [
+                *(("source", 0, 1), ("source", 0, 2), ("source", 1, 2)),
+                *(("target", step, node) for step in (0, 1) for node in (1, 2)),
+            ],
+            {
+                ("train.pretrain", "source", 1): LOST,
+                ("train.segmenter", "source", 1): LOST,
+                ("train.segmenter", "target", 0): LOST,
+                ("train.segmenter", "target", 1): FORGIVEN,
+                INSTALLING: FORGIVEN,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one-branch", "two-branches"],
+)
+def test_who_was_lost_before_an_interruption_is_lost_after_it(
+    lab, tmp_path, phases, learned, stops
+):
+    changes = {
+        "phases": phases,
+        "cohort": {"quorum": 1},
+        "pretraining": {"rounds": 2, "local_epochs": 1},
+        "pseudo_labels": {"strategy": "batch_norm", "rounds": 2},
+    }
+    whole, sites = lay_out(lab, tmp_path / "whole", **changes)
+    broken, others = lay_out(lab, tmp_path / "broken", **changes)
+    for workspace in (whole, broken):
+        begin_together(workspace, read_study(workspace.study))
+    asked = run_unlucky(whole, sites, {(0, 1)})
+    assert [each[1:] for each in asked if each[0] == "train.segmenter"] == learned
+    again = []
+    for stop, lost in stops.items():
+        again += run_unlucky(broken, others, {(0, 1)}, stop)
+        saved = checkpoint(broken).config
+        assert (set(saved["missing"]), set(saved["forgiven"])) == lost
+    again += run_unlucky(broken, others, {(0, 1)})
+    assert again == asked
+    assert published(broken, lab).id == published(whole, lab).id
+    assert checkpoint(broken).digest() == checkpoint(whole).digest()
+    assert repeatable(checkpoint(broken).config) == repeatable(checkpoint(whole).config)
+    assert broken.model_card.read_bytes() == whole.model_card.read_bytes()
+    one, other = read_results(whole.results), read_results(broken.results)
+    assert one.missing_sites == (HOSPITALS[0],) and one.sites == other.sites
+    assert other.sites[HOSPITALS[0]].missing_reason.startswith("pseudo_label: ")
+
+
+def test_a_failed_study_that_is_resumed_asks_again_whom_it_had_lost(lab, tmp_path):
+    workspace, sites = lay_out(
+        lab,
+        tmp_path,
+        phases=["enrol", "ship", "pseudo_label"],
+        cohort={"quorum": 1},
+        pseudo_labels={"strategy": "batch_norm", "rounds": 2},
+    )
+    with pytest.raises(OrderError, match="0 of 2 sites"):
+        run_unlucky(workspace, sites, {(0, 1), (1, 2)})
+    run_unlucky(workspace, sites, set())
+    assert read_results(workspace.results).missing_sites == ()
+    history = checkpoint(workspace).config["facts"]["pseudo_labels"]["source"]
+    assert [set(reports) for reports in history] == [{HOSPITALS[1]}, set(HOSPITALS)]
 
 
 def test_a_branch_is_of_the_studys_seed_and_style(lab, tmp_path):

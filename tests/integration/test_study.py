@@ -32,7 +32,7 @@ from sonofed_common.contract.errors import (
     SonoFedError,
 )
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
-from sonofed_common.contract.records import Records, from_bytes
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import ACTIVE_LEARNING, Study
 from sonofed_common.runtime import Events
@@ -687,6 +687,19 @@ def test_a_state_belongs_to_one_study_and_one_bundle(laboratory, tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ConfigurationError, match=r"checkpoint .* delete it"):
         StudyState.load(path, identity_of(study, "a"))
+
+
+def test_a_state_that_does_not_say_who_was_lost_goes_on_with_all(laboratory, tmp_path):
+    path, identity = tmp_path / "checkpoint", identity_of(laboratory.scenario.study, "a")
+    state = StudyState(["enrol"], {"round": 1}, facts={"started": "now"})
+    state.missing, state.forgiven = {"riverside": "lost [order]"}, {"hillview": "lost [order]"}
+    state.save(path, identity)
+    assert StudyState.load(path, identity) == state
+    records = from_bytes(path.read_bytes())
+    del records.config["missing"], records.config["forgiven"]
+    path.write_bytes(to_bytes(records))
+    older = StudyState.load(path, identity)
+    assert older.position == state.position and not older.missing and not older.forgiven
 
 
 def test_a_laboratory_folder_of_another_study_starts_anew(laboratory, tmp_path):

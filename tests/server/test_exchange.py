@@ -181,6 +181,32 @@ def test_a_node_that_stays_away_is_left_out_long_before_the_deadline(clock):
         ask(exchange(Away(10**6)))
 
 
+def test_an_interrupted_phase_goes_on_without_whom_it_had_lost_while_the_quorum_holds():
+    told, lost = [], {"north": "its training collapsed [collapse]"}
+    tried = exchange(Failing(), quorum=1)
+    tried.events = Events(listeners=[told.append])
+    tried.go_on(lost, {})
+    assert ask(tried) == BOTH[1:] and tried.missing == tried.failed() == lost
+    assert [e["site"] for e in told if e["event"] == "site-failed"] == ["north"]
+    tried.forgive()
+    assert ask(tried) == BOTH and tried.failed() == tried.forgiven == lost
+    tried.new_phase()
+    assert not tried.failed()
+    # The other one did not come back with the coordinator.
+    del tried.nodes["south"]
+    tried.go_on(lost, {})
+    assert ask(tried) == BOTH[:1] and not tried.failed()
+
+
+def test_who_was_silent_before_an_interruption_is_not_forgiven_after_it():
+    tried = exchange(Away(10**6), quorum=1)
+    assert ask(tried) == BOTH[1:]
+    again = exchange(Failing(), quorum=1)
+    again.go_on(tried.missing, tried.forgiven)
+    again.forgive()
+    assert ask(again) == BOTH[1:] and again.failed() == tried.missing
+
+
 def test_a_site_that_cannot_do_the_work_is_not_asked_again():
     grid = Away(1, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
     assert ask(exchange(grid, quorum=1)) == BOTH[1:] and grid.sent.count(1) == 1

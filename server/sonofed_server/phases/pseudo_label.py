@@ -20,17 +20,16 @@ def pseudo_label(run: StudyRun) -> None:
     """
     unadapted = branches(run)
     weights = {}
-    lost: dict[str, str] = {}
     for name in unadapted.names:
-        run.exchange.forgive()
+        # A branch that an interrupted study has begun goes on without whom it had lost.
+        if _group(name) not in run.state.position:
+            run.exchange.forgive()
         _adapt(run, unadapted, name)
-        lost |= run.exchange.missing
         found = run.state.group(_group(name))
         weights[name] = save(found) if found else unadapted.weights(name)
     # Who could not train a branch can still be tested with it.
     run.exchange.forgive()
     install_branches(run, "adapted", weights, {})
-    run.exchange.missing = lost | run.exchange.missing
 
 
 def _adapt(run: StudyRun, unadapted: Branches, name: str) -> None:

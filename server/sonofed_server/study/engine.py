@@ -133,19 +133,29 @@ def _run(workspace: Workspace, grid: Grid, engine: str, events: Events) -> Resul
 
 
 def _run_phase(run: StudyRun, phase: Phase) -> None:
-    run.exchange.new_phase()
     run.meter = PhaseMeter(_cost_before(run, phase), run.exchange.traffic)
     run.events.emit("phase-started", phase=phase)
-    PHASES[phase](run)
-    for site, reason in run.exchange.missing.items():
+    if phase not in run.state.done:
+        run.exchange.go_on(run.state.missing, run.state.forgiven)
+    try:
+        PHASES[phase](run)
+    except SonoFedError:
+        # A repeated enrolment that fails says nothing of the interrupted phase.
+        if phase not in run.state.done:
+            run.forget_missing()
+        raise
+    failed = run.exchange.failed()
+    for site, reason in failed.items():
         run.site_facts(site)["missing"] = f"{phase}: {reason}"
     # A repeated enrolment leaves alone where the interrupted phase stands, and is no progress.
     if phase not in run.state.done:
         # Who only receives the final bundle has not come back to the study.
         for site in run.exchange.sites() if phase != "publish" else ():
-            run.site_facts(site).pop("missing", None)
+            if site not in failed:
+                run.site_facts(site).pop("missing", None)
         run.state.done.append(phase)
         run.state.position = {}
+        run.exchange.new_phase()
         run.save()
     run.events.emit("phase-finished", phase=phase, seconds=run.meter.read().seconds)
 

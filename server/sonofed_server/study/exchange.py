@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -85,6 +85,8 @@ class Exchange:
         Running totals.
     missing : dict of str to str
         Sites that failed in the phase at hand, and why; they are asked again in the next phase.
+    forgiven : dict of str to str
+        Sites that failed in the phase at hand and were asked again in it, and why they failed.
     unselected : frozenset of str
         Sites that missed the selection. They fail where an action rests on it, without being asked:
         what they may still hold as selected is of a selection that this study did not complete.
@@ -96,6 +98,7 @@ class Exchange:
     nodes: dict[str, int] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     missing: dict[str, str] = field(default_factory=dict)
+    forgiven: dict[str, str] = field(default_factory=dict)
     unselected: frozenset[str] = frozenset()
     _away: dict[str, float] = field(default_factory=dict, repr=False)
     _came: dict[int, str] = field(default_factory=dict, repr=False)
@@ -111,12 +114,27 @@ class Exchange:
 
     def new_phase(self) -> None:
         """Ask every enrolled site again."""
-        self.missing = {}
+        self.missing, self.forgiven = {}, {}
+
+    def go_on(self, missing: Mapping[str, str], forgiven: Mapping[str, str]) -> None:
+        """Go on with an interrupted phase: without whom it had lost, if the quorum allows that."""
+        self.missing, self.forgiven = dict(missing), dict(forgiven)
+        if len(self.sites()) < self.cohort.smallest:
+            # Another site did not come back, so those that were lost are needed.
+            self.missing = {}
+        # The enrolment that came before told of them that they answer.
+        for site, reason in self.missing.items():
+            self.events.emit("site-failed", site=site, reason=reason)
 
     def forgive(self) -> None:
         """Ask again whoever answered with an error; who was silent would cost a deadline more."""
         silent = f"[{QuorumError.code}]"
-        self.missing = {s: reason for s, reason in self.missing.items() if reason.endswith(silent)}
+        self.forgiven |= {s: r for s, r in self.missing.items() if not r.endswith(silent)}
+        self.missing = {s: r for s, r in self.missing.items() if r.endswith(silent)}
+
+    def failed(self) -> dict[str, str]:
+        """Sites that failed in the phase at hand, forgiven or not, and why they last did."""
+        return self.forgiven | self.missing
 
     def lose(self, site: str, action: str, reason: str) -> None:
         """Go on without a site until the next phase."""

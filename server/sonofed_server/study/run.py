@@ -99,7 +99,23 @@ class StudyRun:
         if self.meter is not None:
             self.meter.saved()
             self._keep_cost(self.meter.read())
-        self.state.save(self.workspace.checkpoint, identity_of(self.study, self.bundle.id))
+        self.state.missing = dict(self.exchange.missing)
+        self.state.forgiven = dict(self.exchange.forgiven)
+        self.state.save(self.workspace.checkpoint, self._identity)
+
+    def forget_missing(self) -> None:
+        """Have a study that failed ask every site again when it is resumed.
+
+        What this process did since the last save is not saved with that.
+        """
+        saved = StudyState.load(self.workspace.checkpoint, self._identity)
+        if saved.missing:
+            saved.missing = {}
+            saved.save(self.workspace.checkpoint, self._identity)
+
+    @property
+    def _identity(self) -> str:
+        return identity_of(self.study, self.bundle.id)
 
     def _keep_cost(self, cost: PhaseCost) -> None:
         costs = {kept["name"]: kept for kept in self.state.facts["phases"]}

@@ -140,12 +140,16 @@ class StudyState:
         Global weights and centroids by group.
     facts : dict of str to JSON value
         Everything the results are made of.
+    missing, forgiven : dict of str to str
+        Sites that failed in the phase in progress, as the exchange has them.
     """
 
     done: list[str] = field(default_factory=list)
     position: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    forgiven: dict[str, str] = field(default_factory=dict)
 
     def group(self, name: str) -> dict[str, Array]:
         """Return the arrays under ``name/``, without that prefix."""
@@ -172,6 +176,7 @@ class StudyState:
         kept = {k: v for k, v in self.facts.items() if k in ("started", "engine")}
         self.done, self.position, self.arrays = [], {}, {}
         self.facts = {**kept, "phases": []}
+        self.missing, self.forgiven = {}, {}
 
     def save(self, path: Path, identity: str) -> None:
         """Write the state atomically."""
@@ -180,6 +185,8 @@ class StudyState:
             "done": self.done,
             "position": self.position,
             "facts": self.facts,
+            "missing": self.missing,
+            "forgiven": self.forgiven,
         }
         write_atomically(path, to_bytes(Records(self.arrays, config)))
 
@@ -199,7 +206,15 @@ class StudyState:
             config = records.config
             if config.get("identity") != identity:
                 return cls()
-            return cls(config["done"], config["position"], records.arrays, config["facts"])
+            return cls(
+                config["done"],
+                config["position"],
+                records.arrays,
+                config["facts"],
+                # Checkpoints of before these were kept go on, asking everyone.
+                config.get("missing", {}),
+                config.get("forgiven", {}),
+            )
         except (ParameterError, KeyError):
             raise ConfigurationError(
                 f"the checkpoint {path} is damaged; delete it to start the study anew"
