@@ -16,6 +16,7 @@ from sonofed_common.contract.study import Study
 from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion
 from sonofed_common.models.infusion import confidence
 from sonofed_common.segmentation_metrics import image_dice
+from sonofed_server.phases.branches import Origin, joined
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
 from sonofed_simulations.report.view import SegmentationView
 
@@ -53,12 +54,9 @@ def segmentation_views(
 
 def _result(state: StudyState, study: Study, bundle: str) -> _Model:
     """Return the last stage that the study has."""
-    origin = "adapted" if "adapted" in state.facts else "branches"
+    origin: Origin = "adapted" if "adapted" in state.facts else "branches"
     known = state.facts.get(origin, {"bundle": bundle, "names": ["source"]})
-    names = tuple(known["names"])
-    if "ensemble" in state.done:
-        return _Model(known["bundle"], names, study.infusion, state.group(f"ensemble/{origin}"))
-    return _Model(known["bundle"], names if origin == "branches" else ("source",), PLAIN_MEAN, {})
+    return _Model(known["bundle"], tuple(known["names"]), *joined(study, state, origin))
 
 
 def _view(site: Site, study: Study, bundle: str, result: _Model) -> SegmentationView:

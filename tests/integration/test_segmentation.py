@@ -26,6 +26,7 @@ from safetensors.torch import save
 
 from sonofed_client.app import SITES_VARIABLE
 from sonofed_client.enclave.handlers.ensemble import predict_site
+from sonofed_client.enclave.questions import questions
 from sonofed_client.enclave.scope import check_scope
 from sonofed_client.enclave.site import Site
 from sonofed_client.enclave.store import Store, open_store
@@ -66,6 +67,7 @@ from sonofed_simulations.engines.inline import InlineGrid, run_inline
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.report.page import build_report
 from sonofed_simulations.scenarios.scenario import Scenario, built_in, read_scenario
+from sonofed_simulations.segmentation_views import segmentation_views
 from sonofed_simulations.simulation import simulate
 
 TINY = Path(__file__).with_name("tiny_segmentation.toml")
@@ -207,6 +209,39 @@ def test_the_published_ensemble_is_what_was_evaluated(simulated, lab, workspace,
         for name, axis in (("probabilities", 0), ("weights", 1)):
             whole = torch.cat([getattr(part, name) for part in parts], axis)
             torch.testing.assert_close(getattr(said, name), whole, rtol=0, atol=1e-6)
+
+
+MASKED = ("enrol", "ship", "pseudo_label", "ensemble", "evaluate", "publish")
+
+
+@pytest.mark.parametrize(
+    ("phases", "infusion", "stage"),
+    [
+        (MASKED, {"mirrored": True}, "ensemble"),
+        (("enrol", "ship", "ensemble", "evaluate", "publish"), {"mirrored": True}, "infusion"),
+        (tuple(p for p in SEGMENTATION if p != "ensemble"), {}, "ensemble"),
+        (("enrol", "ship", "pseudo_label", "evaluate", "publish"), {}, "adapted"),
+    ],
+)
+def test_whatever_is_published_was_evaluated_last(lab, tmp_path, phases, infusion, stage):
+    workspace, sites = lay_out(lab, tmp_path, phases=phases, infusion=infusion)
+    results = run_inline(workspace, sites, Events())
+    bundle = published(workspace, lab)
+    study, source = read_study(workspace.study), Bundle.open(workspace.bundle)
+    asked = [q.times or 0 for q in questions(study) if q.action == "evaluate.segmenter"]
+    views = segmentation_views(workspace, study, source.id, sites)
+    for path, expected, view in zip(sites, results.sites.values(), views, strict=True):
+        assert list(expected.segmentation)[-1] == stage
+        assert len(expected.segmentation) == sum(asked)
+        ensemble, site = load_ensemble(bundle), Site(read_site(path))
+        assert ensemble.head.settings.mirrored == bool(infusion)
+        ensemble.adapt(site.images("pool", SIZE)[1])
+        index, masks = site.masks("test", SIZE)
+        said = ensemble.predict(site.images("test", SIZE)[1][index])
+        metrics = segmentation_metrics(score_images(said.probabilities, masks))
+        for name, value in metrics.items():
+            assert value == pytest.approx(expected.segmentation[stage][name], abs=1e-6), name
+        assert view.dice_ours.mean() == pytest.approx(metrics["dice"], abs=1e-6)
 
 
 def private(sites):

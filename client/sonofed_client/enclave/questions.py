@@ -170,11 +170,12 @@ def _segmenting(study: Study, phase: Phase, pooled: dict[str, Any]) -> Iterator[
         yield Question("evaluate.segmenter", untouched, 1, {"bundle": None})
         own = actions.EvaluateSegmenter(**source, infusion=PLAIN_MEAN)
         test = actions.EvaluateSegmenter(**source, infusion=PLAIN_MEAN, batch_norm=norm)
-        later = 2 * informed + adapted
+        infused = "ensemble" in study.phases
+        later = 2 * informed + adapted + (informed and adapted and not infused)
         yield Question("evaluate.segmenter", own, 1 + later * (norm == "site"), many)
         if later and norm != "site":
             yield Question("evaluate.segmenter", test, later, many)
-        if informed and "ensemble" in study.phases:
+        if infused:
             test = actions.EvaluateSegmenter(**source, infusion=study.infusion, batch_norm=norm)
             yield Question("evaluate.segmenter", test, 1 + adapted, many)
 

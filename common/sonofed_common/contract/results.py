@@ -49,8 +49,8 @@ SEGMENTATION_STAGES: tuple[SegmentationStage, ...] = (
 )
 """Source weights as shipped; normalisation statistics re-estimated on site; the site's
 target-informed branch; plain mean and infusion of these branches; the source's branch after
-pseudo-labelling; infusion of all branches after pseudo-labelling. The last that a study has is its
-result."""
+pseudo-labelling; all branches after pseudo-labelling, infused, or without phase ensemble their
+plain mean. The last that a study has is its result, and what it publishes."""
 
 Stage = Literal["source", "bn_adapted", "adapted"]
 STAGES: tuple[Stage, ...] = ("source", "bn_adapted", "adapted")

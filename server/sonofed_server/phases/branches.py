@@ -11,12 +11,16 @@ from safetensors.torch import load
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import BundleError
+from sonofed_common.contract.records import Array
 from sonofed_common.contract.segmentation import SegmentationFacts
+from sonofed_common.contract.study import Study
+from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
 from sonofed_common.runtime import device
 from sonofed_common.security import load_signing_key, public_hex
 from sonofed_server.phases.ship import install_everywhere
 from sonofed_server.study.run import StudyRun
+from sonofed_server.study.workspace import StudyState
 
 Origin = Literal["branches", "adapted"]
 """Before and after pseudo-labelling."""
@@ -71,6 +75,15 @@ def branches(run: StudyRun) -> Branches:
 def adapted(run: StudyRun) -> Branches | None:
     """Branches after pseudo-labelling, if the study had it."""
     return _opened(run, "adapted")
+
+
+def joined(study: Study, state: StudyState, origin: Origin) -> tuple[Infusion, dict[str, Array]]:
+    """How a study joins branches, and the arrays of the infusion head.
+
+    Tested and published alike. What no phase calibrated or trained is joined by its plain mean.
+    """
+    arrays = state.group(f"ensemble/{origin}")
+    return (study.infusion if arrays else PLAIN_MEAN), arrays
 
 
 def install_branches(

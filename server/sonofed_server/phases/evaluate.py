@@ -10,7 +10,7 @@ from sonofed_common.contract.actions import EvaluateSegmenter, request
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.results import SegmentationStage
 from sonofed_common.contract.study_segmentation import PLAIN_MEAN, Infusion, SiteNorm
-from sonofed_server.phases.branches import Branches, adapted, branches
+from sonofed_server.phases.branches import Branches, adapted, branches, joined
 from sonofed_server.study.run import StudyRun
 
 
@@ -27,7 +27,10 @@ class _Test:
 
 
 def evaluate(run: StudyRun) -> None:
-    """Test each stage that the study has; a resumed study goes on with the next one."""
+    """Test each stage that the study has; a resumed study goes on with the next one.
+
+    The last one is what `publish` publishes.
+    """
     tested = run.state.facts.setdefault("tested_segmenters", [])
     for test in _tests(run):
         if test.stage in tested:
@@ -71,12 +74,11 @@ def _tests(run: StudyRun) -> Iterator[_Test]:
         alone: dict[str, tuple[str, ...]] = {site: (name,) for site, name in names.items()}
         return _Test(stage, chosen.bundle.id, alone, PLAIN_MEAN, {}, batch_norm)
 
-    def joint(stage: SegmentationStage, chosen: Branches, origin: str) -> _Test:
+    def joint(
+        stage: SegmentationStage, chosen: Branches, how: Infusion, arrays: dict[str, Array]
+    ) -> _Test:
         names = dict.fromkeys(run.study.cohort.sites, chosen.names)
-        if stage == "mean":
-            return _Test(stage, chosen.bundle.id, names, PLAIN_MEAN, {}, norm)
-        arrays = run.state.group(f"ensemble/{origin}")
-        return _Test(stage, chosen.bundle.id, names, run.study.infusion, arrays, norm)
+        return _Test(stage, chosen.bundle.id, names, how, arrays, norm)
 
     sources = dict.fromkeys(run.study.cohort.sites, "source")
     yield single("source", before, sources, "global")
@@ -84,14 +86,14 @@ def _tests(run: StudyRun) -> Iterator[_Test]:
     informed = _informed(run, before)
     if informed:
         yield single("target_informed", before, informed)
-        yield joint("mean", before, "branches")
+        yield joint("mean", before, PLAIN_MEAN, {})
     infused = "ensemble" in run.state.done
-    if informed and infused:
-        yield joint("infusion", before, "branches")
+    if infused:
+        yield joint("infusion", before, *joined(run.study, run.state, "branches"))
     if after is not None:
         yield single("adapted", after, sources)
-    if after is not None and informed and infused:
-        yield joint("ensemble", after, "adapted")
+    if after is not None and (informed or infused):
+        yield joint("ensemble", after, *joined(run.study, run.state, "adapted"))
 
 
 def _informed(run: StudyRun, before: Branches) -> dict[str, str]:

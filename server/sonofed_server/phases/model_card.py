@@ -17,7 +17,7 @@ STAGE_NAMES = {
     "mean": "mean of the branches",
     "infusion": "infusion of the branches",
     "adapted": "source, pseudo-labelled",
-    "ensemble": "infusion, pseudo-labelled",
+    "ensemble": "all branches, pseudo-labelled",
 }
 
 LESION = "the lesion cut out of the image at twice the size by the source bundle's segmenter"

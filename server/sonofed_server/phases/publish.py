@@ -7,12 +7,11 @@ from safetensors.numpy import save
 from sonofed_common.contract.bundle import BundleWriter
 from sonofed_common.contract.records import to_bytes
 from sonofed_common.contract.segmentation import Normalisation
-from sonofed_common.contract.study_segmentation import PLAIN_MEAN
 from sonofed_common.models.ensemble import INFUSION, infusion_records
 from sonofed_common.models.infusion import InfusionHead
 from sonofed_common.runtime import write_atomically
 from sonofed_common.security import load_signing_key
-from sonofed_server.phases.branches import Origin, adapted, branches
+from sonofed_server.phases.branches import Origin, adapted, branches, joined
 from sonofed_server.phases.classifier import source_weights
 from sonofed_server.phases.model_card import model_card
 from sonofed_server.phases.ship import install_everywhere
@@ -58,9 +57,7 @@ def _add_segmenters(run: StudyRun, writer: BundleWriter) -> None:
     origin: Origin = "branches" if after is None else "adapted"
     for name in chosen.names:
         writer.add(f"segmenters/{name}.safetensors", chosen.weights(name))
-    arrays = run.state.group(f"ensemble/{origin}")
-    # What no phase calibrated or trained was not tested either: then the branches weigh the same.
-    infusion = run.study.infusion if arrays else PLAIN_MEAN
+    infusion, arrays = joined(run.study, run.state, origin)
     head = InfusionHead(len(chosen.names), infusion, chosen.facts.classes)
     if arrays:
         head.load(arrays)

@@ -36,7 +36,7 @@ STAGE_WORDS: dict[SegmentationStage, str] = {
     "mean": "the plain mean of these segmenters",
     "infusion": "their mean, weighed at each pixel by how far each is to be trusted there",
     "adapted": "the source's segmenter, trained further at the hospitals on its own predictions",
-    "ensemble": "all segmenters after that training, weighed at each pixel likewise",
+    "ensemble": "all segmenters after that training, joined into one",
 }
 
 MEASURES = {
