@@ -45,6 +45,7 @@ class MaskSummaryRow(Model):
     sites: dict[str, Interval]
     sites_nsd: dict[str, Interval] = Field(default={})
     sites_hd95: dict[str, Interval] = Field(default={})
+    sites_ece: dict[str, Interval] = Field(default={})
     over_baseline: Contrast | None = None
     sites_over_baseline: dict[str, Interval] = Field(default={})
     way_to_supervised: Interval | None = None
@@ -189,6 +190,7 @@ def _row(
         sites={site: interval(values) for site, values in sites.items()},
         sites_nsd={site: interval(_at(curves, name, seeds, site, "nsd")) for site in sites},
         sites_hd95={site: interval(_at(curves, name, seeds, site, "hd95")) for site in sites},
+        sites_ece={site: interval(_at(curves, name, seeds, site, "ece")) for site in sites},
         over_baseline=contrast(mean, _over(curves, baseline, seeds)) if paired else None,
         sites_over_baseline=(
             {s: interval(own - _at(curves, baseline, seeds, s)) for s, own in sites.items()}

@@ -87,6 +87,13 @@ def mask_page(summary: MaskSummary) -> list[str]:
             ],
         ),
         "",
+        "ECE by site (95%):",
+        "",
+        *_markdown(
+            ("method", *sites),
+            [[row.name, *map(_text, row.sites_ece.values())] for row in summary.rows],
+        ),
+        "",
         f"Dice over {summary.baseline} by site (95%, uncorrected):",
         "",
         *_markdown(

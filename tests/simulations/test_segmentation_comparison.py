@@ -305,6 +305,7 @@ def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> Segmentation
 OUTLINES = (
     "breast_segmentation",
     "breast_segmentation_further",
+    "breast_segmentation_longer",
     "cross_device",
     "nerves",
     "phantom_multiclass",
@@ -436,6 +437,7 @@ def test_means_worst_site_and_way_to_supervised() -> None:
             assert row.sites[site].value == pytest.approx(dice)
             assert row.sites_nsd[site].value == pytest.approx(dice / 2)
             assert row.sites_hd95[site].value == pytest.approx(10 - dice)
+            assert row.sites_ece[site].value == pytest.approx((12.8 + 6.4) * dice / 64)
 
 
 def test_a_site_below_the_baseline_shows() -> None:
@@ -555,7 +557,11 @@ def test_the_summary_is_written_for_machines_and_for_readers(tmp_path: Path) -> 
         assert f"| {row.name} | 2 | {row.dice.value:.3f} (" in text
     assert "| tested | 40, 40 | 25, 25 |" in text
     assert "| labelled for the supervised control | 31, 31 | 17, 17 |" in text
-    titles = {"NSD by site (95%)": "sites_nsd", "HD95 by site, pixels": "sites_hd95"}
+    titles = {
+        "NSD by site (95%)": "sites_nsd",
+        "HD95 by site, pixels": "sites_hd95",
+        "ECE by site (95%)": "sites_ece",
+    }
     for title, found in titles.items():
         table = text.split(title)[1].split("\n\n")[1]
         assert table.startswith("| method | north | south |")
