@@ -130,7 +130,7 @@ def _page(table: MaskTable, summary: MaskSummary, rows: Sequence[MaskSummaryRow]
         "",
         f"- Rows of the comparison `{summary.name}`: every seed has a source training, a "
         "patient-level split and adaptations of its own. No target label is used but by the row "
-        "supervised; nothing was chosen on the hospitals' masks.",
+        "supervised; nothing was chosen on the masks that are tested on.",
         f"- Test images by site, a number a seed: {tests}.",
         f"- {machine.cpu}, {machine.cores} cores, {machine.device}.",
         "",
