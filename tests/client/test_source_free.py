@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import one_hot
 
 from sonofed_client.adaptation.source_free.apl import (
     APL,
@@ -116,6 +117,19 @@ def test_an_average_pixel_of_a_small_unsure_class_weighs_as_much_as_background()
     labels = torch.tensor([[[0, 0, 1, 1]]])
     weights = over_class_mean(labels, torch.tensor([[[0.9, 0.9, 0.1, 0.3]]]), CLASSES)
     assert torch.allclose(weights, torch.tensor([[[1, 1, 0.5, 1]]]))
+
+
+@pytest.mark.parametrize(
+    ("class_mean", "expected"), [(True, [1, 1 / 2, 1, 2 / 3]), (False, [0.9, 0.3, 0.4, 0.2])]
+)
+def test_apl_weighs_by_certainty_over_its_mean_in_the_class_or_by_certainty_alone(
+    class_mean, expected
+):
+    # The mean of class 0 is 0.6, of class 1 it is 0.3.
+    labels = torch.tensor([[[0, 0]], [[1, 1]]])
+    confidence = torch.tensor([[[0.9, 0.3]], [[0.4, 0.2]]])
+    strategy = APL(PseudoLabels(class_mean_confidence=class_mean), FACTS)
+    assert strategy.weigh(labels, confidence).flatten().tolist() == pytest.approx(expected)
 
 
 def test_the_prior_is_zero_at_the_expected_shares_and_grows_as_a_class_vanishes():
@@ -229,23 +243,43 @@ def test_the_loss_of_upl_is_of_its_votes_its_auxiliary_head_and_their_entropy(mo
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_both_losses_in_one_pass_give_the_gradients_of_each(batch):
+@pytest.mark.parametrize(
+    "switches",
+    [{"self_training": False}, {"consistency": False}, {}],
+    ids=["L_con", "L_ssl", "both"],
+)
+@pytest.mark.parametrize("prior", [0.0, 10.0])
+def test_apl_is_its_definition_with_the_prior_beside_each_loss(batch, switches, prior):
     images, labels = batch
-
-    def found(**switches):
-        network = build_segmenter("unet", CLASSES, SIZE, pretrained=False).eval()
-        strategy = APL(PseudoLabels(**{"consistency": True, **switches}), FACTS)
-        strategy.loss(network, images, labels, torch.full_like(images[:, 0], 0.5)).backward()
-        return network
-
-    both = found()
-    for part, alone in (
-        ("heads", found(self_training=False)),
-        ("encoder", found(consistency=False)),
+    # Mostly of one class, which a random network does not expect.
+    labels = torch.where(draw(2, SIZE, SIZE, seed=3) < 0.8, 0, labels)
+    weights = draw(2, SIZE, SIZE, seed=2)
+    chosen = PseudoLabels(**{"consistency": True, "class_prior": prior, **switches})
+    network = build_segmenter("unet", CLASSES, SIZE, pretrained=False).eval()
+    p, q = (logits.softmax(dim=1) for logits in network(images))
+    true = one_hot(labels, CLASSES).movedim(-1, 1).float()
+    wanted, shares = true.mean(dim=(2, 3)), ((p + q) / 2).mean(dim=(2, 3))
+    beside = prior * (wanted * (wanted / shares).log()).sum(dim=1).mean()
+    l_con = 1 - (p * q).sum(dim=1).mean() + beside
+    errors = [-(head * true).sum(dim=1).log() for head in (p, q)]
+    l_ssl = (weights * sum(errors) / 2).mean() + beside
+    assert prior == 0 or beside > l_ssl / 2
+    found = APL(chosen, FACTS).loss(network, images, labels, weights)
+    found.backward()
+    whole = 0.0
+    for switch, loss, part in (
+        (chosen.consistency, l_con, network.heads),
+        (chosen.self_training, l_ssl, network.encoder),
     ):
-        one, other = getattr(both, part), getattr(alone, part)
-        for a, b in zip(one.parameters(), other.parameters(), strict=True):
-            assert torch.allclose(a.grad, b.grad, atol=1e-7)
+        parameters = list(part.parameters())
+        if not switch:
+            assert all(parameter.grad is None for parameter in parameters)
+            continue
+        whole += loss.item()
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert found.item() == pytest.approx(whole, rel=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
@@ -320,13 +354,33 @@ def test_prototypes_by_hand():
     assert near_own_prototype(features, labels, weights, 3).tolist() == [[[1, 1, 1, 0, 0]]]
 
 
-def test_dpl_drops_what_moves_under_dropout(model):
+def near(features, labels, weights):
+    """Whether a pixel's own class has the nearest mean of weighted features: by its definition."""
+    vectors = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).double().numpy()
+    labels, weights = labels.ravel(), weights.ravel().astype(np.float64)
+    prototypes = [
+        np.average(vectors[labels == c], axis=0, weights=weights[labels == c])
+        for c in range(CLASSES)
+    ]
+    distances = np.stack([((vectors - mean) ** 2).sum(1) for mean in prototypes])
+    return distances.argmin(0) == labels
+
+
+def test_dpl_keeps_what_is_sure_stable_and_near_the_prototype_of_the_stable(model):
     x = draw(2, 1, SIZE, SIZE)
-    teacher = model.eval()
-    strategy = DPL(PseudoLabels(strategy="dpl", threshold=0.01, passes=4), FACTS)
+    threshold = 0.45
+    teacher = copy.deepcopy(model).eval()
     with torch.no_grad():
+        # A random network is unsure of one class everywhere; this one is of three, and varies.
+        for head, logits in zip(teacher.heads, teacher(x), strict=True):
+            layer = head.last if hasattr(head, "last") else head.pyramid[0]
+            layer.bias -= logits.mean(dim=(0, 2, 3))
+            layer.weight *= 200
+            layer.bias *= 200
+        strategy = DPL(PseudoLabels(strategy="dpl", threshold=threshold, passes=4), FACTS)
         torch.manual_seed(0)
         label, kept = strategy.judge(teacher, x)
+        assert not any(m.training for m in teacher.modules())
         torch.manual_seed(0)
         maps = teacher.encoder(x)
         for module in teacher.modules():
@@ -337,15 +391,25 @@ def test_dpl_drops_what_moves_under_dropout(model):
             passes.append(((main.softmax(1) + auxiliary.softmax(1)) / 2).numpy())
         teacher.eval()
         features = penultimate(teacher, maps, SIZE)
+    assert features.shape == (2, 16, SIZE, SIZE)
     passes = np.stack(passes)
     expected = passes.mean(0).argmax(1)
     assert np.array_equal(label, expected)
-    deviation = np.take_along_axis(passes.std(0), expected[:, None], 1)[:, 0]
-    assert not kept.numpy()[deviation >= 0.05].any()
-    assert 0 < kept.mean() <= 1
-    assert features.shape == (2, 16, SIZE, SIZE)
-    assert not any(m.training for m in teacher.modules())
-    assert not DPL(PseudoLabels(threshold=0.999999), FACTS).judge(teacher, x)[1].any()
+    probability = passes.mean(0).max(1)
+    stable = np.take_along_axis(passes.std(0), expected[:, None], 1)[:, 0] < 0.05
+    typical, sure = near(features, expected, stable * probability), probability > threshold
+    typical = typical.reshape(stable.shape)
+    assert np.array_equal(kept.numpy(), stable & typical & sure)
+    # Each test drops pixels here that the other two keep, and unstable ones move the prototypes.
+    loose = near(features, expected, probability).reshape(stable.shape)
+    for other in (typical & sure, stable & sure, stable & typical, stable & loose & sure):
+        assert not np.array_equal(kept.numpy(), other)
+
+
+def test_dpl_keeps_nothing_below_its_threshold(model):
+    strategy = DPL(PseudoLabels(strategy="dpl", threshold=0.999999), FACTS)
+    with torch.no_grad():
+        assert not strategy.judge(model.eval(), draw(2, 1, SIZE, SIZE))[1].any()
 
 
 def test_the_least_probability_is_each_papers():
