@@ -155,6 +155,52 @@ def test_lambda_rises_over_its_share_of_all_steps():
     assert contrastive_weight(settings(warmup=0.0), 0, 40) == 1.0
 
 
+def test_a_round_shows_each_image_with_its_own_sector_and_patient():
+    wanted = settings(local_epochs=2)
+    network, all_images, own = model(wanted), images(), sector()
+    mim, contrastive = network.mim, network.contrastive
+    shown = []
+
+    def numbers(batch):
+        return [next(i for i, x in enumerate(all_images) if torch.equal(x, y)) for y in batch]
+
+    def seen_by_mim(batch, sectors, generator):
+        assert torch.equal(sectors, own[numbers(batch)])
+        return mim(batch, sectors, generator)
+
+    def seen_by_contrast(batch, groups, generator):
+        found = numbers(batch)
+        alike = [[GROUPS[i] == GROUPS[j] for j in found] for i in found]
+        assert (groups[:, None] == groups[None, :]).tolist() == alike
+        shown.extend(found)
+        return contrastive(batch, groups, generator)
+
+    network.mim, network.contrastive = seen_by_mim, seen_by_contrast
+    pretrain_round(network, all_images, own, GROUPS, wanted, 0, 0)
+    assert sorted(shown) == sorted([*range(COUNT), *range(COUNT)])
+
+
+def test_images_of_one_patient_alone_teach_no_contrast():
+    wanted = settings()
+    reports = [
+        pretrain_round(model(wanted), images(), sector(), groups, wanted, 0, 0)
+        for groups in (["a"] * COUNT, list("abcdefg"))
+    ]
+    # Without a negative the partner is the only choice, whose cross-entropy is 0.
+    assert reports[0]["contrastive"] == 0 < reports[1]["contrastive"]
+
+
+def test_the_contrast_is_weighed_by_a_lambda_that_rises_over_all_rounds():
+    wanted = settings(rounds=2, local_epochs=2, contrastive_weight=2.0, warmup=1.0)
+    network = model(wanted)
+    network.contrastive = lambda *_: torch.ones(())
+    # Two steps an epoch, eight in all: a round's last epoch has its third and its fourth.
+    for round, steps in ((0, (2, 3)), (1, (6, 7))):
+        report = pretrain_round(network, images(8), sector(8), list("abcdefgh"), wanted, round, 0)
+        expected = sum(2 * step / 8 for step in steps) / 2
+        assert report["loss"] - report["mim"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("contrastive", ["nt_xent", "byol", "none"])
 def test_every_contrastive_form_trains(contrastive):
     wanted = settings(contrastive=contrastive, local_epochs=2)

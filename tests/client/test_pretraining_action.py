@@ -145,6 +145,26 @@ def test_the_start_is_the_shipped_segmenters_or_drawn_alike_everywhere(
     assert not equal(drawn, source)
 
 
+def test_a_round_gets_the_pools_images_with_their_sectors_and_patients(site, monkeypatch):
+    site, bundle = site
+    rounds = []
+
+    def untrained(model, *arguments):
+        rounds.append(arguments)
+        return {"loss": 0.0}
+
+    rows, images = site.images("pool", SIZE)
+    images[..., : SIZE // 2] = 0
+    monkeypatch.setattr(site, "images", lambda part, size: (rows, images))
+    monkeypatch.setattr("sonofed_client.enclave.handlers.pretraining.pretrain_round", untrained)
+    ask(site, bundle)
+    ((shown, inside, groups, *_),) = rounds
+    assert torch.equal(shown, images)
+    assert torch.equal(inside, sectors(images)) and not inside[..., : SIZE // 4].any()
+    # Several images are of one patient, whose frames must not be told apart.
+    assert list(groups) == [row.group for row in rows] and len(set(groups)) < len(rows)
+
+
 @pytest.mark.parametrize("flips", [True, False])
 def test_crops_are_mirrored_where_the_bundle_allows_it(site, monkeypatch, flips):
     site, bundle = site
