@@ -79,3 +79,26 @@ def test_a_gate_learns_which_branch_to_trust() -> None:
     assert float(weights[1].mean()) > 0.6
     for name, value in heads[0].state_dict().items():
         assert torch.equal(value, heads[1].state_dict()[name]), name
+
+
+class Onlooker(nn.Module):
+    """A branch that knows nothing, and keeps what it is asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return torch.full((len(images), 2, *images.shape[2:]), 0.5)
+
+
+def test_a_gate_learns_from_appearances_that_the_source_does_not_have() -> None:
+    source, branch = pool(), Onlooker()
+    # Two greys alone, which turning and scaling leave as they are.
+    plain = SegmentationPart((), 0.8 - 0.6 * source.masks, source.masks)
+    train_gate(InfusionHead(1, Infusion(rule="gate"), 2, seed=0), [branch], plain, 5)
+    middles = torch.cat(branch.seen)[:, 0, 8:24, 8:24].flatten(1).median(dim=1).values
+    greys = torch.tensor([0.2, 0.8])
+    known = ((middles[:, None] - greys).abs() < 0.01).any(dim=1)
+    assert known.float().mean() < 0.5
