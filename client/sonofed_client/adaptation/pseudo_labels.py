@@ -18,7 +18,7 @@ from sonofed_client.adaptation.source_free.tent import Tent
 from sonofed_client.adaptation.source_free.threshold import Threshold
 from sonofed_client.adaptation.source_free.upl_sfda import UPLSFDA
 from sonofed_client.adaptation.source_free.views import Views
-from sonofed_client.adaptation.spacing import evenly_spaced
+from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_common.batch_norm import Statistics, adapt_batch_norm, set_statistics, statistics_of
 from sonofed_common.contract.errors import CollapseError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
@@ -26,9 +26,6 @@ from sonofed_common.contract.study_segmentation import PseudoLabels, SiteNorm, S
 from sonofed_common.models.segmenter import Segmenter
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.training import Training, fit
-
-STATISTICS_IMAGES = 128
-"""Most images that normalisation statistics and the foreground are estimated on."""
 
 LEAST_KEPT = 1 / 4
 """Of the foreground's and of the background's share; a round that keeps less has collapsed."""
@@ -98,7 +95,7 @@ def adapt_round(
     -------
     dict of str to float
         ``loss``: mean of the last epoch. ``foreground``: mean predicted share of pixels that are
-        not background, after the round, of up to `STATISTICS_IMAGES` images. ``kept``: share of
+        not background, after the round, of up to `BATCH_NORM_IMAGES` images. ``kept``: share of
         pixels that the last epoch learned from. A round that trains nothing has loss and kept 0.
 
     Raises
@@ -122,7 +119,7 @@ def adapt_round(
     """
     if not len(images):
         raise SiteEmptyError("source-free adaptation has no image; add images to the pool")
-    sample = evenly_spaced(images, STATISTICS_IMAGES)
+    sample = evenly_spaced(images, BATCH_NORM_IMAGES)
     prior = statistics_of(model) if batch_norm == "mixed" else None
     before = starting_shares(model, images, batch_norm)
     strategy = STRATEGIES[settings.strategy](settings, facts)
@@ -159,7 +156,7 @@ def _train(
     whole.register_buffer("kept", kept)
     labels, weights = torch.empty(0), torch.empty(0)
     views = Views(seed, strategy.facts.flips)
-    sample = evenly_spaced(images, STATISTICS_IMAGES)
+    sample = evenly_spaced(images, BATCH_NORM_IMAGES)
 
     def before_epoch(epoch: int) -> None:
         nonlocal labels, weights, views
@@ -209,11 +206,11 @@ def _train(
 
 
 def starting_shares(model: Segmenter, images: Tensor, batch_norm: SiteNorm = "site") -> Tensor:
-    """`class_shares` of up to `STATISTICS_IMAGES` images, after statistics are re-estimated there.
+    """`class_shares` of up to `BATCH_NORM_IMAGES` images, after statistics are re-estimated there.
 
     The model keeps these statistics; see `adapt_round` for ``batch_norm``.
     """
-    sample = evenly_spaced(images, STATISTICS_IMAGES)
+    sample = evenly_spaced(images, BATCH_NORM_IMAGES)
     prior = statistics_of(model) if batch_norm == "mixed" else None
     adapt_batch_norm(model, sample, prior=prior)
     return class_shares(model, sample)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BATCH_NORM_IMAGES = 128
-"""Most images that normalisation statistics are re-estimated on."""
+"""Most images that normalisation statistics and the predicted foreground are estimated on."""
 
 
 def evenly_spaced(images: Tensor, count: int) -> Tensor:
