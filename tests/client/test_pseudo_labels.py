@@ -34,7 +34,7 @@ from sonofed_common.contract.bundle import BundleWriter, DataProvenance, Provena
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import CollapseError, ConfigurationError, SiteEmptyError
 from sonofed_common.contract.segmentation import SegmentationFacts
-from sonofed_common.contract.study_segmentation import PseudoLabels, Strategy
+from sonofed_common.contract.study_segmentation import READ_BY, PseudoLabels, Strategy
 from sonofed_common.models.segmenter import build_segmenter
 from sonofed_common.runtime import Events
 from sonofed_common.security import load_or_create_signing_key, public_hex
@@ -324,6 +324,39 @@ def test_what_would_do_nothing_is_refused(values, sentence):
     # A site reads back all that a study says.
     assert PseudoLabels.model_validate(heeded.model_dump(mode="json")) == heeded
     assert PseudoLabels.model_validate(PseudoLabels().model_dump(mode="json")) == PseudoLabels()
+
+
+class Overheard:
+    """Settings that note which of them are read."""
+
+    def __init__(self, settings):
+        self._settings, self.read = settings, set()
+
+    def __getattr__(self, name):
+        self.read.add({"least_probability": "threshold"}.get(name, name))
+        return getattr(self._settings, name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_reads_the_settings_that_the_contract_says(strategy):
+    settings = Overheard(chosen(strategy))
+    adapt_round(network(), images(), settings, FACTS, 0, 5)
+    # The loop keeps a teacher for every strategy; whether its labels matter is seen below.
+    own = READ_BY.keys() - {"teacher_momentum"}
+    assert settings.read & own == {name for name in own if strategy in READ_BY[name]}
+    shared = PseudoLabels.model_fields.keys() - READ_BY.keys()
+    assert shared == {"strategy", "rounds", "local_epochs", "learning_rate", "batch_size"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_teachers_momentum_matters_where_its_labels_are_learnt(strategy):
+    models = []
+    for momentum in (0.0, 0.99):
+        model = network()
+        values = {"local_epochs": 2, "learning_rate": 1e-3, "teacher_momentum": momentum}
+        adapt_round(model, images(), chosen(strategy, **values), FACTS, 0, 5)
+        models.append(model)
+    assert same(*models) != (strategy in READ_BY["teacher_momentum"])
 
 
 def test_the_momentum_is_of_rounds_with_several_local_epochs():

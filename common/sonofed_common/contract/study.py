@@ -431,6 +431,24 @@ class Study(Model):
         return self
 
     @model_validator(mode="after")
+    def _heeded(self) -> Self:
+        # A preset sets what the strategy of its paper reads; a study may still name another one.
+        filled = PRESETS[self.preset].get("pseudo_labels", {})
+        chain = [("pseudo_labels", self.pseudo_labels)]
+        chain += [("further_pseudo_labels", settings) for settings in self.further_pseudo_labels]
+        for section, settings in chain:
+            losses = settings.consistency or settings.self_training
+            if settings.strategy == "apl" and not losses:
+                raise ValueError(
+                    f"{section} would train nothing: consistency and self_training are both off; "
+                    "switch one on, or name strategy 'batch_norm'"
+                )
+            for name, reason in settings.idle.items():
+                if getattr(settings, name) != filled.get(name):
+                    raise ValueError(f"{section}.{name} would do nothing: {reason}; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _strategy(self) -> Self:
         name = self.aggregation.strategy
         if self.finetuning.batch_norm == "local" and name != "fedavg":

@@ -58,6 +58,31 @@ SiteNorm = Literal["site", "mixed"]
 Strategy = Literal["apl", "threshold", "cbst", "mrnet", "batch_norm", "tent", "dpl", "upl_sfda"]
 """Source-free adaptation strategies."""
 
+LABELLING: tuple[Strategy, ...] = ("apl", "threshold", "cbst", "mrnet", "dpl", "upl_sfda")
+"""Strategies that learn from a teacher's labels."""
+
+READ_BY: dict[str, tuple[Strategy, ...]] = {
+    "consistency": ("apl",),
+    "self_training": ("apl",),
+    "relevance": ("apl",),
+    "disagreement": ("apl",),
+    "class_mean_confidence": ("apl",),
+    "class_prior": ("apl",),
+    "prior_shares": ("apl",),
+    "teacher_momentum": LABELLING,
+    "threshold": ("threshold", "dpl", "upl_sfda"),
+    "quantile": ("cbst",),
+    "passes": ("dpl",),
+    "perturbed_heads": ("upl_sfda",),
+}
+"""Strategies that read a setting of pseudo-labelling; all others are of the loop they share."""
+
+PART_OF = {
+    "relevance": "consistency",
+    "class_mean_confidence": "self_training",
+    "prior_shares": "class_prior",
+}
+"""Settings of APL that are read only where another one is switched on."""
 
 TEACHER_MOMENTUM = 0.99
 """Of pseudo-labelling's teacher."""
@@ -128,6 +153,24 @@ class PseudoLabels(Model):
                 "set consistency = true, or leave disagreement out"
             )
         return self
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings, not at their default, that change nothing; each with the reason.
+
+        They are no error here: a site gets settings in full, with what the study's preset set for
+        another strategy than the study's own.
+        """
+        found: dict[str, str] = {}
+        for name, readers in READ_BY.items():
+            if getattr(self, name) == type(self).model_fields[name].default:
+                continue
+            whole = PART_OF.get(name)
+            if self.strategy not in readers:
+                found[name] = f"it is of strategy {' or '.join(map(repr, readers))}"
+            elif whole is not None and not getattr(self, whole):
+                found[name] = f"it is part of {whole}, which is off"
+        return found
 
     @property
     def least_probability(self) -> float:
