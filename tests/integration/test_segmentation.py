@@ -924,7 +924,8 @@ def test_a_hospital_without_labels_and_masks_takes_part(lab, tmp_path):
     assert not results.missing_sites
     tested, untested = (results.sites[name] for name in HOSPITALS)
     assert (untested.images, untested.test_masks, untested.segmentation) == (IMAGES, 0, {})
-    assert tested.test_masks and tuple(tested.segmentation) == ("source", "bn_adapted", "adapted")
+    alone = ("source", "bn_adapted", "infusion", "adapted", "ensemble")
+    assert tested.test_masks and tuple(tested.segmentation) == alone
     (reports,) = checkpoint(workspace).config["facts"]["pseudo_labels"]["source"]
     assert reports[HOSPITALS[1]]["kept"] > 0
     build_report(results, tmp_path, [])
