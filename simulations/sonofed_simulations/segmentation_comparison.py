@@ -95,9 +95,13 @@ class SegmentationComparison(Model):
         return {CONTROL: "", **{f"{CONTROL}-{name}": name for name in self.sources}}
 
     def starts(self) -> dict[str, str]:
-        """Return the source that each variant and control starts from; the scenario's own is ''."""
+        """Return the source that each variant and control starts from; the scenario's own is ''.
+
+        Those that no row shows are left out.
+        """
+        shown = {where.partition("/")[0] for where in self.rows.values()}
         named = {name: variant.get(SOURCE, "") for name, variant in self.variants.items()}
-        return named | self.controls
+        return {name: s for name, s in (named | self.controls).items() if name in shown}
 
 
 def read_mask_comparison(path: Path) -> tuple[SegmentationComparison, Scenario]:
@@ -165,7 +169,7 @@ def run_mask_comparison(
     events : Events
         Progress.
     """
-    total = len(seeds) * sum(bool(_shown(comparison, name)) for name in comparison.starts())
+    total = len(seeds) * len(comparison.starts())
     done = 0
     for seed in seeds:
         own = _of_seed(scenario, seed)
@@ -175,8 +179,7 @@ def run_mask_comparison(
         laboratories = {s: Laboratory(scenarios[s], folder, data, events) for s in scenarios}
         bundles = {s: laboratories[s].prepare_source(_bundle(folder, s)) for s in scenarios}
         for variant, source in comparison.starts().items():
-            if not (shown := _shown(comparison, variant)):
-                continue
+            shown = _shown(comparison, variant)
             bundle, cell = bundles[source], folder / variant
             origin = _origin(comparison, scenarios[source], bundle, sites, variant, seed)
             if variant in comparison.controls:
@@ -237,8 +240,8 @@ def _of_seed(scenario: Scenario, seed: int) -> Scenario:
 
 def _scenarios(comparison: SegmentationComparison, scenario: Scenario) -> dict[str, Scenario]:
     """The scenario with each source that something shown starts from, by the source's name."""
-    needed = {s for name, s in comparison.starts().items() if _shown(comparison, name)}
-    return {source: _with_source(comparison, scenario, source) for source in sorted(needed)}
+    needed = sorted(set(comparison.starts().values()))
+    return {source: _with_source(comparison, scenario, source) for source in needed}
 
 
 def _with_source(comparison: SegmentationComparison, scenario: Scenario, name: str) -> Scenario:

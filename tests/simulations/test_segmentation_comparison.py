@@ -302,6 +302,26 @@ def comparison_of(rows: dict[str, str], plug_in: dict[str, str]) -> Segmentation
     )
 
 
+def test_nothing_starts_from_a_source_that_no_row_shows(tmp_path: Path) -> None:
+    file = write(tmp_path, full=False)
+    values = tomllib.loads(file.read_text(encoding="utf-8"))
+    values["sources"] = {"styled": {"segmentation": {"style_augmentation": True}}}
+    values["variants"]["other"] = {"source": "styled"}
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    comparison, scenario = read_mask_comparison(file)
+    assert comparison.starts() == {"short": "", "control": ""}
+    # What an earlier form of the file trained is passed over.
+    out = tmp_path / "out"
+    for folder in ("source", "sources/styled"):
+        (out / "seed-0" / folder).mkdir(parents=True)
+    (out / "seed-0" / "sources" / "styled" / "manifest.json").write_text("{}", encoding="utf-8")
+    for name in scenario.hospitals:
+        settings = out / "seed-0" / "sites" / name / "site-0.toml"
+        settings.parent.mkdir(parents=True)
+        settings.touch()
+    assert finished_scores(comparison, scenario, out) == {}
+
+
 OUTLINES = (
     "breast_segmentation",
     "breast_segmentation_further",
