@@ -60,17 +60,23 @@ class Laboratory:
         return self.root / "coordinator.pem"
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder while what several processes share is made, waiting for one that does.
+    def alone(self, part: str = "laboratory") -> Iterator[None]:
+        """Hold a part while what several processes share is made, waiting for one that does.
 
         The system lets go of it when the process ends.
+
+        Parameters
+        ----------
+        part : str
+            Path of the part inside the laboratory's folder; a lock is put beside it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "laboratory.lock").open("a") as file:
+        path = self.root / f"{part}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.events.emit("waiting", reason=f"another process prepares {self.root}")
+                self.events.emit("waiting", reason=f"another process holds {path}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -48,9 +48,15 @@ def test_two_views_start_as_the_mean_of_two_classifiers():
     whole, lesion = (build_classifier("resnet18", seed=n).eval() for n in range(2))
     images = torch.rand(3, 2, 48, 48)
     with torch.no_grad():
-        apart = [m(images[:, n : n + 1]) for n, m in enumerate((whole, lesion))]
+        apart = [
+            m(shown[:, n : n + 1])
+            for shown in (images, images.flip(-1))
+            for n, m in enumerate((whole, lesion))
+        ]
         both = TwoViewClassifier(whole, lesion).eval()
-        assert torch.allclose(both(images), (apart[0] + apart[1]) / 2, atol=1e-5)
+        assert torch.allclose(both(images), torch.stack(apart).mean(0), atol=1e-5)
+        assert torch.allclose(both(images), both(images.flip(-1)), atol=1e-5)
+        assert not torch.allclose(both.features(images), both.judged(images), atol=1e-3)
         assert both.features(images).shape == (3, both.feature_dim) == (3, 1024)
         # The second view is looked at.
         assert not torch.allclose(both(images), both(images.flip(1)), atol=1e-3)

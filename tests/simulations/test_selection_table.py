@@ -20,7 +20,13 @@ from sonofed_common.runtime import SILENT, Events
 from sonofed_common.security import load_or_create_signing_key
 from sonofed_server.source.settings import SegmenterTraining
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
+from sonofed_simulations.rivals import (
+    CANDIDATES,
+    STRATEGIES,
+    TWO_VIEW_RANDOM,
+    TWO_VIEWS,
+    UNMIRRORED,
+)
 from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.tables import cells as cells_module
 from sonofed_simulations.tables.adaptation_selection import run_selection_table
@@ -61,7 +67,7 @@ def tiny(**changes: object) -> SelectionTable:
 
 SMALL = {"encoder": "unet", "epochs": 1, "batch_size": 8}
 TWO = tiny(
-    strategies=("random", "two-view-random"),
+    strategies=("random", TWO_VIEW_RANDOM, UNMIRRORED),
     budgets=(0.2,),
     draws=1,
     pooled=False,
@@ -177,6 +183,21 @@ def test_cells_of_two_views_start_from_the_products_classifier(two_views: Path) 
     assert start.begin.head["weight"].shape == (2, 2048) != single.begin.head["weight"].shape
     rows = {row["strategy"] for row in json.loads((two_views / "table.json").read_text())["rows"]}
     assert {"two-view-random", "two-view-all-labels", "random", "all-labels"} <= rows
+
+
+def test_the_mirror_image_changes_predictions_alone(two_views: Path) -> None:
+    work = two_views / "work"
+    folder = work / "cells" / "seed-0-fold-0" / "federated"
+    mirrored, alone = (
+        cells_module.from_bytes((folder / f"{name}-0" / "0.2.safetensors").read_bytes())
+        for name in (TWO_VIEW_RANDOM, UNMIRRORED)
+    )
+    assert mirrored.config["chosen"] == alone.config["chosen"]
+    path = next((work / "features" / "seed-0-fold-0" / f"shufflenet_v2{SUFFIX}").iterdir())
+    kept = cells_module.from_bytes(path.read_bytes()).arrays
+    assert not np.allclose(kept["test"], kept["unmirrored"], atol=1e-3)
+    found = f"probabilities/{path.stem}"
+    assert not np.allclose(mirrored.arrays[found], alone.arrays[found], atol=1e-4)
 
 
 def signed_anew(folder: Path, changes: dict[str, bytes]) -> None:
@@ -337,7 +358,7 @@ def at_sites(strategy: str, split: SplitName, right: dict[str, float]) -> Cell:
 
 def test_the_preset_is_chosen_at_the_other_sites_alone() -> None:
     base = dict.fromkeys(("a", "b", "c"), 0.5)
-    rights = {name: dict(base) for name in TWO_VIEWS}
+    rights = {name: dict(base) for name in CANDIDATES}
     # The best at its own site, and poor elsewhere: no other site's test may choose it for "a".
     rights["two-view-badge"] = {"a": 1.0, "b": 0.4, "c": 0.4}
     rights["two-view-feal"] = {"a": 0.6, "b": 0.6, "c": 0.6}

@@ -60,9 +60,14 @@ class Classifier(nn.Module):
         y: Tensor = self.backbone(x)
         return y.mean(dim=(2, 3)) if y.ndim == 4 else y
 
+    def judged(self, x: Tensor) -> Tensor:
+        """Map images in [0, 1] to the features (B, F) that a prediction is made of."""
+        return self.features(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 1, S, S) in [0, 1] to logits (B, classes)."""
-        logits: Tensor = self.head(self.dropout(self.features(x)))
+        features = self.features(x) if self.training else self.judged(x)
+        logits: Tensor = self.head(self.dropout(features))
         return logits
 
 
@@ -76,7 +81,8 @@ class TwoViewClassifier(Classifier):
 
     Notes
     -----
-    Images are (B, 2, S, S): the whole, and what `cut_out` gives of it.
+    Images are (B, 2, S, S): the whole, and what `cut_out` gives of it. In evaluation mode its
+    logits are the mean of those of the images and of their mirror images.
     """
 
     views = 2
@@ -99,6 +105,11 @@ class TwoViewClassifier(Classifier):
     def features(self, x: Tensor) -> Tensor:
         """Map images (B, 2, S, S) in [0, 1] to pooled features (B, 2 F)."""
         return torch.cat([self.whole.features(x[:, :1]), self.lesion.features(x[:, 1:])], dim=1)
+
+    def judged(self, x: Tensor) -> Tensor:
+        """Return the mean features of images and their mirror images."""
+        # The head is linear: this is the mean of both logits.
+        return (self.features(x) + self.features(x.flip(-1))) / 2
 
 
 class _LastMaps(nn.Module):

@@ -9,7 +9,7 @@ from sonofed_simulations.rivals.learned import LfOSA, Vaal
 from sonofed_simulations.rivals.ours import DualScore
 from sonofed_simulations.rivals.pool import Pool, Strategy
 from sonofed_simulations.rivals.random import Random
-from sonofed_simulations.rivals.two_views import TWO_VIEWS
+from sonofed_simulations.rivals.two_views import CANDIDATES, TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
 from sonofed_simulations.rivals.uncertainty import Bald, MaxEntropy
 
 DUAL_SCORES: dict[str, Strategy] = {
@@ -41,4 +41,14 @@ STRATEGIES: dict[str, Strategy] = {
 }
 """All strategies by the names of the tables."""
 
-__all__ = ["DUAL_SCORES", "OURS", "STRATEGIES", "TWO_VIEWS", "Pool", "Strategy"]
+__all__ = [
+    "CANDIDATES",
+    "DUAL_SCORES",
+    "OURS",
+    "STRATEGIES",
+    "TWO_VIEWS",
+    "TWO_VIEW_RANDOM",
+    "UNMIRRORED",
+    "Pool",
+    "Strategy",
+]

@@ -9,8 +9,10 @@ from sonofed_simulations.rivals.random import Random
 from sonofed_simulations.rivals.uncertainty import MaxEntropy
 
 TWO_VIEW_RANDOM = "two-view-random"
+UNMIRRORED = "two-view-random-unmirrored"
+"""The same images labelled, but predictions of the images alone, without their mirror images."""
 
-TWO_VIEWS: dict[str, Strategy] = {
+CANDIDATES: dict[str, Strategy] = {
     TWO_VIEW_RANDOM: Random(),
     "two-view-max-entropy": MaxEntropy(),
     "two-view-clue": Clue(),
@@ -19,3 +21,6 @@ TWO_VIEWS: dict[str, Strategy] = {
     "two-view-typiclust": TypiClust(),
 }
 """The candidates of the preset: what chooses the images whose two views are learnt from."""
+
+TWO_VIEWS: dict[str, Strategy] = {**CANDIDATES, UNMIRRORED: Random()}
+"""All that see two views."""

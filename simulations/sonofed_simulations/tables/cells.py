@@ -20,7 +20,13 @@ from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_common.security import sha256
-from sonofed_simulations.rivals import STRATEGIES, Pool, Strategy
+from sonofed_simulations.rivals import (
+    STRATEGIES,
+    TWO_VIEW_RANDOM,
+    UNMIRRORED,
+    Pool,
+    Strategy,
+)
 from sonofed_simulations.rivals.pool import UNLABELLED, united
 from sonofed_simulations.tables.features import SiteFeatures
 from sonofed_simulations.tables.head import (
@@ -202,7 +208,9 @@ class _Worker:
         # The budget is the sum of the sites' shares in both modes.
         counts = {name: budget_count(budget, size) for name, size in sizes.items()}
         more = sum(counts.values()) - sum(map(len, chosen.values()))
-        facts = (self.seed, self.chain.strategy, self.chain.draw, budget)
+        # The same images, so that the rows differ in what predictions are made of alone.
+        name = TWO_VIEW_RANDOM if self.chain.strategy == UNMIRRORED else self.chain.strategy
+        facts = (self.seed, name, self.chain.draw, budget)
         if self.chain.mode == "pooled" or strategy.ranks_globally:
             found = strategy.select(united(pools), more, derive_seed(*facts))
             offsets = np.cumsum([0, *sizes.values()])
@@ -233,7 +241,9 @@ class _Worker:
         """Predict the test images, and encode the cell."""
         arrays = {}
         for site in self.sites:
-            shown = site.unadapted if self.chain.strategy == SOURCE else site.test
+            shown = {SOURCE: site.unadapted, UNMIRRORED: site.unmirrored}.get(
+                self.chain.strategy, site.test
+            )
             found = softmax(logits(head, shown).astype(np.float64), axis=1)
             arrays[f"probabilities/{site.name}"] = found[:, 1].astype(np.float32)
             arrays[f"labels/{site.name}"] = site.test_labels

@@ -39,7 +39,9 @@ class SiteFeatures:
     labels : ndarray of int64 (N,)
         Their classes, which a cell sees of selected images only.
     test : ndarray of float32 (M, F)
-        Features of the plain test images.
+        Features that the plain test images are judged by.
+    unmirrored : ndarray of float32 (M, F)
+        Features of these images alone.
     unadapted : ndarray of float32 (M, F)
         The same with the source's normalisation statistics.
     test_labels : ndarray of int64 (M,)
@@ -51,6 +53,7 @@ class SiteFeatures:
     views: Array
     labels: Array
     test: Array
+    unmirrored: Array
     unadapted: Array
     test_labels: Array
     test_groups: tuple[str, ...]
@@ -108,10 +111,12 @@ def site_features(
     arrays = {
         "views": np.stack(views),
         "labels": np.array([s.label for s in split.pool], dtype=np.int64),
-        "test": features_of(model, test),
+        "test": judged_features(model, test),
         "unadapted": unadapted,
         "test_labels": np.array([s.label for s in split.test], dtype=np.int64),
     }
+    if model.views == 2:
+        arrays["unmirrored"] = features_of(model, test)
     records = Records(arrays, {"origin": origin, "groups": [s.group for s in split.test]})
     write_atomically(path, to_bytes(records))
     return _decode(hospital.name, records)
@@ -124,6 +129,8 @@ def _decode(name: str, records: Records) -> SiteFeatures:
         arrays["views"],
         arrays["labels"],
         arrays["test"],
+        # One view is judged alone.
+        arrays.get("unmirrored", arrays["test"]),
         arrays["unadapted"],
         arrays["test_labels"],
         tuple(records.config["groups"]),
@@ -135,8 +142,17 @@ def features_of(
     model: Classifier, images: Tensor, shown: Callable[[Tensor], Tensor] | None = None
 ) -> Array:
     """Features (N, F) of images (N, V, S, S), or of what is shown of them."""
-    parts = [
-        model.features(batch if shown is None else shown(batch)).numpy()
-        for batch in torch.split(images, BATCH)
-    ]
+    return _in_batches(model.features, images, shown or (lambda batch: batch))
+
+
+@torch.inference_mode()
+def judged_features(model: Classifier, images: Tensor) -> Array:
+    """Features (N, F) that a prediction of images (N, V, S, S) is made of."""
+    return _in_batches(model.judged, images, lambda batch: batch)
+
+
+def _in_batches(
+    features: Callable[[Tensor], Tensor], images: Tensor, shown: Callable[[Tensor], Tensor]
+) -> Array:
+    parts = [features(shown(batch)).numpy() for batch in torch.split(images, BATCH)]
     return np.concatenate(parts).astype(np.float32)

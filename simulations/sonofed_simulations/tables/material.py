@@ -59,9 +59,10 @@ class Material:
     def sites(self, split: SplitName, two_views: bool) -> list[SiteFeatures]:
         """Return the features of all sites, from the files that keep them or extracted now."""
         start, events = self.starts[two_views], self.laboratory.events
-        folder = self.laboratory.root / "features" / str(split) / start.name
+        part = f"features/{split}/{start.name}"
+        folder = self.laboratory.root / part
         # Another shard may be extracting the same ones.
-        with self.laboratory.alone():
+        with self.laboratory.alone(part):
             return [
                 site_features(start, h, self.table, split, folder / f"{h.name}.safetensors", events)
                 for h in self.hospitals

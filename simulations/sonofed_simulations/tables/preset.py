@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sonofed_simulations.rivals import OURS, TWO_VIEWS
+from sonofed_simulations.rivals import CANDIDATES, OURS
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
@@ -33,14 +33,14 @@ def choose(cells: Sequence[Cell], table: SelectionTable) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Of `TWO_VIEWS`, by site: the highest mean accuracy over the other sites' own values, on the
+        Of `CANDIDATES`, by site: the highest mean accuracy over the other sites' own values, on the
         splits that every candidate has finished. Empty where there is none, or a single site.
     """
     held = _by_place(cells)
     splits = _common(held, table.main_budget)
     if not splits:
         return {}
-    sites = list(held[next(iter(TWO_VIEWS)), table.main_budget, splits[0]][0].predictions)
+    sites = list(held[next(iter(CANDIDATES)), table.main_budget, splits[0]][0].predictions)
     worth = {
         name: {
             site: np.mean(
@@ -52,7 +52,7 @@ def choose(cells: Sequence[Cell], table: SelectionTable) -> dict[str, str]:
             )
             for site in sites
         }
-        for name in TWO_VIEWS
+        for name in CANDIDATES
     }
     if len(sites) < 2:
         return {}
@@ -94,7 +94,7 @@ def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
 
 def _common(held: dict[Place, list[Cell]], budget: float) -> list[SplitName]:
     """Splits in which every candidate has finished a budget."""
-    finished = [{s for n, b, s in held if (n, b) == (name, budget)} for name in TWO_VIEWS]
+    finished = [{s for n, b, s in held if (n, b) == (name, budget)} for name in CANDIDATES]
     return sorted(set.intersection(*finished), key=lambda split: (split.seed, split.fold))
 
 

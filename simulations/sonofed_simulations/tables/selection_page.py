@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
+from sonofed_simulations.rivals import TWO_VIEW_RANDOM, UNMIRRORED
 from sonofed_simulations.tables.pages import markdown, number_text
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_csv import rows_as_csv
@@ -131,16 +132,19 @@ def _preset(summary: Summary) -> list[str]:
         "image a second network of the same kind sees the lesion, cut out around what a segmenter "
         "outlines. All three come from the source alone, from its labels and masks; at a hospital "
         "their statistics are re-estimated like the rivals'. The head is on the features of both, "
-        "and starts as the mean of the two heads' logits. So `two-view-random` over `random` is "
-        "what the second view is worth, but for the draw of the weights: the network of whole "
-        "images is trained from another seed than the rivals'. The others over `two-view-random` "
-        "are what their strategy adds:",
+        "and starts as the mean of the two heads' logits; predictions are the mean of an image's "
+        f"and its mirror image's. So `{UNMIRRORED}` over `random` is what the second view is "
+        "worth, but for the draw of the weights: the network of whole images is trained from "
+        f"another seed than the rivals'. It is on the same labels as `{TWO_VIEW_RANDOM}`: their "
+        "difference is what the mirror image is worth, which was added after a look at one of the "
+        "folds. The others over "
+        f"`{TWO_VIEW_RANDOM}` are what their strategy adds:",
         "",
         *two_view_table(summary),
         "",
         f"`{PRESET}` is put together of these rows, a hospital each: the strategy with the best "
         f"mean accuracy at the *other* hospitals at {summary.main_budget:.0%} of the labels: "
-        f"{chosen}. No label of a hospital's test had a part in what stands for it.",
+        f"{chosen}. No label of a hospital's test had a part in the strategy that stands for it.",
     ]
 
 

@@ -12,12 +12,12 @@ from pydantic import Field, field_validator
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.study import Finetuning
 from sonofed_server.source.settings import SegmenterTraining
-from sonofed_simulations.rivals import STRATEGIES, TWO_VIEWS
+from sonofed_simulations.rivals import STRATEGIES, TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
 
 Mode = Literal["federated", "pooled"]
 
 RANDOM = "random"
-DRAWN = (RANDOM, "two-view-random")
+DRAWN = (RANDOM, TWO_VIEW_RANDOM, UNMIRRORED)
 FIRST_DRAWS = 3
 """Draws that run before the next split does: more splits say more than more draws."""
 

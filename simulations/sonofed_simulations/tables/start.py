@@ -78,7 +78,9 @@ class Start:
     def origin(self) -> dict[str, str]:
         """What its features are made of, beside the images."""
         origin = {"classifier": self.name, "weights": self.digest}
-        return origin if self.lesions is None else {**origin, "segmenter": self.lesions.digest}
+        if self.lesions is None:
+            return origin
+        return {**origin, "segmenter": self.lesions.digest, "judged": "with the mirror image"}
 
     @cached_property
     def begin(self) -> Begin:
