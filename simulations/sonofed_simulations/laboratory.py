@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from sonofed_common.security import load_or_create_signing_key, public_hex, sha2
 from sonofed_server.source.training import train_source
 from sonofed_server.study.source import write_source
 from sonofed_server.study.workspace import StudyState, Workspace, identity_of
+from sonofed_simulations.locks import alone
 from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
 from sonofed_simulations.scenarios.scenario import Hospital, PhantomData, Scenario
@@ -59,26 +58,9 @@ class Laboratory:
         """The simulated coordinator's signing key."""
         return self.root / "coordinator.pem"
 
-    @contextmanager
-    def alone(self, part: str = "laboratory") -> Iterator[None]:
-        """Hold a part while what several processes share is made, waiting for one that does.
-
-        The system lets go of it when the process ends.
-
-        Parameters
-        ----------
-        part : str
-            Path of the part inside the laboratory's folder; a lock is put beside it.
-        """
-        path = self.root / f"{part}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.events.emit("waiting", reason=f"another process holds {path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def alone(self, part: str = "laboratory") -> AbstractContextManager[None]:
+        """Hold a part of the folder, whose path inside it is given; see `locks.alone`."""
+        return alone(self.root / f"{part}.lock", self.events)
 
     def prepare_source(self, folder: Path | None = None) -> Path:
         """Train the source's models unless that is done, and return the bundle.

@@ -52,9 +52,11 @@ class PointStore:
 
     def points(self, stage: Stage, seed: int) -> Points:
         """Points of a stage under one seed, from their file or made now."""
-        path = self.laboratory.root / "points" / f"seed-{seed}" / f"{stage}.safetensors"
+        part = f"points/seed-{seed}/{stage}"
+        path = self.laboratory.root / f"{part}.safetensors"
         origin = self.origin(stage, seed)
-        with self.laboratory.alone():
+        # Another shard may be making the same ones, as in `_redrawn`.
+        with self.laboratory.alone(part):
             kept = read_records(path, origin)
             if kept is None:
                 pools = {hospital.name: self._pool(hospital, seed) for hospital in self.hospitals}
@@ -86,24 +88,26 @@ class PointStore:
 
     def _redrawn(self, hospital: HospitalImages) -> Tensor:
         """All of a hospital's images redrawn, the same in every seed; kept as bytes."""
-        path = self.laboratory.root / "reconstructions" / f"{hospital.name}.safetensors"
+        part = f"reconstructions/{hospital.name}"
+        path = self.laboratory.root / f"{part}.safetensors"
         origin = {
             "stack": self.stack,
             "data": hospital.provenance.digest,
             "reconstruction": RECONSTRUCTION.model_dump(mode="json", exclude={"batch_size"}),
         }
-        kept = read_records(path, origin)
-        if kept is None:
-            stack = read_stack(self.laboratory.root / "source")
-            seeds = [derive_seed("reconstruction", sample.name) for sample in hospital.samples]
-            count = len(seeds)
-            done = []
-            for low in range(0, count, BATCH):
-                batch = slice(low, low + BATCH)
-                found = reconstruct(stack, hospital.images[batch], RECONSTRUCTION, seeds[batch])
-                done.append((found * 255).round().to(torch.uint8))
-                now = min(low + BATCH, count)
-                self.laboratory.events.progress(f"reconstructions {hospital.name}", now, count)
-            kept = Records({"images": torch.cat(done).numpy()}, {"origin": origin})
-            write_atomically(path, to_bytes(kept))
+        with self.laboratory.alone(part):
+            kept = read_records(path, origin)
+            if kept is None:
+                stack = read_stack(self.laboratory.root / "source")
+                seeds = [derive_seed("reconstruction", sample.name) for sample in hospital.samples]
+                count = len(seeds)
+                done = []
+                for low in range(0, count, BATCH):
+                    batch = slice(low, low + BATCH)
+                    found = reconstruct(stack, hospital.images[batch], RECONSTRUCTION, seeds[batch])
+                    done.append((found * 255).round().to(torch.uint8))
+                    now = min(low + BATCH, count)
+                    self.laboratory.events.progress(f"reconstructions {hospital.name}", now, count)
+                kept = Records({"images": torch.cat(done).numpy()}, {"origin": origin})
+                write_atomically(path, to_bytes(kept))
         return torch.from_numpy(np.array(kept.arrays["images"])).float() / 255

@@ -180,7 +180,7 @@ class Ablation:
         folder = self.laboratory.root / "features" / str(name)
         events = self.laboratory.events
         # Another shard may be extracting the same ones.
-        with self.laboratory.alone():
+        with self.laboratory.alone(f"features/{name}"):
             return [
                 site_features(self.start, h, SPLITS, name, folder / f"{h.name}.safetensors", events)
                 for h in self.hospitals

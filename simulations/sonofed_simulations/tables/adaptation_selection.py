@@ -73,10 +73,12 @@ def run_selection_table(
     scenario = _scenario(table)
     material = Material.prepare(table, Laboratory(scenario, out / "work", data, events))
     everything = list(chains(table))
-    # Contiguous shards share few splits, whose features each machine extracts.
+    # Shards share few splits, whose features each machine extracts.
+    by_split = sorted(everything, key=lambda chain: chain.split)
     first, last = ((n * len(everything)) // total for n in (number - 1, number))
+    own = set(by_split[first:last])
     try:
-        _run(everything[first:last], material)
+        _run([chain for chain in everything if chain in own], material)
     except KeyboardInterrupt:
         _write(everything, material, out)
         raise

@@ -20,6 +20,7 @@ from sonofed_server.source.diffusion import train_diffusion
 from sonofed_server.source.settings import DiffusionTraining, SyntheticImages, WganTraining
 from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
 from sonofed_server.source.wgan import train_drawing
+from sonofed_simulations.locks import alone
 from sonofed_simulations.tables.breast_sites import parts_facts
 
 
@@ -88,21 +89,23 @@ def synthetic_set(
     text = json.dumps({**origin, "count": None}, sort_keys=True)
     checkpoints = folder / f"generator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     path = folder / f"{count}-images.safetensors"
-    records = from_bytes(path.read_bytes()) if path.exists() else None
-    if records is None or records.config["origin"] != origin:
-        drawing = _trained(source.pool, generator, seed, checkpoints, events)
-        malignant = round(count * float(source.pool.labels.float().mean()))
-        made, facts = synthesise(
-            drawing,
-            source,
-            (count - malignant, malignant),
-            derive_seed(seed, "draw"),
-            events,
-            # The page tells how many passed.
-            least=0.0,
-        )
-        records = Records(made.arrays, {"origin": origin, "facts": facts})
-        write_atomically(path, to_bytes(records))
+    # Another shard may be making the same images, or training the same generator.
+    with alone(folder / "images.lock", events):
+        records = from_bytes(path.read_bytes()) if path.exists() else None
+        if records is None or records.config["origin"] != origin:
+            drawing = _trained(source.pool, generator, seed, checkpoints, events)
+            malignant = round(count * float(source.pool.labels.float().mean()))
+            made, facts = synthesise(
+                drawing,
+                source,
+                (count - malignant, malignant),
+                derive_seed(seed, "draw"),
+                events,
+                # The page tells how many passed.
+                least=0.0,
+            )
+            records = Records(made.arrays, {"origin": origin, "facts": facts})
+            write_atomically(path, to_bytes(records))
     images = torch.from_numpy(records.arrays["images"])[:, None].float() / 255
     labels = torch.from_numpy(records.arrays["labels"])
     return SyntheticSet(images, labels, dict(records.config["facts"]))
