@@ -252,6 +252,50 @@ def test_each_site_has_its_share_unless_images_are_ranked_together(made: Path) -
     assert chosen["random-0"]["chosen"] != chosen["random-1"]["chosen"]
 
 
+def test_a_table_of_two_classifiers_has_their_means_and_each_ones_own_rows(tmp_path: Path) -> None:
+    both = ("shufflenet_v2", "resnet18")
+    table = tiny(
+        classifiers=both,
+        epochs=1,
+        strategies=("random", "max-entropy"),
+        budgets=(0.2,),
+        draws=1,
+        views=1,
+        pooled=False,
+    )
+    summary = run_selection_table(table, tmp_path, None, (1, 1), SILENT)
+    assert summary.cells == summary.wanted == 2 * 2 * 5
+    cells = tmp_path / "work" / "cells"
+    assert {path.relative_to(cells).parts[0] for path in cells.rglob("*.safetensors")} == {*both}
+    rows = {row.strategy: row for row in summary.rows}
+    apart = {name: {row.strategy: row for row in summary.by_classifier[name]} for name in both}
+    for strategy, row in rows.items():
+        values = [apart[name][strategy].accuracy.value for name in both]
+        assert row.accuracy.value == pytest.approx(np.mean(values)) and row.splits == 2
+    assert apart[both[0]]["bn-adapted"].auroc != apart[both[1]]["bn-adapted"].auroc
+    page = (tmp_path / "README.md").read_text()
+    assert "2 of whole images (shufflenet_v2, resnet18; a row is their mean)" in page
+    section = page.split("## Accuracy by classifier")[1].split("##")[0]
+    assert "| strategy | shufflenet_v2 | resnet18 |" in section and "| max-entropy |" in section
+
+
+def test_a_mean_over_classifiers_waits_for_all_of_them() -> None:
+    table = tiny(classifiers=("one", "two"))
+    splits = [SplitName(0, fold) for fold in range(2)]
+    made = [
+        replace(found, chain=replace(found.chain, classifier=name))
+        for name, right in (("one", 0.9), ("two", 0.5))
+        for strategy in ("random", "badge")
+        for split in splits
+        for found in [cell(strategy, split, right)]
+    ]
+    summary = summarise(table, made[:-1], 40)
+    rows = {row.strategy: row for row in summary.rows}
+    assert (rows["random"].splits, rows["badge"].splits, summary.cells) == (2, 1, 7)
+    assert [row.splits for row in summary.by_classifier["one"]] == [2, 2]
+    assert rows["badge"].accuracy.value == pytest.approx(0.7, abs=0.08)
+
+
 def test_a_shard_that_does_not_exist_and_missing_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="3/2"):
         run_selection_table(tiny(), tmp_path, None, (3, 2), SILENT)

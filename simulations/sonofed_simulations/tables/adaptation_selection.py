@@ -19,22 +19,15 @@ from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.selection_page import write_page
 from sonofed_simulations.tables.selection_summary import Summary, summarise
 from sonofed_simulations.tables.selection_tables import summary_table
-from sonofed_simulations.tables.settings import QUICK, Chain, SelectionTable, chains
+from sonofed_simulations.tables.settings import FULL, QUICK, Chain, SelectionTable, chains
 
 THREADS = 1
 
 
 def make(request: Request) -> Made:
-    """Make the quick form.
-
-    Raises
-    ------
-    ConfigurationError
-        The full form was asked for, or see `run_selection_table`.
-    """
-    if not request.quick:
-        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
-    summary = run_selection_table(QUICK, request.out, request.data, request.shard, request.events)
+    """Make the table; see `run_selection_table`."""
+    table = QUICK if request.quick else FULL
+    summary = run_selection_table(table, request.out, request.data, request.shard, request.events)
     return Made(summary_table(summary), summary.cells, summary.wanted)
 
 
@@ -99,7 +92,7 @@ def finished(wanted: Sequence[Chain], material: Material) -> tuple[list[Cell], i
     found: list[Cell] = []
     count = 0
     for chain in wanted:
-        start, features = material.starts[chain.two_views], material.origins(chain)
+        start, features = material.start(chain), material.origins(chain)
         for budget in chain.budgets:
             count += 1
             origin = cell_origin(chain, budget, material.table, start.begin, features)
@@ -116,8 +109,9 @@ def _run(wanted: Sequence[Chain], material: Material) -> None:
         if len(found) < count:
             missing.append(chain)
     done = len(wanted) - len(missing)
-    for (split, two_views), group in groupby(missing, key=lambda c: (c.split, c.two_views)):
-        sites, begin = material.sites(split, two_views), material.starts[two_views].begin
+    for (split, name), group in groupby(missing, key=lambda c: (c.split, material.start(c).name)):
+        start = material.starts[name]
+        sites, begin = material.sites(split, start), start.begin
         for chain in group:
             run_chain(chain, material.table, begin, sites, material.origins(chain), material.cells)
             done += 1
@@ -129,12 +123,14 @@ def _run(wanted: Sequence[Chain], material: Material) -> None:
 def _scenario(table: SelectionTable) -> Scenario:
     """The table's scenario with the models that its cells start from, and no others."""
     scenario = read_scenario(table.scenario)
-    classifier = scenario.study.classifiers[0]
-    two_views = (f"{classifier}{TWO_VIEWS}",) if table.lesions is not None else ()
+    first = scenario.study.classifiers[0]
+    two_views = (f"{first}{TWO_VIEWS}",) if table.lesions is not None else ()
+    training = scenario.source.training
     source = scenario.source.model_copy(
         update={
             "threads": THREADS,
-            "classifiers": (classifier, *two_views),
+            "classifiers": (*(table.classifiers or (first,)), *two_views),
+            "training": training.model_copy(update={"epochs": table.epochs or training.epochs}),
             "segmentation": table.lesions,
             "diffusion": DiffusionTraining(kind="none"),
             "synthetic": None,

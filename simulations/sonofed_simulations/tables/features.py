@@ -17,7 +17,7 @@ from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.models.classifiers import Classifier
-from sonofed_common.runtime import Events, derive_seed, write_atomically
+from sonofed_common.runtime import Events, derive_seed, device, write_atomically
 from sonofed_simulations.tables.hospitals import HospitalImages, places_of, split_of
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 from sonofed_simulations.tables.start import Start
@@ -100,7 +100,7 @@ def site_features(
     pool, test = (seen[part] for part in places)
     task = f"features {hospital.name}"
     events.progress(task, 0, table.views, split=str(name))
-    model = start.model()
+    model = start.model().to(device())
     unadapted = features_of(model, test)
     adapt_batch_norm(model, evenly_spaced(pool, BATCH_NORM_IMAGES))
     augmentation = Augmentation(derive_seed(name.seed, name.fold, hospital.name, "views"))
@@ -142,17 +142,21 @@ def features_of(
     model: Classifier, images: Tensor, shown: Callable[[Tensor], Tensor] | None = None
 ) -> Array:
     """Features (N, F) of images (N, V, S, S), or of what is shown of them."""
-    return _in_batches(model.features, images, shown or (lambda batch: batch))
+    return _in_batches(model, model.features, images, shown or (lambda batch: batch))
 
 
 @torch.inference_mode()
 def judged_features(model: Classifier, images: Tensor) -> Array:
     """Features (N, F) that a prediction of images (N, V, S, S) is made of."""
-    return _in_batches(model.judged, images, lambda batch: batch)
+    return _in_batches(model, model.judged, images, lambda batch: batch)
 
 
 def _in_batches(
-    features: Callable[[Tensor], Tensor], images: Tensor, shown: Callable[[Tensor], Tensor]
+    model: Classifier,
+    features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    shown: Callable[[Tensor], Tensor],
 ) -> Array:
-    parts = [features(shown(batch)).numpy() for batch in torch.split(images, BATCH)]
+    where = next(model.parameters()).device
+    parts = [features(shown(batch.to(where))).cpu().numpy() for batch in torch.split(images, BATCH)]
     return np.concatenate(parts).astype(np.float32)

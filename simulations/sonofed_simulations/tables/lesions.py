@@ -16,7 +16,7 @@ from sonofed_common.contract.segmentation import SegmentationFacts
 from sonofed_common.data.images import load_images
 from sonofed_common.data.lesions import BATCH, ENLARGED, with_lesions
 from sonofed_common.models.segmenter import Segmenter, build_segmenter
-from sonofed_common.runtime import Events
+from sonofed_common.runtime import Events, device
 from sonofed_simulations.tables.hospitals import HospitalImages
 
 
@@ -42,8 +42,10 @@ class LesionFinder:
         """Put the lesion beside each image (N, 2, S, S), as a hospital does; see `outlined`."""
         images = hospital.images
         batches = torch.split(images, BATCH)
-        shown = events.track(batches, f"outline lesions {hospital.name}", len(batches))
-        boxes = outlined(self._segmenter(images.shape[-1]), images[list(pool)], shown)
+        tracked = events.track(batches, f"outline lesions {hospital.name}", len(batches))
+        segmenter = self._segmenter(images.shape[-1]).to(device())
+        shown = (batch.to(device()) for batch in tracked)
+        boxes = outlined(segmenter, images[list(pool)], shown)
         larger, _, _ = load_images(list(hospital.samples), ENLARGED * images.shape[-1])
         return with_lesions(images, larger, boxes)
 

@@ -54,7 +54,7 @@ def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None
     facts = {
         "table": table.model_dump(mode="json"),
         "source": {
-            "bundle": material.starts[False].bundle,
+            "bundle": next(iter(material.starts.values())).bundle,
             "weights": [start.origin for start in material.starts.values()],
             "settings": source.model_dump(mode="json", exclude_none=True),
         },

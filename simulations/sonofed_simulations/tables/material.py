@@ -25,15 +25,15 @@ class Material:
         What is compared.
     laboratory : Laboratory
         Its folder gets the source, the features and the cells.
-    starts : mapping of bool to Start
-        The source's classifiers, by whether they see two views; a table may have no such one.
+    starts : mapping of str to Start
+        The source's classifiers, by name, that of two views last.
     hospitals : tuple of HospitalImages
         All labelled images.
     """
 
     table: SelectionTable
     laboratory: Laboratory
-    starts: Mapping[bool, Start]
+    starts: Mapping[str, Start]
     hospitals: tuple[HospitalImages, ...]
 
     @classmethod
@@ -42,7 +42,7 @@ class Material:
         source = laboratory.scenario.source
         with laboratory.alone():
             bundle = laboratory.prepare_source()
-            starts = {sees_lesions(name): read_start(bundle, name) for name in source.classifiers}
+            starts = {name: read_start(bundle, name) for name in source.classifiers}
             hospitals = tuple(read_hospitals(laboratory, source.image_size))
         return cls(table, laboratory, starts, hospitals)
 
@@ -51,14 +51,19 @@ class Material:
         """Folder of the cells."""
         return self.laboratory.root / "cells"
 
+    def start(self, chain: Chain) -> Start:
+        """What a chain starts from."""
+        fitting = (name for name in self.starts if sees_lesions(name) == chain.two_views)
+        return self.starts[chain.classifier or next(fitting)]
+
     def origins(self, chain: Chain) -> list[dict[str, Any]]:
         """What the features of a chain are made of, a site each."""
-        start = self.starts[chain.two_views]
+        start = self.start(chain)
         return [features_origin(start, h, self.table, chain.split) for h in self.hospitals]
 
-    def sites(self, split: SplitName, two_views: bool) -> list[SiteFeatures]:
+    def sites(self, split: SplitName, start: Start) -> list[SiteFeatures]:
         """Return the features of all sites, from the files that keep them or extracted now."""
-        start, events = self.starts[two_views], self.laboratory.events
+        events = self.laboratory.events
         part = f"features/{split}/{start.name}"
         folder = self.laboratory.root / part
         # Another shard may be extracting the same ones.

@@ -8,7 +8,7 @@ import numpy as np
 
 from sonofed_common.contract.configuration import Model
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
-from sonofed_simulations.rivals import TWO_VIEWS
+from sonofed_simulations.rivals import TWO_VIEWS, UNMIRRORED
 from sonofed_simulations.statistics import budget_area, needed_budget
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
@@ -64,7 +64,9 @@ def curve_of(
         )
         over_random = contrast(_area(table, own), _area(table, others))
         ends = [_ends(RANDOM), _ends(strategy)]
-        if mode == "federated" and set(common) <= set(replicates.splits(*ends[0], *ends[1])):
+        # The controls of two views predict from mirror images, too.
+        own_ends = mode == "federated" and strategy != UNMIRRORED
+        if own_ends and set(common) <= set(replicates.splits(*ends[0], *ends[1])):
             target = replicates.over_sites(ends[0][1], common)[0] - MARGIN
             needs = []
             for curve, outer in ((others, ends[0]), (own, ends[1])):

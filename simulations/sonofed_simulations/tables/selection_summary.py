@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pydantic import Field
 
@@ -14,7 +16,7 @@ from sonofed_simulations.tables.preset import choose, preset_cells
 from sonofed_simulations.tables.selection_curves import Curve, curve_of
 from sonofed_simulations.tables.selection_replicates import selection_replicates
 from sonofed_simulations.tables.selection_rows import Row, rows_of
-from sonofed_simulations.tables.settings import CONTROLS, SelectionTable
+from sonofed_simulations.tables.settings import CONTROLS, Chain, SelectionTable
 
 
 class Summary(Model):
@@ -29,6 +31,9 @@ class Summary(Model):
     best_rival: str | None
     preset: dict[str, str] = Field(default={}, description="by site: the candidate of sonofed")
     rows: tuple[Row, ...]
+    by_classifier: dict[str, tuple[Row, ...]] = Field(
+        default={}, description="of a table of several, on all that each has finished"
+    )
     curves: tuple[Curve, ...]
 
 
@@ -44,6 +49,7 @@ def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summ
     wanted : int
         Cells of the whole table.
     """
+    finished, cells = cells, _complete(cells, table)
     replicates = selection_replicates([*cells, *preset_cells(cells, table)])
     rows, rival = rows_of(replicates, table.main_budget)
     strategies = [(name, mode) for name, mode, _ in replicates.by_key if name not in CONTROLS]
@@ -51,12 +57,35 @@ def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summ
     return Summary(
         scenario=table.scenario,
         machine=this_machine(),
-        cells=len(cells),
+        cells=len(finished),
         wanted=wanted,
-        seconds=sum(cell.seconds for cell in cells),
+        seconds=sum(cell.seconds for cell in finished),
         main_budget=table.main_budget,
         best_rival=rival,
         preset=choose(cells, table),
         rows=tuple(rows),
+        by_classifier=_by_classifier(finished, table),
         curves=tuple(curve for curve in curves if curve is not None),
     )
+
+
+def _complete(cells: Sequence[Cell], table: SelectionTable) -> list[Cell]:
+    """Cells that every classifier has: a mean over some of them would be another row's."""
+    held = Counter(_shared(cell) for cell in cells)
+    return [
+        cell
+        for cell in cells
+        if not cell.chain.classifier or held[_shared(cell)] == len(table.classifiers)
+    ]
+
+
+def _shared(cell: Cell) -> tuple[Chain, float]:
+    return replace(cell.chain, classifier=""), cell.budget
+
+
+def _by_classifier(cells: Sequence[Cell], table: SelectionTable) -> dict[str, tuple[Row, ...]]:
+    found = {}
+    for name in table.classifiers:
+        own = [cell for cell in cells if cell.chain.classifier == name]
+        found[name] = tuple(rows_of(selection_replicates(own), table.main_budget)[0]) if own else ()
+    return found

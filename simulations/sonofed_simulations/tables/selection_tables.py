@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
@@ -78,6 +78,25 @@ def details_table(summary: Summary) -> list[str]:
     ]
 
 
+def classifier_table(summary: Summary) -> list[str]:
+    """Return the accuracy of each classifier, and its difference to Random."""
+    held = {name: {r.strategy: r for r in _main(rows, summary)} for name, rows in
+            summary.by_classifier.items()}  # fmt: skip
+    strategies = [row.strategy for row in main_rows(summary)]
+    lines = []
+    for strategy in dict.fromkeys([*strategies, *(s for rows in held.values() for s in rows)]):
+        found = [rows.get(strategy) for rows in held.values()]
+        if any(found):
+            lines.append([strategy, *("" if row is None else _one(row) for row in found)])
+    return markdown(("strategy", *held), lines)
+
+
+def _one(row: Row) -> str:
+    text = interval_text(row.accuracy)
+    gain = row.over_random.get("accuracy")
+    return text if gain is None else f"{text}, {contrast_text(gain)}"
+
+
 def site_table(summary: Summary) -> list[str]:
     """Return the AUROC at each site."""
     sites = list(summary.rows[0].sites) if summary.rows else []
@@ -113,12 +132,16 @@ def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
 
 def main_rows(summary: Summary) -> list[Row]:
     """Return the federated rows at the main budget, controls first, by accuracy."""
-    rows = [
+    rows = _main(summary.rows, summary)
+    return sorted(rows, key=lambda row: (not _control(row), -row.accuracy.value))
+
+
+def _main(rows: Iterable[Row], summary: Summary) -> list[Row]:
+    return [
         row
-        for row in summary.rows
+        for row in rows
         if row.mode == "federated" and (row.budget == summary.main_budget or _control(row))
     ]
-    return sorted(rows, key=lambda row: (not _control(row), -row.accuracy.value))
 
 
 def _control(row: Row) -> bool:

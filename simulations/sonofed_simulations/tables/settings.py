@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,9 +35,16 @@ class SelectionTable(Model):
     -----
     Every seed makes ``folds`` patient-level folds. In the first one of each seed all ``budgets``
     are spent, in the others those up to ``main_budget``; pooled cells are of the first folds only.
+    Of several ``classifiers`` a row is the mean; rows of two views are of the scenario's alone.
     """
 
     scenario: str
+    classifiers: tuple[str, ...] = Field(
+        default=(), description="that rows start from; default: the scenario's first"
+    )
+    epochs: int | None = Field(
+        default=None, ge=1, description="of the source's classifiers; default: the scenario's"
+    )
     seeds: tuple[int, ...] = (0, 1, 2)
     folds: int = Field(default=5, ge=2)
     budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
@@ -65,6 +72,17 @@ QUICK = SelectionTable(
     lesions=SegmenterTraining(epochs=12, learning_rate=1e-3, batch_size=8),
 )
 """One classifier, 128 px, three seeds, five folds: hours on two cores."""
+
+
+FULL = SelectionTable(
+    scenario="breast_three_countries",
+    classifiers=("resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2", "efficientnet_b0"),
+    epochs=100,
+    seeds=(0, 1, 2, 3, 4),
+    views=8,
+    lesions=QUICK.lesions,
+)
+"""The paper's five classifiers, for a machine with a GPU and many cores."""
 
 
 @dataclass(frozen=True, order=True)
@@ -95,6 +113,8 @@ class Chain:
         Which images are in the pools.
     budgets : tuple of float
         Shares of the pools that are labelled, ascending; a control has one.
+    classifier : str
+        That it starts from, in a table of several.
     """
 
     strategy: str
@@ -102,6 +122,7 @@ class Chain:
     draw: int
     split: SplitName
     budgets: tuple[float, ...]
+    classifier: str = ""
 
     @property
     def two_views(self) -> bool:
@@ -116,7 +137,8 @@ class Chain:
     def path(self, budget: float) -> Path:
         """Where the cell of a budget is kept, under the folder of the cells."""
         name = f"{self.strategy}-{self.draw}" if self.strategy in DRAWN else self.strategy
-        return Path(str(self.split)) / self.mode / name / f"{budget:g}.safetensors"
+        folder = Path(self.classifier) / str(self.split) / self.mode / name
+        return folder / f"{budget:g}.safetensors"
 
 
 def chains(table: SelectionTable) -> Iterator[Chain]:
@@ -124,15 +146,24 @@ def chains(table: SelectionTable) -> Iterator[Chain]:
     splits = [SplitName(s, f) for f in range(table.folds) for s in table.seeds]
     for draws in (range(FIRST_DRAWS), range(FIRST_DRAWS, table.draws)):
         for split in splits:
-            if 0 in draws:
-                yield from _controls(table, split)
+            wanted = list(_controls(table, split)) if 0 in draws else []
             for name in table.strategies:
                 if table.lesions is not None or name not in TWO_VIEWS:
-                    yield from _draws(table, name, "federated", split, draws)
+                    wanted += _draws(table, name, "federated", split, draws)
+            yield from _from_each(table, wanted)
     for split in splits:
+        wanted = []
         for name in table.strategies:
             if table.pooled and split.fold == 0 and name not in TWO_VIEWS:
-                yield from _draws(table, name, "pooled", split, range(table.draws))
+                wanted += _draws(table, name, "pooled", split, range(table.draws))
+        yield from _from_each(table, wanted)
+
+
+def _from_each(table: SelectionTable, wanted: Sequence[Chain]) -> Iterator[Chain]:
+    """Chains from each classifier in turn, whose features are read once, then of two views."""
+    for name in table.classifiers or ("",):
+        yield from (replace(chain, classifier=name) for chain in wanted if not chain.two_views)
+    yield from (chain for chain in wanted if chain.two_views)
 
 
 def _controls(table: SelectionTable, split: SplitName) -> Iterator[Chain]:
