@@ -10,7 +10,7 @@ from sonofed_client.adaptation.evaluation import predict
 from sonofed_client.adaptation.finetuning import finetune_round
 from sonofed_common.runtime import derive_seed
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.tables.aggregation import ADAM, AggregationTable, site_images
+from sonofed_simulations.tables.aggregation import ADAM, AggregationTable, Length, site_images
 from sonofed_simulations.tables.hospitals import read_hospitals
 from sonofed_simulations.tables.start import read_start
 
@@ -18,7 +18,7 @@ from sonofed_simulations.tables.start import read_start
 @pytest.fixture(scope="module")
 def table(laboratory: Laboratory) -> AggregationTable:
     start = read_start(laboratory.prepare_source(), "shufflenet_v2")
-    return AggregationTable(start, read_hospitals(laboratory, 32), {}, (0,), rounds=1)
+    return AggregationTable(start, read_hospitals(laboratory, 32), {}, Length(32, (0,), 1))
 
 
 def test_a_cell_of_fedavg_is_the_mean_of_the_sites_rounds(table: AggregationTable) -> None:
@@ -44,7 +44,7 @@ def test_a_cell_of_fedavg_is_the_mean_of_the_sites_rounds(table: AggregationTabl
 
 def test_a_cell_of_fedbn_averages_all_but_the_layers_of_each_site(laboratory: Laboratory) -> None:
     start = read_start(laboratory.prepare_source(), "shufflenet_v2")
-    table = AggregationTable(start, read_hospitals(laboratory, 32), {}, (0,), rounds=2)
+    table = AggregationTable(start, read_hospitals(laboratory, 32), {}, Length(32, (0,), 2))
     outcome = table.run(next(arm for arm in table.arms if arm.name == "FedBN"), 0)
     settings = ADAM.model_copy(update={"rounds": 2})
     sites = [site_images(hospital, 0) for hospital in table.hospitals]

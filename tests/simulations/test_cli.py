@@ -104,7 +104,7 @@ def test_an_unknown_comparison(tmp_path):
 def test_a_table_that_cannot_be_made(tmp_path):
     table, out = "adaptation-selection", ("--out", tmp_path / "out")
     assert table in sentence(lab("table", "selection", *out, "--quick"), 20)
-    assert "--quick" in sentence(lab("table", "aggregation", *out), 20)
+    assert "--quick" in sentence(lab("table", "adaptation-ablation", *out), 20)
     for shard in ("5", "0/4", "5/4"):
         line = sentence(lab("table", table, *out, "--quick", "--shard", shard), 20)
         assert shard in line

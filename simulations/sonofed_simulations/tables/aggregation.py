@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.contract.study import Aggregation, Finetuning
 from sonofed_common.data.splits import Split, check_no_leak, split_by_group
@@ -28,7 +27,18 @@ from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.start import Start, read_start
 
-IMAGE_SIZE = 64
+
+@dataclass(frozen=True)
+class Length:
+    """Pixels, seeds and rounds of a form of the table."""
+
+    image_size: int
+    seeds: tuple[int, ...]
+    rounds: int
+
+
+QUICK = Length(64, (0, 1, 2), Finetuning().rounds)
+FULL = Length(128, (0, 1, 2, 3, 4), 20)
 BUDGET = 0.2
 TEST_FRACTION = 0.2
 LOCAL, POOLED = "local only", "pooled"
@@ -67,8 +77,7 @@ class AggregationTable:
     start: Start
     hospitals: Sequence[HospitalImages]
     source: Mapping[str, Any]
-    seeds: Sequence[int] = (0, 1, 2)
-    rounds: int = ADAM.rounds
+    length: Length
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -76,13 +85,18 @@ class AggregationTable:
         return tuple(variant.arm for variant in VARIANTS)
 
     @property
+    def seeds(self) -> Sequence[int]:
+        """Of the splits, the labelled images and the order."""
+        return self.length.seeds
+
+    @property
     def about(self) -> About:
         """What the page says."""
-        return about(ADAM, SGD, self.rounds, BUDGET, IMAGE_SIZE)
+        return about(ADAM, SGD, self.length.rounds, BUDGET, self.length.image_size)
 
     @cached_property
     def _variants(self) -> dict[str, tuple[Finetuning, Aggregation]]:
-        update = {"rounds": self.rounds}
+        update = {"rounds": self.length.rounds}
         return {v.arm.name: (v.settings.model_copy(update=update), v.aggregation) for v in VARIANTS}
 
     def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
@@ -93,7 +107,7 @@ class AggregationTable:
             "seed": seed,
             **self.start.origin,
             "data": {h.name: h.provenance.digest for h in self.hospitals},
-            "image_size": IMAGE_SIZE,
+            "image_size": self.length.image_size,
             "budget": BUDGET,
             "test_fraction": TEST_FRACTION,
             "settings": settings.model_dump(mode="json"),
@@ -150,27 +164,27 @@ def site_images(hospital: HospitalImages, seed: int) -> SiteImages:
 
 
 def make(request: Request) -> Made:
-    """Make the quick form.
+    """Make the table.
 
     Raises
     ------
     ConfigurationError
-        The full form was asked for, or the shard is out of range.
+        The shard is out of range.
     DataMissingError
         A data set is not there.
     """
-    if not request.quick:
-        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
-    set_threads(1)
-    scenario = _scenario()
+    length = QUICK if request.quick else FULL
+    threads = 1 if request.quick else None
+    set_threads(threads)
+    scenario = _scenario(length, threads)
     laboratory = Laboratory(scenario, request.out / "work", request.real_data, request.events)
     with laboratory.alone():
         bundle = laboratory.prepare_source()
-        hospitals = read_hospitals(laboratory, IMAGE_SIZE)
+        hospitals = read_hospitals(laboratory, length.image_size)
     start = read_start(bundle, scenario.study.classifiers[0])
     settings = scenario.source.model_dump(mode="json", exclude_none=True)
     source = {"bundle": start.bundle, "settings": settings}
-    return make_arm_table(AggregationTable(start, hospitals, source), request)
+    return make_arm_table(AggregationTable(start, hospitals, source, length), request)
 
 
 def _split(hospital: HospitalImages, seed: int) -> Split:
@@ -179,13 +193,13 @@ def _split(hospital: HospitalImages, seed: int) -> Split:
     return split
 
 
-def _scenario() -> Scenario:
+def _scenario(length: Length, threads: int | None) -> Scenario:
     scenario = read_scenario("breast_three_countries")
     changes = {
-        "threads": 1,
-        "image_size": IMAGE_SIZE,
+        "threads": threads,
+        "image_size": length.image_size,
         "diffusion": DiffusionTraining(kind="none"),
         "synthetic": None,
     }
     source = scenario.source.model_copy(update=changes)
-    return scenario.model_copy(update={"threads": 1, "source": source})
+    return scenario.model_copy(update={"threads": threads, "source": source})

@@ -20,7 +20,7 @@ from sonofed_common.batch_norm import adapt_batch_norm, layers_of
 from sonofed_common.contract.records import Array, Records, grouped
 from sonofed_common.contract.study import Aggregation, Finetuning
 from sonofed_common.models.classifiers import Classifier
-from sonofed_common.runtime import derive_seed
+from sonofed_common.runtime import derive_seed, device
 from sonofed_server.aggregation.strategies import STRATEGIES
 from sonofed_server.aggregation.strategy import Round, Weights
 from sonofed_server.aggregation.weights import weight_of
@@ -117,7 +117,7 @@ def train(
             Round(aggregation, number, settings.rounds, partial(dict, end.weights), end.state)
         )
         common = {
-            name: torch.from_numpy(array)
+            name: torch.from_numpy(array).to(device())
             for name, array in strategy.broadcast().get("control", {}).items()
         }
         for site in sites:
@@ -151,7 +151,7 @@ def starting_model(
     start: Start, end: Trained, site: SiteImages, settings: Finetuning
 ) -> Classifier:
     """Return a site's classifier, normalised as the study's setting says."""
-    model = start.model()
+    model = start.model().to(device())
     load_weights(model, {**weights_of(model), **end.weights, **end.layers.get(site.name, {})})
     if settings.batch_norm == "site":
         adapt_batch_norm(model, evenly_spaced(site.pool, BATCH_NORM_IMAGES))
