@@ -118,7 +118,10 @@ def test_findings_claim_what_exceeds_its_interval_only() -> None:
     assert "reversed, beyond its interval, in 1 of 1 (better +" in falls
     assert "Home is easier. Here: **accuracy** gap" in falls
     part = findings(summarise_arms(ARMS, table.seeds, made[:1]), table.about.claims)
-    assert part.startswith("**1 of 9 cells have run**") and "Home is easier. Here: " in part
+    assert part.startswith("**1 of 9 cells have run.**") and "Home is easier. Here: " in part
+    # One seed has an interval of its own, and says nothing.
+    assert "1 of 1 have run in fewer than 3 seeds and tell nothing yet" in part
+    assert "holds" not in part.split("Home is easier")[1]
     assert "It rises" not in part and "It falls" not in part
 
 
@@ -160,7 +163,7 @@ def test_an_interrupted_table_writes_what_has_finished(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make_arm_table(Coins(), request(tmp_path, events=Events(listeners=[stop])))
-    assert "**2 of 9 cells have run**" in (tmp_path / "README.md").read_text()
+    assert "**2 of 9 cells have run.**" in (tmp_path / "README.md").read_text()
 
 
 def test_every_table_has_a_maker_and_real_data_must_be_named(tmp_path: Path) -> None:

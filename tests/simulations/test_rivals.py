@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
-from scipy.special import softmax
+from scipy.special import entr, softmax
+from scipy.stats import beta
 from skactiveml.pool import batch_bald as library_batch_bald
 
 from sonofed_simulations.rivals import DUAL_SCORES, TWO_VIEWS, Pool
@@ -203,6 +204,25 @@ def test_feal_passes_over_neighbours_of_what_it_took() -> None:
     assert chosen[0] < 5 and chosen[1:] == [5, 6]
 
 
+def test_feal_calibrates_both_heads_aleatoric_uncertainty_by_the_common_epistemic_one() -> None:
+    common = np.array([[3.0, 2.6], [2.5, 1.2], [2.3, 1.1], [3.5, 0.3]])
+    local = np.array([[1.9, 2.4], [3.8, 2.7], [0.0, 3.0], [2.2, 2.2]])
+    draws = np.random.default_rng(0)
+
+    def aleatoric(logits: np.ndarray) -> np.ndarray:
+        return np.array([entr(draws.dirichlet(x + 1, 200_000)).sum(1).mean() for x in logits])
+
+    # Two classes: the entropy of the distribution of one chance.
+    epistemic = np.array([beta.entropy(*(x + 1)) for x in common])
+    calibration = (epistemic - epistemic.min()) / np.ptp(epistemic)
+    terms = aleatoric(common), aleatoric(local)
+    order = np.argsort(-calibration * (terms[0] + terms[1]))[:3]
+    for without in (sum(terms), calibration * terms[0], calibration * terms[1], calibration):
+        assert np.argsort(-without)[:3].tolist() != order.tolist()
+    shown = of_points(np.eye(4), logits=common, local_logits=local)
+    assert STRATEGIES["feal"].select(shown, 3, 0).tolist() == order.tolist()
+
+
 def test_logo_takes_the_most_uncertain_of_each_local_cluster() -> None:
     points = blobs((10, 10))
     logits = np.zeros((20, 2))
@@ -219,6 +239,17 @@ def test_kafal_takes_where_the_two_heads_differ() -> None:
     local[[1, 4], 0] = [2.0, 4.0]
     shown = of_points(np.eye(6), logits=logits, local_logits=local)
     assert STRATEGIES["kafal"].select(shown, 2, 0).tolist() == [4, 1]
+
+
+def test_kafal_takes_the_divergence_in_both_directions() -> None:
+    common = np.array([[1.6, 1.5], [0.0, -1.3], [-1.2, 0.6]])
+    local = np.array([[1.9, -1.9], [0.4, 1.7], [1.2, -0.1]])
+    p, q = softmax(local, axis=1), softmax(common, axis=1)
+    ways = (p * np.log(p / q)).sum(axis=1), (q * np.log(q / p)).sum(axis=1)
+    order = np.argsort(-(ways[0] + ways[1])).tolist()
+    assert all(np.argsort(-one_way).tolist() != order for one_way in ways)
+    shown = of_points(np.eye(3), logits=common, local_logits=local)
+    assert STRATEGIES["kafal"].select(shown, 3, 0).tolist() == order
 
 
 def test_kafal_weighs_the_classes_that_a_site_knows() -> None:

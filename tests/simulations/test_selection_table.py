@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from scipy.special import softmax
 
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.bundle import Bundle, BundleWriter
@@ -32,6 +33,7 @@ from sonofed_simulations.tables import cells as cells_module
 from sonofed_simulations.tables.adaptation_selection import run_selection_table
 from sonofed_simulations.tables.archive import ARCHIVE, pack, unpack
 from sonofed_simulations.tables.cells import Cell, fingerprint
+from sonofed_simulations.tables.head import dropout_passes, logits
 from sonofed_simulations.tables.hospitals import places_of, read_hospitals, split_of
 from sonofed_simulations.tables.preset import choose, preset_cells
 from sonofed_simulations.tables.selection_findings import findings
@@ -321,8 +323,28 @@ def test_the_quick_table_has_every_strategy_and_shards_make_it_whole() -> None:
     assert order == sorted(order) and len(set(order)) == 3
 
 
-def test_a_strategys_fingerprint_is_of_its_code() -> None:
+def test_a_draw_of_dropout_is_one_of_the_weights() -> None:
+    draws = np.random.default_rng(0)
+    features = draws.uniform(size=(5, 64)).astype(np.float32)
+    head = {"weight": torch.from_numpy(draws.normal(size=(2, 64)).astype(np.float32))}
+    head["bias"] = torch.zeros(2)
+    north, south = (dropout_passes(head, x, 0.5, 6, 3) for x in (features, features[[4, 4, 0]]))
+    # The same features are dropped of every image, at every site.
+    assert np.allclose(south, north[:, [4, 4, 0]], atol=1e-6)
+    assert len(np.unique(north[:, 0, 0].round(5))) == 6
+    assert not np.allclose(dropout_passes(head, features, 0.5, 6, 4), north, atol=1e-3)
+    plain = softmax(logits(head, features), axis=1)
+    assert np.allclose(dropout_passes(head, features, 0.0, 2, 3), plain[None], atol=1e-5)
+
+
+def test_a_strategys_fingerprint_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fingerprint("feal") == fingerprint("logo") != fingerprint("badge")
+    before = {name: fingerprint(name) for name in ("bald", "batch-bald", "clue")}
+    fingerprint.cache_clear()
+    monkeypatch.setattr(cells_module, "dropout_passes", fingerprint.__wrapped__)
+    after = {name: fingerprint(name) for name in before}
+    fingerprint.cache_clear()
+    assert {name for name in before if before[name] != after[name]} == {"bald", "batch-bald"}
     assert fingerprint("all-labels") == ""
 
 
@@ -453,14 +475,22 @@ def test_two_views_save_what_random_needs_where_they_need_no_label() -> None:
         ("random", 0.5): 0.7,
         ("all-labels", 1.0): 0.8,
         ("two-view-bn-adapted", 0.0): 0.9,
-        ("two-view-badge", 0.2): 0.85,
-        ("two-view-badge", 0.5): 0.9,
+        ("two-view-badge", 0.2): 0.95,
+        ("two-view-badge", 0.5): 0.95,
+        ("two-view-random", 0.2): 0.9,
+        ("two-view-random", 0.5): 0.9,
         ("two-view-all-labels", 1.0): 0.95,
     }
     made = [
         replace(at_sites(name, SplitName(0, 0), {"a": right, "b": right}), budget=budget)
         for (name, budget), right in rights.items()
     ]
-    (saving,) = (c.saving for c in summarise(tiny(), made, 8).curves if c.saving is not None)
+    curves = {curve.strategy: curve for curve in summarise(tiny(), made, 10).curves}
+    saving, none = curves["two-view-badge"].saving, curves["random"].saving
     # Random's curve passes 0.8 less a point between half of the labels, 0.7, and all, 0.8.
+    assert saving is not None and none is None
     assert saving.value == pytest.approx(0.95)
+    # Of two views Random passes 0.95 less a point at 90% of the labels, badge at 16%.
+    of_two_views = curves["two-view-badge"].two_view_saving
+    assert of_two_views is not None and curves["two-view-random"].two_view_saving is None
+    assert of_two_views.value == pytest.approx(0.74)

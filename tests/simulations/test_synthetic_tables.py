@@ -118,11 +118,11 @@ def test_a_smaller_set_is_part_of_a_larger_one_with_the_same_shares() -> None:
     images = torch.arange(30.0).view(30, 1, 1, 1)
     labels = (torch.arange(30) % 3 == 0).long()
     whole = SyntheticSet(images, labels, {})
-    small, classes = whole.first(9)
-    larger, _ = whole.first(21)
+    small, classes = whole.first(9, 1 / 3)
+    larger, _ = whole.first(21, 1 / 3)
     assert classes.tolist() == [0] * 6 + [1] * 3
     assert set(small.flatten().tolist()) < set(larger.flatten().tolist())
-    assert len(whole.first(90)[1]) == 30
+    assert len(whole.first(90, 1 / 3)[1]) == 30
 
 
 def test_sites_are_split_by_patient(data: Path) -> None:

@@ -74,7 +74,9 @@ def _relaxed(order: Indices, unit: Floats, count: int) -> list[int]:
 class LoGo(PerSiteWithOwnHead):
     """Clusters by the local head, the most uncertain of each by the common (Kim et al., CVPR 2023).
 
-    Adapted: nothing; k-means runs over the gradients of the head, as in the paper.
+    Adapted: k-means runs over the gradients of the head, as in the paper, but on the start model's
+    features, for heads alone are trained. At the first budget the local head is the common one.
+    Clusters that k-means leaves empty go to the most uncertain of the rest.
     """
 
     def select(self, pool: Pool, count: int, seed: int) -> Indices:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sonofed_simulations.paired import Interval
-from sonofed_simulations.tables.arm_summary import ArmContrast, ArmRow, ArmSummary
+from sonofed_simulations.tables.arm_summary import ArmRow, ArmSummary
 
 LEVEL = 0.05
+LEAST_SEEDS = 3
+"""Fewer tell nothing of the chance of training."""
 NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
@@ -45,7 +47,7 @@ class Claim:
 class _Effect:
     arm: str
     found: Interval
-    verdict: Literal["holds", "reversed", "open"]
+    verdict: Literal["holds", "reversed", "open", "early"]
 
 
 def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
@@ -57,8 +59,8 @@ def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
     if summary.cells < summary.wanted:
         said.insert(
             0,
-            f"**{summary.cells} of {summary.wanted} cells have run**: a row of one or two seeds "
-            "tells nothing of the chance of training, which no interval here holds.",
+            f"**{summary.cells} of {summary.wanted} cells have run.** No interval here holds the "
+            "chance of training.",
         )
     return " ".join(said)
 
@@ -90,17 +92,26 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
             f"in {len(undecided)} of {len(effects)} it is not told from 0"
             f" (the largest such: {_list([largest])})"
         )
+    early = [effect for effect in effects if effect.verdict == "early"]
+    if early:
+        parts.append(
+            f"{len(early)} of {len(effects)} have run in fewer than {LEAST_SEEDS} seeds and tell "
+            f"nothing yet ({_list(early)})"
+        )
     return f"{subject}, {', '.join(parts)}"
 
 
 def _effect(row: ArmRow, claim: Claim, metric: str) -> _Effect | None:
     found: Interval | None = row.gap.get(metric)
-    sure = True
+    sure, seeds = True, row.seeds
     if claim.quantity == "difference":
-        found = row.differences.get(claim.site, {}).get(metric)
-        sure = isinstance(found, ArmContrast) and (found.p_holm or 0) < LEVEL
+        difference = found = row.differences.get(claim.site, {}).get(metric)
+        if difference is not None:
+            sure, seeds = (difference.p_holm or 0) < LEVEL, difference.seeds
     if found is None:
         return None
+    if seeds < LEAST_SEEDS:
+        return _Effect(row.arm, found, "early")
     if not sure or found.low <= 0 <= found.high:
         return _Effect(row.arm, found, "open")
     return _Effect(row.arm, found, "holds" if found.value * claim.direction > 0 else "reversed")

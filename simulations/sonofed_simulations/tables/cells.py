@@ -82,7 +82,10 @@ class Cell:
 
 @cache
 def fingerprint(strategy: str) -> str:
-    """Digest of a strategy's code, so that cells of an earlier version are made anew."""
+    """Digest of a strategy's module, so that cells of an earlier version are made anew.
+
+    Of what it calls elsewhere only the draws of dropout count.
+    """
     if strategy in CONTROLS:
         return ""
     tree = ast.parse(inspect.getsource(inspect.getmodule(STRATEGIES[strategy]) or Pool))
@@ -91,7 +94,10 @@ def fingerprint(strategy: str) -> str:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             # Docstrings decide nothing.
             node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return sha256(ast.dump(tree).encode())[:16]
+    text = ast.dump(tree)
+    if STRATEGIES[strategy].uses_passes:
+        text += inspect.getsource(dropout_passes)
+    return sha256(text.encode())[:16]
 
 
 def cell_origin(

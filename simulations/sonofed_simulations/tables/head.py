@@ -106,11 +106,15 @@ def logits(head: Head, features: np.ndarray) -> np.ndarray:
 def dropout_passes(
     head: Head, features: np.ndarray, share_dropped: float, passes: int, seed: int
 ) -> np.ndarray:
-    """Class probabilities (T, N, C) under draws of dropout before the head."""
+    """Class probabilities (T, N, C) under draws of dropout before the head.
+
+    A draw is one of the weights: it drops the same features of all images, whichever site's.
+    """
     layer, x = _layer(head), torch.from_numpy(features)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        drawn = [layer(dropout(x, share_dropped)).softmax(1) for _ in range(passes)]
+        kept = dropout(torch.ones(passes, x.shape[1]), share_dropped)
+        drawn = [layer(x * mask).softmax(1) for mask in kept]
     return np.asarray(torch.stack(drawn).numpy())
 
 

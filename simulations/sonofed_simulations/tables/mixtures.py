@@ -135,7 +135,9 @@ class MixtureTable:
         facts: dict[str, float] = {"real images": len(labels)}
         if mixture.synthetic:
             released = self._synthetic(seed)
-            drawn, classes = released.first(mixture.synthetic)
+            drawn, classes = released.first(
+                mixture.synthetic, float(source.pool.labels.float().mean())
+            )
             images, labels = torch.cat((images, drawn)), torch.cat((labels, classes))
             facts |= gate_facts(released) | {"synthetic images": len(classes)}
         model = train_steps(

@@ -8,7 +8,7 @@ import numpy as np
 
 from sonofed_common.contract.configuration import Model
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
-from sonofed_simulations.rivals import TWO_VIEWS, UNMIRRORED
+from sonofed_simulations.rivals import TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
 from sonofed_simulations.statistics import budget_area, needed_budget
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
@@ -33,7 +33,9 @@ class Curve(Model):
     -----
     ``area`` is the mean accuracy over the budgets' range. ``saving`` is by how large a share of
     the pools fewer labels than Random's reach the rivals' accuracy of all labels less one point, on
-    curves that are linear between no label, the budgets and all labels, each from its own start.
+    curves that are linear between no label, the budgets and all labels, each from its own start:
+    one that starts above the target saves all that Random needs. ``two_view_saving``, of two views,
+    is against Random of two views and their all labels less one point.
     """
 
     strategy: str
@@ -43,37 +45,33 @@ class Curve(Model):
     area: Interval
     over_random: Contrast | None = None
     saving: Interval | None = None
+    two_view_saving: Interval | None = None
 
 
 def curve_of(
     strategy: str, mode: Mode, table: SelectionTable, replicates: SelectionReplicates
 ) -> Curve | None:
     """Return a strategy's curve; None where no split has finished every budget."""
-    keys: list[Key] = [(strategy, mode, budget) for budget in table.budgets]
+    keys = _keys(strategy, mode, table)
     splits = replicates.splits(*keys)
     if not splits or len(keys) < 2:
         return None
     values = [replicates.over_sites(key, splits)[0] for key in keys]
     area = _area(table, values)
-    reference: list[Key] = [(RANDOM, mode, budget) for budget in table.budgets]
-    common = replicates.splits(*keys, *reference)
-    over_random = saving = None
+    over_random = None
+    common = replicates.splits(*keys, *_keys(RANDOM, mode, table))
     if common and strategy != RANDOM:
         own, others = (
-            [replicates.over_sites(key, common)[0] for key in chain] for chain in (keys, reference)
+            [replicates.over_sites(key, common)[0] for key in chain]
+            for chain in (keys, _keys(RANDOM, mode, table))
         )
         over_random = contrast(_area(table, own), _area(table, others))
-        ends = [_ends(RANDOM), _ends(strategy)]
-        # The controls of two views predict from mirror images, too.
-        own_ends = mode == "federated" and strategy != UNMIRRORED
-        if own_ends and set(common) <= set(replicates.splits(*ends[0], *ends[1])):
-            target = replicates.over_sites(ends[0][1], common)[0] - MARGIN
-            needs = []
-            for curve, outer in ((others, ends[0]), (own, ends[1])):
-                low, high = (replicates.over_sites(key, common)[0] for key in outer)
-                whole = np.stack([low, *curve, high], axis=1)
-                needs.append(needed_budget([0.0, *table.budgets, 1.0], whole, target))
-            saving = interval(needs[0] - needs[1])
+    saving = two_view_saving = None
+    # The controls of two views predict from mirror images, too.
+    if mode == "federated" and strategy != UNMIRRORED:
+        saving = _saving(strategy, RANDOM, table, replicates)
+        if strategy == PRESET or strategy in TWO_VIEWS:
+            two_view_saving = _saving(strategy, TWO_VIEW_RANDOM, table, replicates)
     return Curve(
         strategy=strategy,
         mode=mode,
@@ -82,7 +80,31 @@ def curve_of(
         area=interval(area),
         over_random=over_random,
         saving=saving,
+        two_view_saving=two_view_saving,
     )
+
+
+def _saving(
+    strategy: str, reference: str, table: SelectionTable, replicates: SelectionReplicates
+) -> Interval | None:
+    """Labels that a strategy needs less than a reference to reach its all labels less a margin."""
+    if strategy == reference:
+        return None
+    chains = [(_keys(name, "federated", table), _ends(name)) for name in (reference, strategy)]
+    splits = replicates.splits(*(key for keys, ends in chains for key in (*keys, *ends)))
+    if not splits:
+        return None
+    target = replicates.over_sites(_ends(reference)[1], splits)[0] - MARGIN
+    needs = []
+    for keys, (none, all_labels) in chains:
+        curve = [replicates.over_sites(key, splits)[0] for key in (none, *keys, all_labels)]
+        whole = np.stack(curve, axis=1)
+        needs.append(needed_budget([0.0, *table.budgets, 1.0], whole, target))
+    return interval(needs[0] - needs[1])
+
+
+def _keys(strategy: str, mode: Mode, table: SelectionTable) -> list[Key]:
+    return [(strategy, mode, budget) for budget in table.budgets]
 
 
 def _ends(strategy: str) -> tuple[Key, Key]:

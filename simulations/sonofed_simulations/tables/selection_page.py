@@ -75,8 +75,10 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         *main_table(summary),
         "",
         "Accuracy and AUROC are means over the sites' own values, seeds and folds, with intervals "
-        "from 2,000 bootstrap samples of patients. Differences are in the same samples, on the "
-        "splits that both have; p is two-sided, and Holm's correction is over the column.",
+        "from 2,000 bootstrap samples of patients: they hold the chance of the test patients, not "
+        "that of training and selection, and every row of a kind starts from one training of the "
+        "source. Differences are in the same samples, on the splits that both have; p is "
+        "two-sided, and Holm's correction is over the column.",
     ]
     if summary.best_rival is not None:
         lines += [
@@ -116,12 +118,13 @@ def _method(table: SelectionTable) -> list[str]:
         f"labels: {training.rounds} rounds of federated averaging, {training.local_epochs} local "
         f"epochs each, Adam {training.learning_rate:g}, batch {training.batch_size}, the defaults "
         "of a study. Start, budget, steps, order and augmentation are the same for every strategy, "
-        "but for the start of the rows with two views.",
+        "but for the rows with two views: their start is another, and they alone predict from "
+        "mirror images, too.",
         "- Federated: each site selects from its own pool and has its share of the budget; the "
         "dual score ranks all sites' images together. Pooled: one site that has all pools.",
-        "- Nothing was chosen on target labels, but the preset's strategy, and that at other "
-        "hospitals. What is adapted of each strategy stands in its docstring, in "
-        "`simulations/sonofed_simulations/rivals`.",
+        "- On target labels the preset's strategy was chosen, at other hospitals, and that two "
+        "views predict from mirror images, on one fold of these; nothing else was. What is adapted "
+        "of each strategy stands in its docstring, in `simulations/sonofed_simulations/rivals`.",
     ]
 
 
@@ -142,9 +145,10 @@ def _preset(summary: Summary) -> list[str]:
         "their statistics are re-estimated like the rivals'. The head is on the features of both, "
         "and starts as the mean of the two heads' logits; predictions are the mean of an image's "
         f"and its mirror image's. So `{UNMIRRORED}` over `random` is what the second view is "
-        "worth, but for the draw of the weights: the network of whole images is trained from "
-        f"another seed than the rivals'. It is on the same labels as `{TWO_VIEW_RANDOM}`: their "
-        "difference is what the mirror image is worth, which was added after a look at one of the "
+        "worth: a second network, and a segmenter trained on the source's masks (and the draw of "
+        "the weights: the network of whole images is trained from another seed than the rivals'). "
+        f"It is on the same labels as `{TWO_VIEW_RANDOM}`: their difference is what the mirror "
+        "image is worth, which was added after a look at one of the "
         "folds. The others over "
         f"`{TWO_VIEW_RANDOM}` are what their strategy adds:",
         "",
@@ -152,7 +156,8 @@ def _preset(summary: Summary) -> list[str]:
         "",
         f"`{PRESET}` is put together of these rows, a hospital each: the strategy with the best "
         f"mean accuracy at the *other* hospitals at {summary.main_budget:.0%} of the labels: "
-        f"{chosen}. No label of a hospital's test had a part in the strategy that stands for it.",
+        f"{chosen}. No label of a hospital's test had a part in the strategy that stands for it; "
+        "hospitals here are sites, and scanners of one city are several.",
     ]
 
 

@@ -107,7 +107,8 @@ def site_table(summary: Summary) -> list[str]:
 def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
     """Return the budget curves."""
     header = ("strategy", "mode", "splits", *(f"accuracy at {b:.0%}" for b in table.budgets),
-              "area", "area over Random (95%)", "labels saved (95%)")  # fmt: skip
+              "area", "area over Random (95%)", "labels saved (95%)",
+              "of two views' Random (95%)")  # fmt: skip
     ordered = sorted(summary.curves, key=lambda curve: (curve.mode, -curve.area.value))
     rows = [
         [
@@ -118,6 +119,7 @@ def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
             f"{curve.area.value:.3f}",
             "" if curve.over_random is None else interval_text(curve.over_random, "+.3f"),
             "" if curve.saving is None else interval_text(curve.saving, "+.0%"),
+            "" if curve.two_view_saving is None else interval_text(curve.two_view_saving, "+.0%"),
         ]
         for curve in ordered
     ]
@@ -126,7 +128,9 @@ def curve_table(summary: Summary, table: SelectionTable) -> list[str]:
         "",
         "Area: mean accuracy over the budgets' range. Labels saved: share of the pools by which "
         "fewer labels than Random's reach the rivals' accuracy of all labels less one point, on "
-        "curves from no label to all of them, each from its own start.",
+        "curves from no label to all of them, each from its own start: one that starts above it "
+        "saves all that Random needs. The last column is against Random of two views and their "
+        "accuracy of all labels less one point.",
     ]
 
 

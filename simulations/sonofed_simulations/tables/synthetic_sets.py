@@ -42,13 +42,13 @@ class SyntheticSet:
     labels: Tensor
     facts: dict[str, Any]
 
-    def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` images, the classes in their shares; fewer where there are fewer."""
-        shares = torch.bincount(self.labels, minlength=2) / len(self.labels)
+    def first(self, count: int, malignant: float) -> tuple[Tensor, Tensor]:
+        """The first ``count`` images, a share of them malignant; fewer where fewer passed."""
+        wanted = round(count * malignant)
         chosen = torch.cat(
             [
-                (self.labels == label).nonzero().flatten()[: round(count * float(shares[label]))]
-                for label in (0, 1)
+                (self.labels == label).nonzero().flatten()[:number]
+                for label, number in ((0, count - wanted), (1, wanted))
             ]
         )
         return self.images[chosen], self.labels[chosen]
