@@ -5,36 +5,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speckle import SIZE, scans
 from torch import Tensor
 
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_server.source.memorisation import (
+    CERTAINTY,
+    MEMBERSHIP,
     WINDOW,
     MemorisationGate,
     dissimilarity,
     membership_auroc,
+    tells_members,
 )
 
 torch.set_num_threads(1)
-
-SIZE = 32
-
-
-def scans(count: int, seed: int = 0, size: int = SIZE) -> Tensor:
-    """Speckled images with a dark lesion of random place and size."""
-    draws = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    images = []
-    for _ in range(count):
-        row, column, radius = (
-            draws.uniform(0.3, 0.7),
-            draws.uniform(0.2, 0.8),
-            draws.uniform(0.1, 0.25),
-        )
-        lesion = (y - row) ** 2 + (x - column) ** 2 < radius**2
-        tissue = 0.7 - 0.3 * y + draws.uniform(-0.2, 0.2)
-        images.append(np.where(lesion, 0.15, tissue) * draws.rayleigh(0.8, (size, size)))
-    return torch.from_numpy(np.stack(images)[:, None]).float().clamp(0, 1)
 
 
 def names(count: int) -> list[str]:
@@ -122,3 +107,11 @@ def test_membership_is_told_where_images_are_memorised_and_not_where_they_are_ne
     copies = (training + 0.05 * torch.rand(training.shape)).clamp(0, 1)
     assert membership_auroc(training, held_out, copies) == 1
     assert membership_auroc(training, held_out, scans(30, seed=4)) == pytest.approx(0.5, abs=0.2)
+    # The standard error of a score of chance, from the Mann-Whitney statistic's variance.
+    draws = np.random.default_rng(0)
+    scores = draws.normal(size=(4000, 75))
+    chance = [(s[:60, None] > s[None, 60:]).mean() for s in scores]
+    edge = MEMBERSHIP + CERTAINTY * np.std(chance)
+    assert tells_members(edge + 0.005, 60, 15) and not tells_members(edge - 0.005, 60, 15)
+    # All right on five images proves nothing.
+    assert not tells_members(1.0, 3, 2)

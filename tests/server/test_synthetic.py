@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,16 +9,18 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
+from speckle import scans
 from torch import Tensor
 
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
+from sonofed_common.contract.manifest import SYNTHETIC_IMAGES, DataProvenance
 from sonofed_common.contract.records import from_bytes, to_bytes
+from sonofed_common.data.sample import Sample
 from sonofed_common.models.diffusion import DiffusionStack, build_tiny
 from sonofed_common.runtime import Events
-from sonofed_server.source.data import SourceSet, load_source
+from sonofed_server.source.data import Part, SourceSet, load_source
 from sonofed_server.source.memorisation import dissimilarity
 from sonofed_server.source.settings import SourceSettings, SyntheticImages
 from sonofed_server.source.synthetic import EdgeDrawing, Wanted, synthesise
@@ -141,6 +145,34 @@ def test_a_model_that_memorised_is_refused(source: SourceSet):
     stack.controlnet, stack.unet = NoControl(), Copier(stack, source.pool.images[:1])
     with pytest.raises(ConfigurationError, match=r"only 0 of 3 .* fewer epochs"):
         synthesise(EdgeDrawing(stack.eval(), source.pool, WANTED), source, (3, 3), 0)
+
+
+class Blender:
+    """Draws new images with a tenth of a training image in each: no copy, and yet a trace."""
+
+    def __init__(self, training: Tensor, own: float) -> None:
+        self.training, self.new, self.own = training, scans(len(training), seed=5), own
+
+    def draw(self, batch: Sequence[Wanted]) -> Tensor:
+        places = [2 * one.number + one.label for one in batch]
+        return self.own * self.training[places] + (1 - self.own) * self.new[places]
+
+
+def test_a_set_that_tells_who_was_trained_on_is_refused_though_no_image_is_a_copy():
+    training, unseen = scans(40, seed=2), scans(40, seed=3)
+
+    def part(images: Tensor) -> Part:
+        samples = [
+            Sample(f"{n}", Path(f"{n}.png"), (), n % 2, f"patient {n}") for n in range(len(images))
+        ]
+        return Part(samples, images, torch.arange(len(images)) % 2)
+
+    provenance = DataProvenance(name="scans", digest="0" * 64, images=80, groups=80)
+    source = SourceSet(part(training), part(unseen), provenance)
+    with pytest.raises(ConfigurationError, match=r"membership AUROC 0\.7\d, where 0\.6"):
+        synthesise(Blender(training, 0.1), source, (20, 20), 0)
+    _, facts = synthesise(Blender(training, 0.0), source, (20, 20), 0)
+    assert facts["membership_auroc"] == pytest.approx(0.5, abs=0.15)
 
 
 def test_drawing_goes_on_after_an_interruption_without_training_again(root, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ WINDOW = 7
 """Side of the windows of SSIM and of the mean that is taken for shading, pixels."""
 STRIDE = 3
 QUANTILE = 0.05
+MEMBERSHIP = 0.6
+"""AUROC of the membership attack that a released set must not surely exceed."""
+CERTAINTY = 1.645
+"""Standard errors of a one-sided 95% bound."""
 COPY = 0.9
 """Correlation of fine detail from which two images count as the same picture."""
 
@@ -103,6 +108,21 @@ def membership_auroc(training: Tensor, held_out: Tensor, synthetic: Tensor) -> f
     nearness = -dissimilarity(both, synthetic).amin(1)
     member = torch.arange(len(both)) < len(training)
     return float(roc_auc_score(member.numpy(), nearness.numpy()))
+
+
+def tells_members(auroc: float, members: int, others: int) -> bool:
+    """Whether an attack's AUROC is above `MEMBERSHIP` by more than chance would have it.
+
+    Parameters
+    ----------
+    auroc : float
+        From `membership_auroc`.
+    members, others : int
+        Training images and unseen ones that it was measured on. The standard error is the one
+        where both are alike, ``sqrt((n + m + 1) / 12 n m)``: a perfect score on few is no proof.
+    """
+    error = math.sqrt((members + others + 1) / (12 * members * others))
+    return auroc - CERTAINTY * error > MEMBERSHIP
 
 
 def dissimilarity(images: Tensor, others: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ from sonofed_common.models.sampling import reconstruct
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_server.source.data import CLASSES, Part, SourceSet
-from sonofed_server.source.memorisation import MemorisationGate, membership_auroc
+from sonofed_server.source.memorisation import (
+    MEMBERSHIP,
+    MemorisationGate,
+    membership_auroc,
+    tells_members,
+)
 from sonofed_server.source.settings import SyntheticImages
 
 TRIES = 5
@@ -94,7 +99,8 @@ def synthesise(
     Raises
     ------
     ConfigurationError
-        Of a class fewer images than must passed the gate, each tried five times.
+        Of a class fewer images than must passed the gate, each tried five times; or all together
+        tell training images from unseen ones, see `tells_members`.
     DivergenceError
         The generator gives values that are not finite.
     """
@@ -132,6 +138,14 @@ def synthesise(
                 "the section 'synthetic' out"
             )
     released = torch.stack(kept)
+    training, held_out = source.pool.images, source.test.images
+    membership = membership_auroc(training, held_out, released)
+    if tells_members(membership, len(training), len(held_out)):
+        raise ConfigurationError(
+            "the synthetic images tell which real images the generator was trained on (membership "
+            f"AUROC {membership:.2f}, where {MEMBERSHIP} is allowed); train it for fewer epochs or "
+            "on more images, or leave the section 'synthetic' out"
+        )
     levels = torch.tensor(gate.nearest, dtype=torch.float64).quantile(
         torch.tensor(QUANTILES, dtype=torch.float64)
     )
@@ -142,7 +156,7 @@ def synthesise(
         "nearest_real": {
             f"q{q * 100:02.0f}": float(v) for q, v in zip(QUANTILES, levels, strict=True)
         },
-        "membership_auroc": membership_auroc(source.pool.images, source.test.images, released),
+        "membership_auroc": membership,
     }
     pixels = (released[:, 0] * 255).round().to(torch.uint8).numpy()
     return Records({"images": pixels, "labels": np.array(labels, dtype=np.int64)}), facts
