@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         return y.mean(dim=(2, 3)) if y.ndim == 4 else y
 
     def judged(self, x: Tensor) -> Tensor:
-        """Map images in [0, 1] to the features (B, F) that a prediction is made of."""
+        """Map images (B, 1, S, S) in [0, 1] to the features (B, F) that a prediction is of."""
         return self.features(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class TwoViewClassifier(Classifier):
         return torch.cat([self.whole.features(x[:, :1]), self.lesion.features(x[:, 1:])], dim=1)
 
     def judged(self, x: Tensor) -> Tensor:
-        """Return the mean features of images and their mirror images."""
+        """Map images (B, 2, S, S) to the mean features (B, 2 F) of them and their mirror images."""
         # The head is linear: this is the mean of both logits.
         return (self.features(x) + self.features(x.flip(-1))) / 2
 

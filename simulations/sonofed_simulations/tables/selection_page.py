@@ -100,6 +100,11 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
     lines += ["", "## AUROC by site", "", *site_table(summary)]
     if any(curve.mode == "federated" for curve in summary.curves):
         lines += ["", "## Budgets", "", "![Budget curves](budget_curves.svg)", ""]
+        lines += [
+            "Curves are of the splits that have every budget. The dotted controls start from the "
+            "rivals' classifier and are of all splits.",
+            "",
+        ]
         lines += curve_table(summary, table)
     lines += ["", "## What was published", "", *_published(summary)]
     return lines
