@@ -156,6 +156,15 @@ def test_steps_are_as_many_whatever_the_images() -> None:
     assert not torch.equal(mirrored.head.weight, weights[1])
 
 
+def test_vit_is_trained_at_a_rate_of_its_own_and_a_cell_knows_it(
+    data: Path, tmp_path: Path
+) -> None:
+    mixtures = {Arm(name): Mixture(network, 12) for name, network in NETWORKS.items()}
+    table = MixtureTable(mixtures, SETTINGS, ABOUT, request(data, tmp_path), SITES)
+    rates = {arm.name: table.origin(arm, 0)["training"]["learning_rate"] for arm in table.arms}
+    assert rates == {"ResNet-50": 3e-4, "ViT-16": 3e-5, "CNN-Transformer": 3e-4}
+
+
 def test_a_table_of_domains_tests_every_row_on_the_same_images(data: Path, tmp_path: Path) -> None:
     settings = DomainSettings(
         image_size=SIZE, seeds=(0,), test_fraction=0.3, training=Steps(steps=1)

@@ -16,12 +16,24 @@ from sonofed_common.training import Training, fit
 from sonofed_server.source.classifiers import class_weights
 
 
+TRANSFORMER_RATE = 3e-5
+"""At the others' rate ViT-16 from random weights names one class, at the source already."""
+
+TRANSFORMER_NOTE = f"ViT-16 {TRANSFORMER_RATE:g}, chosen on held-out images of BUSI"
+
+
 class Steps(Model):
     """How long a classifier is trained, and how."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(default=16, ge=2)
     learning_rate: float = Field(default=3e-4, gt=0)
+
+    def of(self, network: str) -> Steps:
+        """Return them for a network: ViT-16 at `TRANSFORMER_RATE`, the others as they are."""
+        if network != "vit16":
+            return self
+        return self.model_copy(update={"learning_rate": TRANSFORMER_RATE})
 
 
 def train_steps(

@@ -117,7 +117,7 @@ class MixtureTable:
         mixture, source = self._mixtures[arm], self._source(seed)
         found = {
             "mixture": asdict(mixture),
-            "training": self._settings.training.model_dump(mode="json"),
+            "training": self._settings.training.of(mixture.network).model_dump(mode="json"),
             "size": self._settings.image_size,
             "data": {name: site.provenance.digest for name, site in self._sites.items()},
             "split": parts_facts(source),
@@ -144,7 +144,7 @@ class MixtureTable:
             mixture.network,
             images,
             labels,
-            self._settings.training,
+            self._settings.training.of(mixture.network),
             derive_seed(seed, mixture.network),
             flips=mixture.flips,
         )

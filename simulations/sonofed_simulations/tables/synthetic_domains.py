@@ -18,7 +18,7 @@ from sonofed_simulations.tables.arm_summary import MEAN
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
 from sonofed_simulations.tables.breast_sites import SITES, parts_facts, patients, read_site
-from sonofed_simulations.tables.equal_steps import Steps, train_steps
+from sonofed_simulations.tables.equal_steps import TRANSFORMER_NOTE, Steps, train_steps
 from sonofed_simulations.tables.mixtures import NETWORKS, SOURCE, TARGET
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.synthetic_words import ADAPTED, WORK
@@ -82,10 +82,11 @@ class DomainTable:
     def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
         """Images, splits and training."""
         network, home = self._trained[arm]
+        name = NETWORKS[network]
         return {
-            "network": NETWORKS[network],
+            "network": name,
             "home": home,
-            "training": self._settings.training.model_dump(mode="json"),
+            "training": self._settings.training.of(name).model_dump(mode="json"),
             "size": self._settings.image_size,
             "data": {name: site.provenance.digest for name, site in self._sites.items()},
             "splits": {name: parts_facts(parts) for name, parts in self._splits(seed).items()},
@@ -101,7 +102,7 @@ class DomainTable:
             name,
             pool.images,
             pool.labels,
-            self._settings.training,
+            self._settings.training.of(name),
             derive_seed(seed, name),
             flips=True,
         )
@@ -188,8 +189,8 @@ def about(settings: DomainSettings) -> About:
             "set's patients, or groups of near-duplicates, are held out; every row is tested on "
             "the held-out images of both sets.",
             f"Each classifier: {training.steps} steps of {training.batch_size} images, Adam "
-            f"{training.learning_rate:g} with a cosine, mirrored at random. BUSI has about two and "
-            "a half times as many training images, at equal steps.",
+            f"{training.learning_rate:g} ({TRANSFORMER_NOTE}) with a cosine, mirrored at random. "
+            "BUSI has about two and a half times as many training images, at equal steps.",
         ),
         adapted=(*ADAPTED[:2], *ADAPTED[3:4]),
     )

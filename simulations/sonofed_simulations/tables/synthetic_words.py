@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sonofed_simulations.tables.equal_steps import TRANSFORMER_NOTE
 from sonofed_simulations.tables.mixtures import MixtureSettings
 
 WORK = (
@@ -33,7 +34,8 @@ def how(settings: MixtureSettings) -> tuple[str, ...]:
         "groups are held out; classifiers are trained on the rest, tested on the held-out part and "
         "on all of BrEaST. Nothing was chosen by the target.",
         f"Each classifier: {training.steps} steps of {training.batch_size} images, Adam "
-        f"{training.learning_rate:g} with a cosine, no augmentation but where the row says flips.",
+        f"{training.learning_rate:g} ({TRANSFORMER_NOTE}) with a cosine, no augmentation but "
+        "where the row says flips.",
         f"One GAN a class, trained on the whole pool of BUSI: {wgan.steps} generator steps with "
         f"{wgan.critic_steps} of the critic each, batch {wgan.batch_size}, {wgan.width} first "
         f"maps, {wgan.loss} loss, {wgan.optimizer} {wgan.learning_rate:g}. It has seen more real "
