@@ -28,6 +28,25 @@ ARMS = (
 RIGHT = {"plain": 0.6, "better": 0.9, "same": 0.6}
 
 
+def test_a_row_is_the_mean_of_its_draws() -> None:
+    draws = np.random.default_rng(0)
+    labels, patients = np.arange(40) % 2, np.arange(40).astype(str)
+    found = np.clip(labels * 0.2 + draws.uniform(0, 0.8, (3, 40)), 0, 1)
+    arms = [Arm("drawn"), Arm("plain", "drawn")]
+    predictions = {"drawn": found, "plain": found[1]}
+    cells = [
+        ArmCell(arm, 0, Outcome({"north": (labels, predictions[arm.name], patients)}), 1.0)
+        for arm in arms
+    ]
+    drawn, plain = summarise_arms(arms, (0,), cells).rows
+    aurocs = [roc_auc_score(labels, one) for one in found]
+    assert drawn.values["north"]["auroc"].value == pytest.approx(np.mean(aurocs))
+    accuracies = [np.mean((one >= 0.5) == labels) for one in found]
+    assert drawn.values["north"]["accuracy"].value == pytest.approx(np.mean(accuracies))
+    gained = plain.differences["north"]["auroc"].value
+    assert gained == pytest.approx(aurocs[1] - np.mean(aurocs))
+
+
 class Coins:
     """An experiment whose classifiers are right by chance; of one seed all toss the same coins."""
 
@@ -90,7 +109,7 @@ def test_rows_are_the_metrics_and_differences_are_paired() -> None:
         own = [cell for cell in made if cell.arm.name == name]
         for metric, measure in reference.items():
             by_site = {
-                site: np.mean([measure(*cell.predictions[site][:2]) for cell in own])
+                site: np.mean([measure(*cell.outcome.predictions[site][:2]) for cell in own])
                 for site in ("north", "south")
             }
             for site, value in by_site.items():
@@ -130,7 +149,7 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have() -> None:
     made = [cell for cell in cells(table) if (cell.arm.name, cell.seed) != ("plain", 1)]
     row = next(r for r in summarise_arms(ARMS, table.seeds, made).rows if r.arm == "better")
     one, other = (
-        np.mean([roc_auc_score(*c.predictions["north"][:2]) for c in made
+        np.mean([roc_auc_score(*c.outcome.predictions["north"][:2]) for c in made
                  if c.arm.name == name and c.seed != 1])
         for name in ("better", "plain")
     )  # fmt: skip

@@ -130,6 +130,19 @@ def test_a_hospital_that_drifts_off_is_told_as_reversed() -> None:
     assert "reversed, beyond its interval, at 1 of 1" in said and "no hospital comes nearer" in said
 
 
+def test_a_way_that_moves_source_and_hospital_alike_changes_nothing() -> None:
+    source, north = (np.linspace(x - 0.1, x + 0.1, 40) for x in (0.8, 0.4))
+    moved = {
+        ("default", site): [cell(site, "default", 0, 0.8, before, before - 0.4)]
+        for site, before in ((SOURCE, source), ("north", north))
+    }
+    found = moves_of(moved)["default", "north", "Wasserstein-1"]
+    assert found.change.value == pytest.approx(0.4) and found.shared.value == pytest.approx(0)
+    assert found.shared.low <= 0 <= found.shared.high
+    said = said_of_moves(moves_of(moved))
+    assert said.index("it is not told from 0 at 1 of 1") < said.index("reversed")
+
+
 def test_a_way_without_the_sources_cells_has_no_distance() -> None:
     found = dict(cells(0.8, 0.8))
     del found["default", SOURCE]

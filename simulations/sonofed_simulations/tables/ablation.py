@@ -25,6 +25,7 @@ from sonofed_client.enclave.site import load_weights, weights_of
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.contract.study import Clustering, Embedding
+from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
 from sonofed_common.runtime import Events, derive_seed
 from sonofed_server.aggregation.fedavg import FedAvg
@@ -82,7 +83,8 @@ def points_of(
         both. ``without reconstruction``: pairs of two augmentations; r is the angle to the nearest
         source centroid, as a study without that phase has it. ``without hypersphere``: as full,
         but vectors keep their lengths, and distances are Euclidean. ``without contrast``: features
-        of the start model, with the site's normalisation statistics, as unit vectors.
+        of the start model as unit vectors, under one set of normalisation statistics from all
+        sites' reconstructions, as the trained encoder has it.
     start : Start
         The source's classifier.
     pools : mapping of str to Pooled
@@ -95,7 +97,8 @@ def points_of(
         Progress.
     """
     if stage == "without contrast":
-        return _joined([_start_points(start, pool) for pool in pools.values()])
+        model = _shared_statistics(start, pools)
+        return _joined([_start_points(model, pool) for pool in pools.values()])
     flat = stage == "without hypersphere"
     encoder, predicting = (FlatEncoder, FlatPredictor) if flat else (HypersphereEncoder, Predictor)
     own = derive_seed(seed, "projector")
@@ -178,9 +181,18 @@ def _embedded(stage: Stage, start: Start, student: HypersphereEncoder, pool: Poo
     return Points(z.numpy(), representativeness(z, redrawn).numpy())
 
 
-def _start_points(start: Start, pool: Pooled) -> Points:
-    model = start.model()
-    adapt_batch_norm(model, evenly_spaced(pool.images, BATCH_NORM_IMAGES))
+def _shared_statistics(start: Start, pools: Mapping[str, Pooled]) -> Classifier:
+    """The start model, its normalisation statistics averaged over the sites."""
+    mean, model = FedAvg(), start.model()
+    for pool in pools.values():
+        own = copy.deepcopy(model)
+        adapt_batch_norm(own, evenly_spaced(pool.redrawn, BATCH_NORM_IMAGES))
+        mean.add(weights_of(own), len(pool.redrawn))
+    load_weights(model, mean.mean())
+    return model
+
+
+def _start_points(model: Classifier, pool: Pooled) -> Points:
     z, redrawn = (_unit(features_of(model, images)) for images in (pool.images, pool.redrawn))
     r = representativeness(torch.from_numpy(z), torch.from_numpy(redrawn))
     return Points(z, r.numpy())

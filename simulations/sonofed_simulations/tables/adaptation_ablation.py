@@ -25,7 +25,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Array, Outcome
 from sonofed_simulations.tables.features import SiteFeatures, site_features
-from sonofed_simulations.tables.head import Labelled, logits, train_head
+from sonofed_simulations.tables.head import Head, Labelled, logits, train_head
 from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.manifest import split_facts
 from sonofed_simulations.tables.redrawn import (
@@ -39,6 +39,8 @@ from sonofed_simulations.tables.settings import SplitName
 from sonofed_simulations.tables.start import Start, read_start
 
 BUDGET = 0.2
+DRAWS = 10
+"""Of Random, under each seed."""
 
 
 def make(request: Request) -> Made:
@@ -119,6 +121,7 @@ class Ablation:
             "points": made_of,
             "clusters": None if part is None else part[1],
             "budget": BUDGET,
+            "draws": DRAWS if part is None else 1,
             "splits": SPLITS.model_dump(mode="json", include={"folds", "views", "training"}),
             "seed": seed,
         }
@@ -146,34 +149,45 @@ class Ablation:
 
     def run(self, arm: Arm, seed: int) -> Outcome:
         """Choose a fifth of the pools, fine-tune the head, and predict the test images."""
-        sites = self._sites(seed)
-        sizes = [len(site.labels) for site in sites]
-        chosen = self._chosen(PARTS[arm.name], seed, sum(sizes))
-        first = np.cumsum([0, *sizes])
-        parts, malignant = [], 0
-        for site, low, high in zip(sites, first[:-1], first[1:], strict=True):
-            own = np.sort(chosen[(chosen >= low) & (chosen < high)] - low)
-            labels = torch.from_numpy(site.labels[own])
-            parts.append(Labelled(site.name, torch.from_numpy(site.views[:, own]), labels))
-            malignant += int(labels.sum())
-        begin = self.start.begin
-        head = train_head(begin.head, parts, SPLITS.training, begin.dropped, derive_seed(seed, 0))
-        predictions = {}
-        for site in sites:
-            found = softmax(logits(head, site.test).astype(np.float64), axis=1)[:, 1]
-            predictions[site.name] = (site.test_labels, found, np.array(site.test_groups))
-        facts = {"labels": float(len(chosen)), "malignant share": malignant / len(chosen)}
+        sites, part = self._sites(seed), PARTS[arm.name]
+        size = sum(len(site.labels) for site in sites)
+        chosen = [self._drawn(seed, n, size) for n in range(DRAWS)]
+        if part is not None:
+            chosen = [self._chosen(*part, seed)]
+        labels = np.concatenate([site.labels for site in sites])
+        heads = [self._head(sites, one, seed) for one in chosen]
+        predictions = {
+            site.name: (
+                site.test_labels,
+                np.stack([_malignant(head, site) for head in heads]),
+                np.array(site.test_groups),
+            )
+            for site in sites
+        }
+        shares = [float(labels[one].mean()) for one in chosen]
+        facts = {"labels": float(len(chosen[0])), "malignant share": float(np.mean(shares))}
         return Outcome(predictions, facts)
 
-    def _chosen(self, part: tuple[Stage, int] | None, seed: int, size: int) -> Array:
-        if part is None:
-            draws = np.random.default_rng(derive_seed(seed, "random"))
-            return np.asarray(draws.permutation(size)[: budget_count(BUDGET, size)])
-        stage, clusters = part
+    def _drawn(self, seed: int, draw: int, size: int) -> Array:
+        generator = np.random.default_rng(derive_seed(seed, "random", draw))
+        return np.asarray(generator.permutation(size)[: budget_count(BUDGET, size)])
+
+    def _chosen(self, stage: Stage, clusters: int, seed: int) -> Array:
         flat = stage == "without hypersphere"
-        return select(
-            self._store.points(stage, seed), clusters, BUDGET, flat, derive_seed(seed, "k")
-        )
+        points = self._store.points(stage, seed)
+        return select(points, clusters, BUDGET, flat, derive_seed(seed, "k"))
+
+    def _head(self, sites: Sequence[SiteFeatures], chosen: Array, seed: int) -> Head:
+        """Fine-tune on the chosen images, counted through all sites' pools."""
+        parts, low = [], 0
+        for site in sites:
+            high = low + len(site.labels)
+            own = np.sort(chosen[(chosen >= low) & (chosen < high)] - low)
+            views = torch.from_numpy(site.views[:, own])
+            parts.append(Labelled(site.name, views, torch.from_numpy(site.labels[own])))
+            low = high
+        begin = self.start.begin
+        return train_head(begin.head, parts, SPLITS.training, begin.dropped, derive_seed(seed, 0))
 
     def _sites(self, seed: int) -> list[SiteFeatures]:
         name = SplitName(seed, 0)
@@ -185,3 +199,8 @@ class Ablation:
                 site_features(self.start, h, SPLITS, name, folder / f"{h.name}.safetensors", events)
                 for h in self.hospitals
             ]
+
+
+def _malignant(head: Head, site: SiteFeatures) -> Array:
+    """P(malignant) of the site's test images (M,)."""
+    return np.asarray(softmax(logits(head, site.test).astype(np.float64), axis=1)[:, 1])

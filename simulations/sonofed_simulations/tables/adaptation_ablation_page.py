@@ -75,7 +75,9 @@ ABOUT = About(
         "was chosen on target labels.",
         "without hypersphere: vectors keep their lengths, the loss is the mean squared distance, "
         "k-means, margin and r are Euclidean. without contrastive learning: features of the start "
-        "model. without reconstruction: pairs of augmentations, r to the source's centroids.",
+        "model, under one set of normalisation statistics from all sites' reconstructions, as the "
+        "trained encoder has it. without reconstruction: pairs of augmentations, r to the source's "
+        "centroids. Random: the mean of ten draws a seed.",
     ),
     adapted=(
         "The work fine-tunes five whole networks for 140 epochs, at 512 px, after 200 epochs of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from sonofed_common.contract.results import Machine
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, holm, interval
 from sonofed_simulations.statistics import paired_effect
-from sonofed_simulations.tables.arms import Arm, ArmCell
+from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
 from sonofed_simulations.tables.replicates import Replicates
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
@@ -67,7 +67,7 @@ class ArmSummary(Model):
     rows: tuple[ArmRow, ...]
 
 
-ArmReplicates = Replicates[str, int, ArmCell]
+ArmReplicates = Replicates[str, int, Outcome]
 
 
 def summarise_arms(
@@ -88,12 +88,15 @@ def summarise_arms(
         Rows in the order of ``arms``, without those that have not begun. p is corrected over the
         rows of each site and metric.
     """
-    by_key: dict[str, dict[int, list[ArmCell]]] = {}
+    by_key: dict[str, dict[int, ArmCell]] = {}
     for cell in cells:
-        by_key.setdefault(cell.arm.name, {})[cell.seed] = [cell]
-    replicates = ArmReplicates(by_key, METRICS)
-    rows = [_row(arm, replicates) for arm in arms if arm.name in by_key]
-    sites = tuple(dict.fromkeys(site for cell in cells for site in cell.predictions))
+        by_key.setdefault(cell.arm.name, {})[cell.seed] = cell
+    replicates = ArmReplicates(
+        {name: {seed: c.draws for seed, c in found.items()} for name, found in by_key.items()},
+        METRICS,
+    )
+    rows = [_row(arm, by_key[arm.name], replicates) for arm in arms if arm.name in by_key]
+    sites = tuple(dict.fromkeys(site for cell in cells for site in cell.outcome.predictions))
     return ArmSummary(
         machine=this_machine(),
         cells=len(cells),
@@ -104,10 +107,10 @@ def summarise_arms(
     )
 
 
-def _row(arm: Arm, replicates: ArmReplicates) -> ArmRow:
+def _row(arm: Arm, by_seed: Mapping[int, ArmCell], replicates: ArmReplicates) -> ArmRow:
     seeds = replicates.splits(arm.name)
-    cells = [replicates.by_key[arm.name][seed][0] for seed in seeds]
-    names = list(cells[0].predictions)
+    cells = [by_seed[seed] for seed in seeds]
+    names = list(cells[0].outcome.predictions)
     sites = _by_site(replicates.mean(arm.name, seeds), names)
     differences = {}
     common = replicates.splits(arm.name, arm.against) if arm.against is not None else []

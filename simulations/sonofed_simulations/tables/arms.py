@@ -17,7 +17,10 @@ from sonofed_common.runtime import Events, write_atomically
 
 Array = NDArray[Any]
 Prediction = tuple[Array, Array, Array]
-"""Labels (M,), P(malignant) (M,) and patients (M,) of one site's test images."""
+"""Labels (M,), P(malignant) (M,) and patients (M,) of one site's test images.
+
+Where an arm draws at random, P(malignant) may be (D, M), a row a draw; the table shows their mean.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,19 @@ class ArmCell:
     seconds: float
 
     @property
-    def predictions(self) -> Mapping[str, Prediction]:
-        """By test site."""
-        return self.outcome.predictions
+    def draws(self) -> list[Outcome]:
+        """Each draw by itself, without facts; one where the arm does not draw."""
+        predictions = self.outcome.predictions
+        count = max(np.atleast_2d(found).shape[0] for _, found, _ in predictions.values())
+        return [
+            Outcome(
+                {
+                    site: (labels, np.atleast_2d(found)[n], patients)
+                    for site, (labels, found, patients) in predictions.items()
+                }
+            )
+            for n in range(count)
+        ]
 
 
 class Experiment(Protocol):

@@ -15,7 +15,6 @@ from sonofed_common.runtime import SILENT, Events, derive_seed, device
 from sonofed_common.training import Training, fit
 from sonofed_server.source.classifiers import class_weights
 
-
 TRANSFORMER_RATE = 3e-5
 """At the others' rate ViT-16 from random weights names one class, at the source already."""
 
