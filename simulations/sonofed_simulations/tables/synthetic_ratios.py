@@ -31,7 +31,8 @@ QUICK = MixtureSettings(
     image_size=64,
     seeds=(0, 1, 2),
     training=Steps(steps=80, batch_size=8),
-    wgan=WganTraining(steps=1000, batch_size=16, width=64, critic_steps=1, learning_rate=2e-4),
+    # With one step of the critic for each of the generator's, classes collapse to a few images.
+    wgan=WganTraining(steps=2000, batch_size=16, width=64, critic_steps=3, learning_rate=2e-4),
     synthetic=max(RATIOS),
 )
 FULL = MixtureSettings(
