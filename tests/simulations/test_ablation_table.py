@@ -13,7 +13,8 @@ from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.tables import maker
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of, select
-from sonofed_simulations.tables.adaptation_ablation_page import ABOUT, FULL, PARTS, PUBLISHED
+from sonofed_simulations.tables.ablation_points import QUICK
+from sonofed_simulations.tables.adaptation_ablation_page import FULL_METHOD, PARTS, PUBLISHED, about
 from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.start import Start
@@ -83,18 +84,18 @@ def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
 
 
 def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:
-    assert PARTS[FULL] == ("full", 4)
-    claimed = {arm for claim in ABOUT.claims for arm in claim.arms}
-    assert claimed == PARTS.keys() - {FULL} and PUBLISHED.keys() <= PARTS.keys()
+    assert PARTS[FULL_METHOD] == ("full", 4)
+    claimed = {arm for claim in about(QUICK).claims for arm in claim.arms}
+    assert claimed == PARTS.keys() - {FULL_METHOD} and PUBLISHED.keys() <= PARTS.keys()
     # One thing at a time: another stage at the same k, or another k of the same stage.
     for name, part in PARTS.items():
-        if part is not None and name != FULL:
+        if part is not None and name != FULL_METHOD:
             assert (part[0] == "full") != (part[1] == 4)
 
 
 def test_what_cannot_be_made_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     make = maker("adaptation-ablation")
-    with pytest.raises(ConfigurationError, match="add --quick"):
-        make(Request("adaptation-ablation", False, tmp_path, None, (1, 1), SILENT))
+    with pytest.raises(ConfigurationError, match="count from 1 to 2"):
+        make(Request("adaptation-ablation", True, tmp_path, None, (3, 2), SILENT))
     with pytest.raises(DataMissingError, match="--data"):
         make(Request("adaptation-ablation", True, tmp_path, None, (1, 1), SILENT))

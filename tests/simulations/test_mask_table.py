@@ -6,11 +6,11 @@ import pytest
 from sonofed_common.contract.results import Machine
 from sonofed_simulations.comparison import built_in
 from sonofed_simulations.paired import Contrast, Interval
-from sonofed_simulations.segmentation_comparison import read_mask_comparison
+from sonofed_simulations.segmentation_comparison import mask_study, read_mask_comparison
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow, PlugIn
 from sonofed_simulations.tables import pseudo_labels, target_informed
 from sonofed_simulations.tables.mask_page import MaskClaim, MaskTable, write_mask_page
-from sonofed_simulations.tables.mask_table import restricted
+from sonofed_simulations.tables.mask_table import full, restricted
 
 STILL = Interval(value=0.5, low=0.4, high=0.6)
 
@@ -86,6 +86,16 @@ def test_rows_that_have_not_run_are_not_judged(tmp_path):
         "start",
         "method",
     ]
+
+
+def test_the_full_form_is_longer_and_larger_and_every_variant_of_it_a_study():
+    quick, small = read_mask_comparison(built_in()["breast_segmentation"])
+    longer, large = full(quick, small)
+    assert set(quick.seeds) < set(longer.seeds) and longer.rows == quick.rows
+    assert large.source.image_size > small.source.image_size
+    assert large.source.segmentation.epochs > small.source.segmentation.epochs
+    for variant in longer.variants:
+        assert mask_study(longer, large, variant, 4).image_size == large.source.image_size
 
 
 @pytest.mark.parametrize("table", [pseudo_labels.TABLE, target_informed.TABLE])

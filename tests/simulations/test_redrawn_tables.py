@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.report.view import SourceView
-from sonofed_simulations.tables import maker
+from sonofed_simulations.tables import adaptation_ablation, maker, redrawn
+from sonofed_simulations.tables.ablation_points import AblationSettings
 from sonofed_simulations.tables.adaptation_homogenisation import found_text as said_of_moves
 from sonofed_simulations.tables.adaptation_homogenisation import moves_of
 from sonofed_simulations.tables.adaptation_reconstruction import drops_of, means_of
@@ -22,8 +25,11 @@ from sonofed_simulations.tables.adaptation_reconstruction import found_text as s
 from sonofed_simulations.tables.article import Article, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, Cells, Redrawn, measure
+from sonofed_simulations.tables.redrawn_settings import RedrawnSettings
 from sonofed_simulations.tables.request import Request
+from sonofed_simulations.tables.settings import SelectionTable
 
+TINY = Path(__file__).parents[1] / "integration" / "tiny.toml"
 VALUES = st.lists(st.floats(-1, 1), min_size=3, max_size=12)
 
 
@@ -178,12 +184,31 @@ def test_a_page_holds_its_numbers_and_figures(tmp_path: Any) -> None:
     assert (tmp_path / "one.svg").read_bytes() == b"<svg/>"
 
 
+@pytest.mark.slow
+def test_the_full_forms_are_made_whole_and_share_their_cells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = RedrawnSettings(scenario=str(TINY), image_size=32, images=6, seeds=(0, 1), epochs=2)
+    monkeypatch.setattr(redrawn, "FULL", tiny)
+    forms = {"source": tiny, "splits": SelectionTable(scenario=tiny.scenario, seeds=(0,), folds=2)}
+    monkeypatch.setattr(adaptation_ablation, "FULL", AblationSettings.model_validate(forms))
+    out = tmp_path / "out"
+    before: dict[Path, int] = {}
+    for name in ("adaptation-reconstruction", "adaptation-homogenisation", "adaptation-ablation"):
+        made = maker(name)(Request(name, False, out, tmp_path, (1, 1), SILENT))
+        assert made.cells == made.wanted > 0
+        page = (out / "README.md").read_text()
+        assert "the classifier for 2 epochs and the diffusion for 1, at 32 px" in page
+        cells = {p: p.stat().st_mtime_ns for p in (out / "work/redrawn").rglob("*.safetensors")}
+        assert cells and before in ({}, cells)
+        before = cells
+    assert json.loads((out / "table.json").read_text())["cells"] == 8
+
+
 @pytest.mark.parametrize("name", ["adaptation-reconstruction", "adaptation-homogenisation"])
 def test_what_cannot_be_made_is_refused_before_anything_is_trained(
     name: str, tmp_path: Any
 ) -> None:
-    with pytest.raises(ConfigurationError, match="add --quick"):
-        maker(name)(Request(name, False, tmp_path, None, (1, 1), SILENT))
     with pytest.raises(ConfigurationError, match="count from 1 to 2"):
         maker(name)(Request(name, True, tmp_path, None, (3, 2), SILENT))
     with pytest.raises(DataMissingError, match="--data"):

@@ -27,7 +27,7 @@ from sonofed_common.contract.selection import budget_count
 from sonofed_common.contract.study import Clustering, Embedding
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.encoder import HypersphereEncoder, Predictor
-from sonofed_common.runtime import Events, derive_seed
+from sonofed_common.runtime import Events, derive_seed, device
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.phases.clustering_math import (
     initial_centroids,
@@ -102,8 +102,8 @@ def points_of(
     flat = stage == "without hypersphere"
     encoder, predicting = (FlatEncoder, FlatPredictor) if flat else (HypersphereEncoder, Predictor)
     own = derive_seed(seed, "projector")
-    student = encoder(start.model(), settings.dimension, own)
-    predictor = predicting(settings.dimension, own)
+    student = encoder(start.model(), settings.dimension, own).to(device())
+    predictor = predicting(settings.dimension, own).to(device())
     for number in range(settings.rounds):
         means = FedAvg(), FedAvg()
         for name in events.track(pools, f"{stage}, round {number + 1}", len(pools)):

@@ -15,12 +15,12 @@ from sonofed_common.runtime import derive_seed, set_threads
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.tables.ablation import Stage, select
 from sonofed_simulations.tables.ablation_points import (
-    EMBEDDING,
-    RECONSTRUCTION,
-    SPLITS,
+    FULL,
+    QUICK,
+    AblationSettings,
     PointStore,
 )
-from sonofed_simulations.tables.adaptation_ablation_page import ABOUT, FULL, PARTS, PUBLISHED
+from sonofed_simulations.tables.adaptation_ablation_page import FULL_METHOD, PARTS, PUBLISHED, about
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Array, Outcome
@@ -28,12 +28,8 @@ from sonofed_simulations.tables.features import SiteFeatures, site_features
 from sonofed_simulations.tables.head import Head, Labelled, logits, train_head
 from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.manifest import split_facts
-from sonofed_simulations.tables.redrawn import (
-    IMAGE_SIZE,
-    THREADS,
-    quick_scenario,
-    stack_digest,
-)
+from sonofed_simulations.tables.redrawn import stack_digest
+from sonofed_simulations.tables.redrawn_settings import THREADS
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.settings import SplitName
 from sonofed_simulations.tables.start import Start, read_start
@@ -44,16 +40,16 @@ DRAWS = 10
 
 
 def make(request: Request) -> Made:
-    """Make the quick form.
+    """Make the table; see `make_arm_table`.
 
     Raises
     ------
     ConfigurationError
-        See `Request.check_quick`.
+        See `Request.check_shard`.
     DataMissingError
         A data set is not there.
     """
-    request.check_quick()
+    request.check_shard()
     return make_arm_table(Ablation.prepare(request), request)
 
 
@@ -63,6 +59,8 @@ class Ablation:
 
     Attributes
     ----------
+    settings : AblationSettings
+        Of the quick or the full form.
     laboratory : Laboratory
         Its folder gets the source, the features, the reconstructions and the points.
     start : Start
@@ -73,6 +71,7 @@ class Ablation:
         See `stack_digest`.
     """
 
+    settings: AblationSettings
     laboratory: Laboratory
     start: Start
     hospitals: tuple[HospitalImages, ...]
@@ -81,39 +80,41 @@ class Ablation:
     @classmethod
     def prepare(cls, request: Request) -> Ablation:
         """Train the source's models unless that is done, and decode the hospitals' images."""
+        settings = QUICK if request.quick else FULL
         set_threads(THREADS)
-        work = request.out / "work"
-        laboratory = Laboratory(quick_scenario(), work, request.real_data, request.events)
+        scenario, work = settings.source.read_scenario(), request.out / "work"
+        laboratory = Laboratory(scenario, work, request.real_data, request.events)
         with laboratory.alone():
             bundle = laboratory.prepare_source()
-            hospitals = tuple(read_hospitals(laboratory, IMAGE_SIZE))
+            hospitals = tuple(read_hospitals(laboratory, settings.source.image_size))
         start = read_start(bundle, laboratory.scenario.study.classifiers[0])
-        return cls(laboratory, start, hospitals, stack_digest(bundle))
+        return cls(settings, laboratory, start, hospitals, stack_digest(bundle))
 
     @property
     def _store(self) -> PointStore:
-        return PointStore(self.laboratory, self.start, self.hospitals, self.stack)
+        return PointStore(self.settings, self.laboratory, self.start, self.hospitals, self.stack)
 
     @property
     def arms(self) -> Sequence[Arm]:
         """The full method first; every other one is set against it."""
         return [
-            Arm(name, None if name == FULL else FULL, PUBLISHED.get(name, "")) for name in PARTS
+            Arm(name, None if name == FULL_METHOD else FULL_METHOD, PUBLISHED.get(name, ""))
+            for name in PARTS
         ]
 
     @property
     def seeds(self) -> Sequence[int]:
         """Of the splits."""
-        return SPLITS.seeds
+        return self.settings.splits.seeds
 
     @property
     def about(self) -> About:
         """What the page says."""
-        return ABOUT
+        return about(self.settings)
 
     def origin(self, arm: Arm, seed: int) -> Mapping[str, Any]:
         """What a cell is made of."""
-        part = PARTS[arm.name]
+        part, splits = PARTS[arm.name], self.settings.splits
         made_of = None if part is None else self._store.origin(part[0], seed)
         return {
             **self.start.origin,
@@ -122,13 +123,13 @@ class Ablation:
             "clusters": None if part is None else part[1],
             "budget": BUDGET,
             "draws": DRAWS if part is None else 1,
-            "splits": SPLITS.model_dump(mode="json", include={"folds", "views", "training"}),
+            "splits": splits.model_dump(mode="json", include={"folds", "views", "training"}),
             "seed": seed,
         }
 
     def facts(self) -> Mapping[str, Any]:
         """For the manifest."""
-        source = self.laboratory.scenario.source
+        source, splits = self.laboratory.scenario.source, self.settings.splits
         return {
             "source": {
                 "bundle": self.start.bundle,
@@ -137,14 +138,14 @@ class Ablation:
             "data": {h.name: h.provenance.model_dump(mode="json") for h in self.hospitals},
             "splits": {
                 str(seed): {
-                    h.name: split_facts(split_of(h, SPLITS, SplitName(seed, 0)))
+                    h.name: split_facts(split_of(h, splits, SplitName(seed, 0)))
                     for h in self.hospitals
                 }
-                for seed in SPLITS.seeds
+                for seed in splits.seeds
             },
-            "embedding": EMBEDDING.model_dump(mode="json"),
-            "reconstruction": RECONSTRUCTION.model_dump(mode="json"),
-            "training": SPLITS.training.model_dump(mode="json"),
+            "embedding": self.settings.embedding.model_dump(mode="json"),
+            "reconstruction": self.settings.reconstruction.model_dump(mode="json"),
+            "training": splits.training.model_dump(mode="json"),
         }
 
     def run(self, arm: Arm, seed: int) -> Outcome:
@@ -186,17 +187,17 @@ class Ablation:
             views = torch.from_numpy(site.views[:, own])
             parts.append(Labelled(site.name, views, torch.from_numpy(site.labels[own])))
             low = high
-        begin = self.start.begin
-        return train_head(begin.head, parts, SPLITS.training, begin.dropped, derive_seed(seed, 0))
+        begin, training = self.start.begin, self.settings.splits.training
+        return train_head(begin.head, parts, training, begin.dropped, derive_seed(seed, 0))
 
     def _sites(self, seed: int) -> list[SiteFeatures]:
-        name = SplitName(seed, 0)
+        name, splits = SplitName(seed, 0), self.settings.splits
         folder = self.laboratory.root / "features" / str(name)
         events = self.laboratory.events
         # Another shard may be extracting the same ones.
         with self.laboratory.alone(f"features/{name}"):
             return [
-                site_features(self.start, h, SPLITS, name, folder / f"{h.name}.safetensors", events)
+                site_features(self.start, h, splits, name, folder / f"{h.name}.safetensors", events)
                 for h in self.hospitals
             ]
 

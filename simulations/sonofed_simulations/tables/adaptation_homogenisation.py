@@ -27,7 +27,7 @@ from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing, make_redrawn
-from sonofed_simulations.tables.redrawn_page import ADAPTED, METHOD, WORK, listed, progress
+from sonofed_simulations.tables.redrawn_page import ADAPTED, WORK, listed, method, progress
 from sonofed_simulations.tables.request import Made, Request
 
 DISTANCES = {"Wasserstein-1": wasserstein, "overlap": overlap}
@@ -64,7 +64,7 @@ class Moved:
 
 
 def make(request: Request) -> Made:
-    """Make the quick form.
+    """Make the table; see `make_redrawn`.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
             ],
             **({"Densities": [f"![Densities]({FIGURE})"]} if moves else {}),
         },
-        method=METHOD,
+        method=method(redrawing.settings),
         adapted=(
             *ADAPTED,
             "What the similarity score of Table 1 is, the text does not say; the cosine to the "

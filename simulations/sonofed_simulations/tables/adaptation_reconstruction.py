@@ -21,7 +21,7 @@ from sonofed_simulations.tables.redrawn import (
     Redrawing,
     make_redrawn,
 )
-from sonofed_simulations.tables.redrawn_page import ADAPTED, METHOD, WORK, listed, progress
+from sonofed_simulations.tables.redrawn_page import ADAPTED, WORK, listed, method, progress
 from sonofed_simulations.tables.request import Made, Request
 
 NAMES = {"ssim": "SSIM", "psnr": "PSNR, dB", "feature_distance": "feature distance"}
@@ -39,7 +39,7 @@ Drops = Mapping[tuple[str, str, str], Contrast]
 
 
 def make(request: Request) -> Made:
-    """Make the quick form.
+    """Make the table; see `make_redrawn`.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
             ],
             **({"Differences to the source": [f"![Differences]({FIGURE})"]} if compared else {}),
         },
-        method=METHOD,
+        method=method(redrawing.settings),
         adapted=ADAPTED,
         rows=_rows(means, drops, order, cells),
         figures={

@@ -64,11 +64,12 @@ def train_flat_round(
         Progress.
     """
     teacher = copy.deepcopy(student).requires_grad_(False).train()
+    place = next(student.parameters()).device
 
     def loss_of_batch(indices: Tensor) -> Tensor:
         with torch.no_grad():
-            fixed = teacher(images[indices])
-        return mse_loss(predictor(student(partners[indices])), fixed)
+            fixed = teacher(images[indices].to(place))
+        return mse_loss(predictor(student(partners[indices].to(place))), fixed)
 
     def after_step(done: int, total: int) -> None:
         momentum = teacher_momentum(settings.teacher_momentum, done / total)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.comparison import built_in
+from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.segmentation_comparison import (
     SegmentationComparison,
     finished_scores,
@@ -21,6 +21,10 @@ from sonofed_simulations.tables.mask_page import MaskTable, write_mask_page
 from sonofed_simulations.tables.request import Made, Request
 
 COMPARISON = "breast_segmentation"
+FULL_SEEDS = (0, 1, 2, 3, 4)
+FULL_SIZE = 256
+FULL_EPOCHS = {"source": 60, "supervised": 30}
+"""The quick form has the comparison's own seeds, size and epochs."""
 
 
 def make_mask_table(table: MaskTable, request: Request) -> Made:
@@ -37,15 +41,14 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     Raises
     ------
     ConfigurationError
-        The full form was asked for, or the shard is out of range.
+        The shard is out of range.
     """
-    if not request.quick:
-        raise ConfigurationError(f"table {request.name} has no full form yet; add --quick")
+    request.check_shard()
     comparison, scenario = read_mask_comparison(built_in()[COMPARISON])
+    if not request.quick:
+        comparison, scenario = full(comparison, scenario)
     comparison = restricted(comparison, table.published)
     number, total = request.shard
-    if not 1 <= number <= total:
-        raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
     first, last = ((n * len(comparison.seeds)) // total for n in (number - 1, number))
     work, data = request.out / "work", request.real_data
     seeds = comparison.seeds[first:last]
@@ -61,6 +64,27 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     write_facts(request.out, facts)
     done = sum(len(row.seeds) for row in summary.rows)
     return Made(mask_table(summary), done, len(comparison.rows) * len(comparison.seeds))
+
+
+def full(
+    comparison: SegmentationComparison, scenario: Scenario
+) -> tuple[SegmentationComparison, Scenario]:
+    """Make the form for a GPU of a comparison: more seeds, larger images, longer training."""
+    supervised = comparison.supervised.model_copy(update={"epochs": FULL_EPOCHS["supervised"]})
+    assert scenario.source.segmentation is not None
+    segmentation = scenario.source.segmentation.model_copy(update={"epochs": FULL_EPOCHS["source"]})
+    source = scenario.source.model_copy(
+        update={"image_size": FULL_SIZE, "segmentation": segmentation}
+    )
+    return (
+        comparison.model_copy(update={"seeds": FULL_SEEDS, "supervised": supervised}),
+        scenario.model_copy(
+            update={
+                "source": source,
+                "study": scenario.study.model_copy(update={"image_size": FULL_SIZE}),
+            }
+        ),
+    )
 
 
 def restricted(comparison: SegmentationComparison, rows: Iterable[str]) -> SegmentationComparison:

@@ -63,5 +63,5 @@ TABLE = MaskTable(
 
 
 def make(request: Request) -> Made:
-    """Make the quick form."""
+    """Make the table; see `make_mask_table`."""
     return make_mask_table(TABLE, request)

@@ -23,24 +23,20 @@ from sonofed_common.contract.study import PRESETS, Reconstruction
 from sonofed_common.data.sample import Sample
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.models.stack import DiffusionStack
-from sonofed_common.runtime import Events, derive_seed, set_threads, write_atomically
+from sonofed_common.runtime import Events, derive_seed, device, set_threads, write_atomically
 from sonofed_common.security import sha256
 from sonofed_server.source.data import load_source
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.paired import Floats
 from sonofed_simulations.report.clouds import similarity
 from sonofed_simulations.report.view import SourceView
-from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
 from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.features import features_of
 from sonofed_simulations.tables.hospitals import read_hospitals
+from sonofed_simulations.tables.redrawn_settings import FULL, QUICK, THREADS, RedrawnSettings
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.start import Start, read_start
 
-THREADS = 1
-IMAGE_SIZE = 64
-IMAGES = 60
-SEEDS = (0, 1, 2)
 SOURCE = "source, held out"
 BLUR = "blur, no diffusion"
 BLUR_WIDTH = 1.0
@@ -94,19 +90,14 @@ Cells = Mapping[tuple[str, str], Sequence[Redrawn]]
 """Finished cells by way and site, a seed each."""
 
 
-def quick_scenario() -> Scenario:
-    """The three countries at 64 px, with the scenario's own few epochs."""
-    scenario = read_scenario("breast_three_countries")
-    source = scenario.source.model_copy(update={"threads": THREADS, "image_size": IMAGE_SIZE})
-    return scenario.model_copy(update={"threads": THREADS, "source": source})
-
-
 @dataclass(frozen=True)
 class Redrawing:
     """The source's models and the images of every site.
 
     Attributes
     ----------
+    settings : RedrawnSettings
+        Of the quick or the full form.
     laboratory : Laboratory
         Its folder gets the source and, in ``redrawn``, the cells.
     shown : tuple of Shown
@@ -117,6 +108,7 @@ class Redrawing:
         See `stack_digest`.
     """
 
+    settings: RedrawnSettings
     laboratory: Laboratory
     shown: tuple[Shown, ...]
     start: Start
@@ -129,24 +121,25 @@ class Redrawing:
         Raises
         ------
         ConfigurationError
-            See `Request.check_quick`.
+            See `Request.check_shard`.
         DataMissingError
             A data set is not there.
         """
-        request.check_quick()
+        request.check_shard()
+        settings = QUICK if request.quick else FULL
         set_threads(THREADS)
         work = request.out / "work"
-        laboratory = Laboratory(quick_scenario(), work, request.real_data, request.events)
+        laboratory = Laboratory(settings.read_scenario(), work, request.real_data, request.events)
         scenario = laboratory.scenario
         with laboratory.alone():
             bundle = laboratory.prepare_source()
             start = read_start(bundle, scenario.study.classifiers[0])
-            hospitals = read_hospitals(laboratory, IMAGE_SIZE)
+            hospitals = read_hospitals(laboratory, settings.image_size)
         source = load_source(scenario.source, laboratory.source_data)
         parts = [(SOURCE, source.test.images, source.test.samples, source.provenance.digest)]
         parts += [(h.name, h.images, h.samples, h.provenance.digest) for h in hospitals]
-        shown = tuple(_spread(*part) for part in parts)
-        return cls(laboratory, shown, start, stack_digest(bundle))
+        shown = tuple(_spread(*part, settings.images) for part in parts)
+        return cls(settings, laboratory, shown, start, stack_digest(bundle))
 
     @property
     def wanted(self) -> list[tuple[int, str, Shown]]:
@@ -154,7 +147,7 @@ class Redrawing:
         return [
             (seed, way, shown)
             for way, settings in WAYS.items()
-            for seed in (SEEDS if settings is not None else SEEDS[:1])
+            for seed in (self.settings.seeds if settings is not None else self.settings.seeds[:1])
             for shown in self.shown
         ]
 
@@ -193,7 +186,7 @@ class Redrawing:
             "data": {shown.site: shown.digest for shown in self.shown},
             "images": {shown.site: len(shown.images) for shown in self.shown},
             "ways": {way: _settings(way) for way in WAYS},
-            "seeds": list(SEEDS),
+            "seeds": list(self.settings.seeds),
         }
 
     @property
@@ -296,7 +289,7 @@ def read_stack(folder: Path) -> DiffusionStack:
                 target = Path(place) / path.removeprefix("diffusion/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(bundle.read(path))
-        return DiffusionStack.load(Path(place)).eval().requires_grad_(False)
+        return DiffusionStack.load(Path(place)).to(device()).eval().requires_grad_(False)
 
 
 def stack_digest(folder: Path) -> str:
@@ -313,6 +306,6 @@ def _settings(way: str) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"batch_size"})
 
 
-def _spread(site: str, images: Tensor, samples: Sequence[Sample], digest: str) -> Shown:
-    chosen = evenly_spaced(torch.arange(len(images)), IMAGES)
+def _spread(site: str, images: Tensor, samples: Sequence[Sample], digest: str, most: int) -> Shown:
+    chosen = evenly_spaced(torch.arange(len(images)), most)
     return Shown(site, images[chosen], tuple(samples[n] for n in chosen), digest)

@@ -51,16 +51,14 @@ class Request:
             raise DataMissingError(f"table {self.name} uses real data; give its folder with --data")
         return self.data
 
-    def check_quick(self) -> None:
-        """Check what a table in its quick form alone can make, before anything is trained.
+    def check_shard(self) -> None:
+        """Check the shard before anything is trained.
 
         Raises
         ------
         ConfigurationError
-            The full form was asked for, or the shard is out of range.
+            It is out of range.
         """
-        if not self.quick:
-            raise ConfigurationError(f"table {self.name} has no full form yet; add --quick")
         number, total = self.shard
         if not 1 <= number <= total:
             raise ConfigurationError(
