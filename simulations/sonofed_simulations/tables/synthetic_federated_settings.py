@@ -54,7 +54,7 @@ QUICK = FederatedSettings(
     network="resnet18",
     rounds=4,
     local=Steps(steps=20, batch_size=8),
-    wgan=WganTraining(steps=1200, batch_size=16, width=64, critic_steps=3, learning_rate=2e-4),
+    wgan=WganTraining(steps=800, batch_size=16, width=64, critic_steps=3, learning_rate=2e-4),
     diffusion=DiffusionTraining(epochs=4),
     synthetic=50,
 )
