@@ -62,7 +62,7 @@ class MemorisationGate:
         if len(set(groups)) < 2:
             raise ConfigurationError(
                 "the memorisation gate needs training images of at least two patients; add images "
-                "or leave the section 'synthetic' out"
+                "or do without synthetic images"
             )
         number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
         of = torch.tensor([number[group] for group in groups])

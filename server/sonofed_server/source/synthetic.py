@@ -129,13 +129,12 @@ def synthesise(
                 wanted.append(replace(one, attempt=one.attempt + 1))
         events.progress("synthetic images", total - len(wanted), total)
     counts = [labels.count(label) for label in range(len(CLASSES))]
-    for count, asked in zip(counts, per_class, strict=True):
+    for name, count, asked in zip(CLASSES, counts, per_class, strict=True):
         if asked and count < max(1, least * asked):
             raise ConfigurationError(
-                f"only {count} of {asked} synthetic images of a class pass the memorisation gate, "
-                "the others are too near to a real image or to each other; train the generator "
-                "for fewer epochs or on more images, ask for fewer synthetic images, or leave "
-                "the section 'synthetic' out"
+                f"only {count} of {asked} synthetic {name} images pass the memorisation gate, the "
+                "others are too near to a real image or to each other; train the generator with "
+                "other settings or on more images, ask for fewer synthetic images, or do without"
             )
     released = torch.stack(kept)
     training, held_out = source.pool.images, source.test.images
@@ -144,7 +143,7 @@ def synthesise(
         raise ConfigurationError(
             "the synthetic images tell which real images the generator was trained on (membership "
             f"AUROC {membership:.2f}, where {MEMBERSHIP} is allowed); train it for fewer epochs or "
-            "on more images, or leave the section 'synthetic' out"
+            "on more images, or do without synthetic images"
         )
     levels = torch.tensor(gate.nearest, dtype=torch.float64).quantile(
         torch.tensor(QUANTILES, dtype=torch.float64)

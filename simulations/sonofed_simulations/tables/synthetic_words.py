@@ -41,5 +41,6 @@ def how(settings: MixtureSettings) -> tuple[str, ...]:
         f"maps, {wgan.loss} loss, {wgan.optimizer} {wgan.learning_rate:g}. It has seen more real "
         "images than the classifiers of 100 have, which favours the synthetic arms.",
         "Synthetic images have the pool's class shares; a smaller set is the first part of a "
-        "larger one.",
+        "larger one. Where fewer passed the gate than a row is named after, the row has those: "
+        "how many, stands under 'What else the cells tell'.",
     )
