@@ -155,6 +155,17 @@ COVERED = {
         ),
         "options, here; restricted and written in tests/simulations/test_mask_table.py",
     ),
+    **dict.fromkeys(
+        (
+            f"sonofed-lab table {name} --data DATA --out runs/{name} --quick"
+            for name in (
+                "adaptation-reconstruction",
+                "adaptation-homogenisation",
+                "adaptation-ablation",
+            )
+        ),
+        "options, here; made whole of phantoms in tests/simulations/test_redrawn_tables.py",
+    ),
     "sonofed-lab run phantom_multiclass --out runs/organs": (
         "options, here; laid out in tests/simulations/test_scenarios.py; a smaller one runs here"
     ),
