@@ -28,7 +28,7 @@ PUBLISHED = {
 """Accuracy in %: on the source, then on the target with 0, 400 and 1580 synthetic images."""
 QUICK = synthetic_ratios.QUICK.model_copy(
     # One pass over the largest mixture, nearly: what is not seen cannot help.
-    update={"training": Steps(steps=120, batch_size=16), "synthetic": max(COUNTS)}
+    update={"training": Steps(steps=100, batch_size=16), "synthetic": max(COUNTS)}
 )
 FULL = synthetic_ratios.FULL.model_copy(
     update={"training": Steps(steps=6000, batch_size=16), "synthetic": max(COUNTS)}
