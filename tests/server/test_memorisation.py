@@ -54,6 +54,15 @@ def test_fresh_noise_and_other_patients_are_admitted_once(real: Tensor):
     assert min(gate.nearest) >= gate.limit
 
 
+def test_what_is_no_number_is_refused_and_lets_no_copy_pass_after_it(real: Tensor):
+    gate = MemorisationGate(real, names(40))
+    assert not gate.admit(torch.full_like(real[0], torch.nan))
+    assert not gate.admit(real[0])
+    noise = torch.rand(real[0].shape, generator=torch.Generator().manual_seed(0))
+    assert gate.admit(noise) and not gate.admit(noise)
+    assert gate.duplicates == 1
+
+
 def test_the_limit_is_the_quantile_over_other_patients(real: Tensor):
     views = torch.cat((real[:20], (real[:20] * 0.97 + 0.01)))
     of_patients = MemorisationGate(views, names(20) * 2).limit

@@ -26,6 +26,10 @@ COPY = 0.9
 """Correlation of fine detail from which two images count as the same picture."""
 
 
+class RefusedError(ConfigurationError):
+    """Of a synthetic set too little passed the gate, or all of it tells the training images."""
+
+
 class MemorisationGate:
     """Admits synthetic images that are no nearer to a real one than patients are to each other.
 
@@ -42,6 +46,8 @@ class MemorisationGate:
         The 5% quantile, over the real images, of the distance to the nearest one of another group.
     nearest : list of float
         Distance of each admitted image to the nearest real one.
+    duplicates : int
+        Images that were refused for nearness to an admitted one alone.
 
     Raises
     ------
@@ -72,6 +78,7 @@ class MemorisationGate:
         others = distances.masked_fill(of[:, None] == of, torch.inf)
         self.limit = float(others.amin(1).quantile(QUANTILE))
         self.nearest: list[float] = []
+        self.duplicates = 0
 
     def admit(self, image: Tensor) -> bool:
         """Judge one image (1, S, S) in [0, 1]; an admitted one is remembered."""
@@ -80,10 +87,13 @@ class MemorisationGate:
         detail = _detail(small)
         likeness = torch.maximum(
             detail @ self._details.T, _detail(small.flip(-1)) @ self._details.T
-        )
-        if float(distances.min()) < self.limit or float(likeness.max()) >= COPY:
-            return False
+        )[0]
         real = len(self._known.images) - len(self.nearest)
+        # So that what is not a number does not fit.
+        fits = (distances >= self.limit) & (likeness < COPY)
+        if not bool(fits.all()):
+            self.duplicates += bool(fits[:real].all())
+            return False
         self.nearest.append(float(distances[:real].min()))
         self._known = self._known.joined(_Known.of(small))
         self._details = torch.cat((self._details, detail))

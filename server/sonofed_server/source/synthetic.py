@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from sonofed_common.contract.errors import ConfigurationError
+from sonofed_common.contract.errors import DivergenceError
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Reconstruction
 from sonofed_common.data.images import load_images
@@ -22,6 +22,7 @@ from sonofed_server.source.data import CLASSES, Part, SourceSet
 from sonofed_server.source.memorisation import (
     MEMBERSHIP,
     MemorisationGate,
+    RefusedError,
     membership_auroc,
     tells_members,
 )
@@ -92,13 +93,14 @@ def synthesise(
     records : Records
         ``images`` (N, S, S) uint8, S as in ``source``, and ``labels`` (N,) int64.
     facts : dict
-        ``per_class``: images of each class; ``rejected``: images that the gate refused; ``limit``
-        and ``nearest_real``: the gate's limit, and quantiles of the images' distances to the
-        nearest real one; ``membership_auroc``: see `membership_auroc`.
+        ``per_class``: images of each class; ``rejected``: images that the gate refused, of which
+        ``duplicates`` were like another synthetic one and like no real one; ``limit`` and
+        ``nearest_real``: the gate's limit, and quantiles of the images' distances to the nearest
+        real one; ``membership_auroc``: see `membership_auroc`.
 
     Raises
     ------
-    ConfigurationError
+    RefusedError
         Of a class fewer images than must passed the gate, each tried five times; or all together
         tell training images from unseen ones, see `tells_members`.
     DivergenceError
@@ -119,6 +121,10 @@ def synthesise(
         batch, wanted = wanted[:BATCH], wanted[BATCH:]
         # Judged as it is released, in 256 grey values.
         drawn = (drawing.draw(batch) * 255).round() / 255
+        if not bool(drawn.isfinite().all()):
+            raise DivergenceError(
+                "the generator gives values that are not finite; train it again at a lower rate"
+            )
         for one, image in zip(batch, drawn, strict=True):
             if gate.admit(image):
                 kept.append(image)
@@ -131,7 +137,7 @@ def synthesise(
     counts = [labels.count(label) for label in range(len(CLASSES))]
     for name, count, asked in zip(CLASSES, counts, per_class, strict=True):
         if asked and count < max(1, least * asked):
-            raise ConfigurationError(
+            raise RefusedError(
                 f"only {count} of {asked} synthetic {name} images pass the memorisation gate, the "
                 "others are too near to a real image or to each other; train the generator with "
                 "other settings or on more images, ask for fewer synthetic images, or do without"
@@ -140,7 +146,7 @@ def synthesise(
     training, held_out = source.pool.images, source.test.images
     membership = membership_auroc(training, held_out, released)
     if tells_members(membership, len(training), len(held_out)):
-        raise ConfigurationError(
+        raise RefusedError(
             "the synthetic images tell which real images the generator was trained on (membership "
             f"AUROC {membership:.2f}, where {MEMBERSHIP} is allowed); train it for fewer epochs or "
             "on more images, or do without synthetic images"
@@ -151,6 +157,7 @@ def synthesise(
     facts = {
         "per_class": dict(zip(CLASSES, counts, strict=True)),
         "rejected": rejected,
+        "duplicates": gate.duplicates,
         "limit": gate.limit,
         "nearest_real": {
             f"q{q * 100:02.0f}": float(v) for q, v in zip(QUANTILES, levels, strict=True)

@@ -104,6 +104,9 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
         lines += ["", "## Differences", "", f"![Differences]({FIGURE})"]
     if any(row.facts for row in summary.rows):
         lines += ["", "## What else the cells tell", "", *_facts(summary)]
+    if summary.refused:
+        lines += ["", "## Refused by the memorisation gate", ""]
+        lines += [f"- {one}" for one in summary.refused]
     lines += [
         "",
         "## How it was made",

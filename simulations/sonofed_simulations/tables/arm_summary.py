@@ -57,11 +57,12 @@ class ArmRow(Model):
 
 
 class ArmSummary(Model):
-    """A table of arms in numbers."""
+    """A table of arms in numbers; ``wanted`` leaves out the cells that were ``refused``."""
 
     machine: Machine
     cells: int
     wanted: int
+    refused: tuple[str, ...] = ()
     seconds: float
     sites: tuple[str, ...]
     rows: tuple[ArmRow, ...]
@@ -71,7 +72,10 @@ ArmReplicates = Replicates[str, int, Outcome]
 
 
 def summarise_arms(
-    arms: Sequence[Arm], seeds: Sequence[int], cells: Sequence[ArmCell]
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    cells: Sequence[ArmCell],
+    refused: Sequence[str] = (),
 ) -> ArmSummary:
     """Summarise finished cells.
 
@@ -81,6 +85,8 @@ def summarise_arms(
         What the whole table has.
     cells : sequence of ArmCell
         What has finished of it.
+    refused : sequence of str
+        Arm, seed and reason of each cell whose synthetic images were refused.
 
     Returns
     -------
@@ -100,7 +106,8 @@ def summarise_arms(
     return ArmSummary(
         machine=this_machine(),
         cells=len(cells),
-        wanted=len(arms) * len(seeds),
+        wanted=len(arms) * len(seeds) - len(refused),
+        refused=tuple(refused),
         seconds=sum(cell.seconds for cell in cells),
         sites=(*sites, *_beside(sites)),
         rows=tuple(_corrected(rows)),
@@ -158,14 +165,17 @@ def _differences(
     name: str, other: str, seeds: Sequence[int], replicates: ArmReplicates, names: Sequence[str]
 ) -> dict[str, dict[str, ArmContrast]]:
     one, two = (_by_site(replicates.mean(key, seeds), names) for key in (name, other))
-    steps = [
-        _by_site((replicates.values[name, s] - replicates.values[other, s])[:, :, :1], names)
-        for s in seeds
-    ]
+    alone = {
+        key: [_by_site(replicates.values[key, s][:, :, :1], names) for s in seeds]
+        for key in (name, other)
+    }
     found: dict[str, dict[str, ArmContrast]] = {}
     for site in one:
         for n, metric in enumerate(METRICS):
-            by_seed = [float(step[site][n, 0]) for step in steps]
+            by_seed = [
+                float(a[site][n, 0] - b[site][n, 0])
+                for a, b in zip(alone[name], alone[other], strict=True)
+            ]
             found.setdefault(site, {})[metric] = ArmContrast(
                 **contrast(one[site][n], two[site][n]).model_dump(),
                 seeds=len(seeds),

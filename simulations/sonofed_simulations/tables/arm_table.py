@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sonofed_common.runtime import Events, set_threads
 from sonofed_simulations.tables.arm_page import About, summary_table, write_page
 from sonofed_simulations.tables.arm_summary import ArmSummary, summarise_arms
-from sonofed_simulations.tables.arms import Experiment, finished_arms, run_arms
+from sonofed_simulations.tables.arms import Experiment, finished_arms, refused_arms, run_arms
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.request import Made, Request
 
@@ -60,7 +60,8 @@ def make_arm_table(table: ArmTable, request: Request) -> Made:
 
 def _write(table: ArmTable, out: Path, events: Events) -> ArmSummary:
     cells = list(finished_arms(table, out / "work" / "cells"))
-    summary = summarise_arms(table.arms, table.seeds, cells)
+    refused = tuple(refused_arms(table, out / "work" / "cells"))
+    summary = summarise_arms(table.arms, table.seeds, cells, refused)
     events.emit("table", cells=summary.cells, wanted=summary.wanted)
     write_page(summary, table.about, out)
     counts = {"seeds": list(table.seeds), "cells": summary.cells, "wanted": summary.wanted}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.runtime import Events, write_atomically
+from sonofed_server.source.memorisation import RefusedError
 
 Array = NDArray[Any]
 Prediction = tuple[Array, Array, Array]
@@ -21,6 +22,10 @@ Prediction = tuple[Array, Array, Array]
 
 Where an arm draws at random, P(malignant) may be (D, M), a row a draw; the table shows their mean.
 """
+
+
+REFUSED = "refused"
+"""Key of a cell's configuration that tells why there is no outcome."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,13 @@ class Experiment(Protocol):
         ...
 
     def run(self, arm: Arm, seed: int) -> Outcome:
-        """Train and predict one cell."""
+        """Train and predict one cell.
+
+        Raises
+        ------
+        RefusedError
+            Its synthetic images do not pass the gate: the cell is kept as refused.
+        """
         ...
 
 
@@ -140,8 +151,11 @@ def run_arms(
         origin = experiment.origin(arm, seed)
         if _read(path, origin) is None:
             began = time.perf_counter()
-            outcome = experiment.run(arm, seed)
-            records = _encode(outcome, origin, time.perf_counter() - began)
+            try:
+                outcome = experiment.run(arm, seed)
+                records = _encode(outcome, origin, time.perf_counter() - began)
+            except RefusedError as error:
+                records = Records(config={"origin": dict(origin), REFUSED: error.message})
             write_atomically(path, to_bytes(records))
         events.progress("cells", done, last - first, arm=arm.name, seed=seed)
     return list(finished_arms(experiment, folder))
@@ -152,9 +166,18 @@ def finished_arms(experiment: Experiment, folder: Path) -> Iterator[ArmCell]:
     for seed in experiment.seeds:
         for arm in experiment.arms:
             records = _read(_path(folder, arm, seed), experiment.origin(arm, seed))
-            if records is not None:
+            if records is not None and REFUSED not in records.config:
                 seconds = float(records.metrics["seconds"])
                 yield ArmCell(arm, seed, _decode(records), seconds)
+
+
+def refused_arms(experiment: Experiment, folder: Path) -> Iterator[str]:
+    """Arm, seed and reason of each cell whose synthetic images the gate refused."""
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            records = _read(_path(folder, arm, seed), experiment.origin(arm, seed))
+            if records is not None and REFUSED in records.config:
+                yield f"{arm.name}, seed {seed}: {records.config[REFUSED]}"
 
 
 def _path(folder: Path, arm: Arm, seed: int) -> Path:

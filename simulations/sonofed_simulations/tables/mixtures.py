@@ -181,10 +181,14 @@ class MixtureTable:
         )
 
 
+COUNTS = ("refused by the gate", "of these, like another synthetic one")
+"""Of `gate_facts`."""
+
+
 def gate_facts(released: SyntheticSet) -> dict[str, float]:
     """What the page tells of the memorisation gate."""
     return {
-        "refused by the gate": released.facts["rejected"],
+        **dict(zip(COUNTS, (released.facts[k] for k in ("rejected", "duplicates")), strict=True)),
         "membership AUROC": released.facts["membership_auroc"],
         "distance to nearest real, median": released.facts["nearest_real"]["q50"],
         "least distance allowed": released.facts["limit"],

@@ -15,12 +15,13 @@ from sonofed_common.runtime import derive_seed, device
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.source.classifiers import probabilities
 from sonofed_server.source.data import SourceSet
+from sonofed_server.source.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
 from sonofed_simulations.tables.breast_sites import SITES, parts_facts, patients, read_site
 from sonofed_simulations.tables.equal_steps import fit_steps
-from sonofed_simulations.tables.mixtures import gate_facts
+from sonofed_simulations.tables.mixtures import COUNTS, gate_facts
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.synthetic_federated_page import about, arms
 from sonofed_simulations.tables.synthetic_federated_settings import (
@@ -109,8 +110,14 @@ class FederatedTable:
                 images[name] += [one.images for one in shared]
                 labels[name] += [one.labels for one in shared]
             told = [gate_facts(one) for one in shared]
-            facts = {name: sum(one[name] for one in told) / len(told) for name in told[0]}
-            facts["images shared"] = sum(len(one.labels) for one in shared)
+            facts = {
+                name: sum(one[name] for one in told) / (1 if name in COUNTS else len(told))
+                for name in told[0]
+            }
+            facts |= {
+                "images shared": sum(len(one.labels) for one in shared),
+                "sites that share": len(shared),
+            }
         training = {name: (torch.cat(images[name]), torch.cat(labels[name])) for name in parts}
         weights = {name: len(of.pool.labels) for name, of in parts.items()}
         model = _train(self._settings, training, weights, federation.proximal, seed)
@@ -143,17 +150,22 @@ class FederatedTable:
 
     def _released(self, kind: Generator, seed: int) -> dict[str, SyntheticSet]:
         settings, work = self._settings, self._request.out / "work" / "synthetic"
-        return {
-            name: synthetic_set(
-                parts,
-                settings.synthetic,
-                settings.generator(kind),
-                derive_seed(seed, name),
-                work / f"seed-{seed}" / kind / name,
-                self._request.events,
-            )
-            for name, parts in self._splits(seed).items()
-        }
+        released = {}
+        for name, parts in self._splits(seed).items():
+            try:
+                released[name] = synthetic_set(
+                    parts,
+                    settings.synthetic,
+                    settings.generator(kind),
+                    derive_seed(seed, name),
+                    work / f"seed-{seed}" / kind / name,
+                    self._request.events,
+                )
+            except RefusedError:
+                continue
+        if not released:
+            raise RefusedError(f"no site's {kind} images pass its memorisation gate")
+        return released
 
 
 def _train(

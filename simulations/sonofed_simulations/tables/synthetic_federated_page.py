@@ -88,6 +88,8 @@ def about(settings: FederatedSettings) -> About:
             "Malignant is the positive class; splits are by patient, of BUSI by group of "
             "near-duplicates.",
             "Sharing of generated images between sites, through a gate at each of them, is our "
-            "reading of the protocol. Our diffusion model draws from edge maps of training images.",
+            "reading of the protocol. It is simulated: no action of a deployment lets such images "
+            "leave a hospital, whatever its egress policy says. Our diffusion model draws from edge "
+            "maps of training images.",
         ),
     )

@@ -81,8 +81,8 @@ def synthetic_set(
 
     Raises
     ------
-    ConfigurationError
-        Of a class no image passes the gate.
+    RefusedError
+        Of a class no image passes the gate, or the set tells the training images.
     """
     origin = synthetic_origin(source, count, generator, seed)
     # Sets of several counts share one generator.
