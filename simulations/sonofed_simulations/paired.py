@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sonofed_common.contract.configuration import Model
 
 REPLICATES = 2000
+LEVEL = 0.05
 Floats = NDArray[np.float64]
 
 
@@ -86,6 +87,12 @@ def contrast(values: Floats, reference: Floats) -> Contrast:
     tail = min(np.mean(drawn <= 0), np.mean(drawn >= 0))
     p = min(1.0, 2 * max(float(tail), 1 / (len(drawn) + 1)))
     return Contrast(**interval(difference).model_dump(), p=p)
+
+
+def is_told(found: Contrast) -> bool:
+    """Whether a difference is told from 0: by its interval, and by p after Holm's correction."""
+    p = found.p if found.p_holm is None else found.p_holm
+    return p < LEVEL and not found.low <= 0 <= found.high
 
 
 def holm(contrasts: Mapping[str, C]) -> dict[str, C]:

@@ -21,7 +21,7 @@ from sonofed_common.data.sample import Sample
 from sonofed_common.models.diffusion import DiffusionStack, build_tiny
 from sonofed_common.runtime import Events
 from sonofed_server.source.data import Part, SourceSet, load_source
-from sonofed_server.source.memorisation import dissimilarity
+from sonofed_server.source.memorisation import RefusedError, dissimilarity
 from sonofed_server.source.settings import SourceSettings, SyntheticImages
 from sonofed_server.source.synthetic import EdgeDrawing, Wanted, synthesise
 from sonofed_server.source.training import train_source
@@ -143,7 +143,9 @@ def test_the_edges_carry_the_class(source: SourceSet, monkeypatch: pytest.Monkey
 def test_a_model_that_memorised_is_refused(source: SourceSet):
     stack = build_tiny(SIZE, seed=0)
     stack.controlnet, stack.unet = NoControl(), Copier(stack, source.pool.images[:1])
-    with pytest.raises(ConfigurationError, match=r"only 0 of 3 .* fewer epochs"):
+    with pytest.raises(
+        RefusedError, match=r"only 0 of 3 synthetic benign images .* other settings"
+    ):
         synthesise(EdgeDrawing(stack.eval(), source.pool, WANTED), source, (3, 3), 0)
 
 

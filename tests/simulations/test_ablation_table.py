@@ -52,6 +52,19 @@ def test_images_between_clusters_and_near_the_source_are_chosen(flat: bool) -> N
     assert found[0] == 40 and 41 in found and len(found) == 2
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_margin_to_the_second_nearest_of_k_clusters_decides(flat: bool) -> None:
+    # Three bundles at right angles. The first lone image is half-way between two of them and far
+    # from the third: a small margin, a large range. The second is nearer to all three.
+    axes = np.repeat(np.eye(3), 20, axis=0)
+    spread = np.random.default_rng(0).normal(0, 0.05, (60, 3))
+    between, middle = np.array([0.71, 0.71, 0.0]), np.array([0.8, 0.45, 0.4])
+    z = np.concatenate([axes + spread, [between, middle]])
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    points = Points(z, np.full(62, 0.5, np.float32))
+    assert select(points, 3, 0.01, flat, 0).tolist() == [60]
+
+
 @pytest.mark.parametrize(
     "stage", ["full", "without reconstruction", "without hypersphere", "without contrast"]
 )
@@ -75,12 +88,18 @@ def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
             predicted = predictor(student(pool.redrawn))
             return float((predicted - teacher(pool.images)).square().mean())
 
-    before = gap()
+    def spread() -> float:
+        student.eval()
+        with torch.no_grad():
+            return float(student(pool.images).std(0).mean())
+
+    before, apart = gap(), spread()
     settings = Embedding(
         rounds=1, local_epochs=12, batch_size=8, learning_rate=1e-3, teacher_momentum=1.0
     )
     train_flat_round(student, predictor, pool.images, pool.redrawn, settings, 0, 0)
     assert gap() < 0.85 * before
+    assert spread() > 0.5 * apart
 
 
 def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:

@@ -15,7 +15,7 @@ from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.tables import TABLES, maker
 from sonofed_simulations.tables.arm_findings import Claim, findings
 from sonofed_simulations.tables.arm_page import About
-from sonofed_simulations.tables.arm_summary import MEAN, summarise_arms
+from sonofed_simulations.tables.arm_summary import MEAN, WORST, summarise_arms
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
 from sonofed_simulations.tables.request import Request
@@ -45,6 +45,26 @@ def test_a_row_is_the_mean_of_its_draws() -> None:
     assert drawn.values["north"]["accuracy"].value == pytest.approx(np.mean(accuracies))
     gained = plain.differences["north"]["auroc"].value
     assert gained == pytest.approx(aurocs[1] - np.mean(aurocs))
+
+
+def test_the_worst_sites_effect_is_of_the_seeds_worst_sites() -> None:
+    # Seed by seed another site is the worst one, and every site gains at its worst.
+    sites = ("north", "south", "west")
+    right = {"plain": {0: (6, 8, 9), 1: (9, 6, 8)}, "better": {0: (7, 8, 9), 1: (8, 8, 8)}}
+    patients, labels = np.arange(10).astype(str), np.arange(10) % 2
+    arms = [Arm("plain"), Arm("better", "plain")]
+    cells = []
+    for arm in arms:
+        for seed, counts in right[arm.name].items():
+            found = {
+                site: (labels, np.where(np.arange(10) < n, labels, 1 - labels), patients)
+                for site, n in zip(sites, counts, strict=True)
+            }
+            cells.append(ArmCell(arm, seed, Outcome(found), 1.0))
+    gained = summarise_arms(arms, (0, 1), cells).rows[1].differences[WORST]["accuracy"]
+    assert gained.higher == 2
+    # Means over seeds first: the lowest is 7 of 10 (south) before, 7.5 (north) after.
+    assert gained.value == pytest.approx(0.05)
 
 
 class Coins:

@@ -15,9 +15,9 @@ from sonofed_simulations.tables.mask_table import full, restricted
 STILL = Interval(value=0.5, low=0.4, high=0.6)
 
 
-def row(name, gain):
+def row(name, gain, p_holm=0.02):
     low, value, high = gain if gain is not None else (0, 0, 0)
-    over = Contrast(value=value, low=low, high=high, p=0.01, p_holm=0.02)
+    over = Contrast(value=value, low=low, high=high, p=0.01, p_holm=p_holm)
     return MaskSummaryRow(
         name=name,
         seeds=(0, 1),
@@ -33,7 +33,7 @@ def row(name, gain):
 
 
 def page(tmp_path, claim, *rows, plug_in=()):
-    names = {name: "77" for name, _ in rows} | {"start": ""}
+    names = {name: "77" for name, *_ in rows} | {"start": ""}
     machine = Machine()
     summary = MaskSummary(
         name="made",
@@ -45,7 +45,7 @@ def page(tmp_path, claim, *rows, plug_in=()):
         trained={},
     )
     table = MaskTable("title", "a work", names, "printed", (claim,), ("nothing",))
-    write_mask_page(table, summary, tmp_path)
+    write_mask_page(table, summary, "Images of 8 px", tmp_path)
     return (tmp_path / "README.md").read_text().splitlines()[4]
 
 
@@ -65,6 +65,12 @@ def test_an_effect_is_judged_by_its_interval_and_the_published_one(tmp_path, gai
     said = page(tmp_path, MaskClaim("It gains", ("method",), least), ("method", gain))
     assert said.startswith("It gains. Here: method over start")
     assert said.endswith(f": the effect {verdict}.")
+
+
+def test_an_effect_that_does_not_pass_holms_correction_is_not_told(tmp_path):
+    claim = MaskClaim("It gains", ("method",), 0.06)
+    said = page(tmp_path, claim, ("method", (0.07, 0.08, 0.09), 0.06))
+    assert said.endswith(": the effect is not told from 0.")
 
 
 def test_a_plug_in_is_judged_over_its_start(tmp_path):

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from sonofed_common.runtime import SILENT, Events
+from sonofed_server.source.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData, WganTraining
-from sonofed_simulations.tables import synthetic_all, synthetic_ratios
+from sonofed_simulations.tables import mixtures, synthetic_all, synthetic_ratios
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm
@@ -112,6 +113,24 @@ def test_other_gans_make_other_cells_of_the_synthetic_arms_alone(
     changed = {arm.name for arm in one.arms if one.origin(arm, 0) != other.origin(arm, 0)}
     assert changed == {"more"}
     assert json.loads(json.dumps(one.origin(BASE, 0))) == one.origin(BASE, 0)
+
+
+def test_a_refused_cell_is_kept_as_refused_and_the_rest_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*_: Any) -> SyntheticSet:
+        asked.append(1)
+        raise RefusedError("too little passes")
+
+    monkeypatch.setattr(mixtures, "synthetic_set", refuse)
+    for _ in range(2):
+        table = MixtureTable(MIXTURES, SETTINGS, ABOUT, request(data, tmp_path), SITES)
+        made = make_arm_table(table, request(data, tmp_path))
+        assert made.cells == made.wanted == 2 and len(asked) == 1
+    page = (tmp_path / "README.md").read_text()
+    assert "- more, seed 0: too little passes" in page and "| flips |" in page
 
 
 def test_a_smaller_set_is_part_of_a_larger_one_with_the_same_shares() -> None:

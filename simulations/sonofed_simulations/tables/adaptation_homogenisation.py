@@ -18,6 +18,7 @@ from sonofed_simulations.paired import (
     contrast,
     holm,
     interval,
+    is_told,
 )
 from sonofed_simulations.report.clouds import density
 from sonofed_simulations.report.figures import INK, drawing, site_colours
@@ -33,7 +34,6 @@ from sonofed_simulations.tables.request import Made, Request
 DISTANCES = {"Wasserstein-1": wasserstein, "overlap": overlap}
 NEARER = {"Wasserstein-1": -1, "overlap": 1}
 """Sign of a change that means nearer to the source."""
-LEVEL = 0.05
 FIGURE = "densities.svg"
 
 Key = tuple[str, str, str]
@@ -145,7 +145,7 @@ def _verdict(changes: Mapping[str, Contrast], name: str) -> str:
 
 
 def _side(change: Contrast, name: str) -> str:
-    if (change.p_holm or 0) >= LEVEL or change.low <= 0 <= change.high:
+    if not is_told(change):
         return "open"
     return "nearer" if change.value * NEARER[name] > 0 else "farther"
 

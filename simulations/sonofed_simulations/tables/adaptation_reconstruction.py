@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from sonofed_simulations.paired import Contrast, Floats, PatientDraws, contrast, holm, interval
+from sonofed_simulations.paired import (
+    Contrast,
+    Floats,
+    PatientDraws,
+    contrast,
+    holm,
+    interval,
+    is_told,
+)
 from sonofed_simulations.tables.article import Article, Row, write_article
 from sonofed_simulations.tables.forest import forest
 from sonofed_simulations.tables.manifest import write_facts
@@ -27,7 +35,6 @@ from sonofed_simulations.tables.request import Made, Request
 NAMES = {"ssim": "SSIM", "psnr": "PSNR, dB", "feature_distance": "feature distance"}
 WORSE = {"ssim": -1, "psnr": -1, "feature_distance": 1}
 """Sign of a difference that means a worse reconstruction."""
-LEVEL = 0.05
 FIGURE = "differences.svg"
 COLUMNS = {"value": "", "low": "_low", "high": "_high", "p": "_p", "p_holm": "_p_holm"}
 """Parts of a difference, and how the columns that hold them end."""
@@ -108,7 +115,7 @@ def _shared(drops: Drops) -> str:
 
 def _side(drop: Contrast, measure: str) -> str:
     """``worse``, ``better``, or ``level`` where the difference does not exceed its interval."""
-    if (drop.p_holm or 0) >= LEVEL or drop.low <= 0 <= drop.high:
+    if not is_told(drop):
         return "level"
     return "worse" if drop.value * WORSE[measure] > 0 else "better"
 

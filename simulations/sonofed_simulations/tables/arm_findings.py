@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sonofed_simulations.paired import Interval
+from sonofed_simulations.paired import Interval, is_told
 from sonofed_simulations.tables.arm_summary import ArmRow, ArmSummary
 
-LEVEL = 0.05
 LEAST_SEEDS = 3
 """Fewer tell nothing of the chance of training."""
 NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
@@ -107,7 +106,7 @@ def _effect(row: ArmRow, claim: Claim, metric: str) -> _Effect | None:
     if claim.quantity == "difference":
         difference = found = row.differences.get(claim.site, {}).get(metric)
         if difference is not None:
-            sure, seeds = (difference.p_holm or 0) < LEVEL, difference.seeds
+            sure, seeds = is_told(difference), difference.seeds
     if found is None:
         return None
     if seeds < LEAST_SEEDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,13 @@ def write_facts(out: Path, facts: Mapping[str, Any]) -> None:
 
 def split_facts(split: Split) -> dict[str, Any]:
     """Count both parts, and digest the patients of the test part, to compare splits by."""
-    patients = sorted({sample.group for sample in split.test})
-    digest = hashlib.sha256("\n".join(patients).encode()).hexdigest()
-    return {"pool": len(split.pool), "test": len(split.test), "test_patients": digest[:16]}
+    digest = patients_digest(sample.group for sample in split.test)
+    return {"pool": len(split.pool), "test": len(split.test), "test_patients": digest}
+
+
+def patients_digest(patients: Iterable[str]) -> str:
+    """Digest patients, in whatever order and however often each comes."""
+    return hashlib.sha256("\n".join(sorted(set(patients))).encode()).hexdigest()[:16]
 
 
 def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None:

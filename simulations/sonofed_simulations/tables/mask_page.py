@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.paired import Contrast
+from sonofed_simulations.paired import Contrast, is_told
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
 from sonofed_simulations.tables.forest import forest
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
@@ -66,7 +66,7 @@ class MaskTable:
     adapted: tuple[str, ...]
 
 
-def write_mask_page(table: MaskTable, summary: MaskSummary, out: Path) -> None:
+def write_mask_page(table: MaskTable, summary: MaskSummary, trained: str, out: Path) -> None:
     """Write the page, its numbers and its figure.
 
     Parameters
@@ -74,7 +74,9 @@ def write_mask_page(table: MaskTable, summary: MaskSummary, out: Path) -> None:
     table : MaskTable
         What to show.
     summary : MaskSummary
-        Of a comparison that has its rows.
+        Of a comparison that has its rows and no others.
+    trained : str
+        List item on image size and lengths.
     out : Path
         Folder of the page.
     """
@@ -83,10 +85,14 @@ def write_mask_page(table: MaskTable, summary: MaskSummary, out: Path) -> None:
     write_atomically(out / "table.json", f"{values}\n".encode())
     write_atomically(out / "table.csv", _csv(table, rows).encode())
     write_atomically(out / FIGURE, _figure(summary.baseline, rows))
-    write_atomically(out / "README.md", ("\n".join(_page(table, summary, rows)) + "\n").encode())
+    write_atomically(
+        out / "README.md", ("\n".join(_page(table, summary, trained, rows)) + "\n").encode()
+    )
 
 
-def _page(table: MaskTable, summary: MaskSummary, rows: Sequence[MaskSummaryRow]) -> list[str]:
+def _page(
+    table: MaskTable, summary: MaskSummary, trained: str, rows: Sequence[MaskSummaryRow]
+) -> list[str]:
     machine = summary.machine
     header = ("row", "seeds", table.unit, "Dice (95%)", "worst site", "NSD", "HD95, pixels",
               f"Dice over {summary.baseline} (95%), p Holm", "way to supervised")  # fmt: skip
@@ -103,8 +109,8 @@ def _page(table: MaskTable, summary: MaskSummary, rows: Sequence[MaskSummaryRow]
         "",
         "Means over sites and seeds, with intervals from 2,000 bootstrap samples of the test "
         "patients: they cover the choice of patients, not of seeds. Differences are in the same "
-        "samples; p is two-sided, with Holm's correction over all rows of the comparison. Dice of "
-        "an image whose two masks are both empty counts 1.",
+        "samples; p is two-sided, with Holm's correction over the rows of this table. Dice of an "
+        " image whose two masks are both empty counts 1.",
         "",
         "## Dice by site",
         "",
@@ -131,6 +137,7 @@ def _page(table: MaskTable, summary: MaskSummary, rows: Sequence[MaskSummaryRow]
         f"- Rows of the comparison `{summary.name}`: every seed has a source training, a "
         "patient-level split and adaptations of its own. No target label is used but by the row "
         "supervised; nothing was chosen on the masks that are tested on.",
+        f"- {trained}",
         f"- Test images by site, a number a seed: {tests}.",
         f"- {machine.cpu}, {machine.cores} cores, {machine.device}.",
         "",
@@ -151,15 +158,15 @@ def _judged(claim: MaskClaim, summary: MaskSummary) -> str:
     said = []
     for name, effect in found.items():
         near, far = sorted((effect.low, effect.high), key=lambda v: v / claim.least)
-        if near / claim.least > 0:
+        if not is_told(effect):
+            verdict = "is not told from 0"
+        elif near / claim.least > 0:
             size = "as large as published" if near / claim.least >= 1 else "smaller than published"
             if far / claim.least >= 1 > near / claim.least:
                 size = "as large as published or smaller"
             verdict = f"holds and is {size}"
-        elif far / claim.least < 0:
-            verdict = "is reversed"
         else:
-            verdict = "is not told from 0"
+            verdict = "is reversed"
         said.append(f"{name} {interval_text(effect, '+.3f')}: the effect {verdict}")
     return f"{claim.text}. Here: {'; '.join(said) or 'no such row has run'}."
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+from sonofed_common.data.readers import read
+from sonofed_server.source.data import provenance_of
+from sonofed_server.source.settings import SourceData
 from sonofed_server.study.report import this_machine
 from sonofed_simulations.comparison import built_in
 from sonofed_simulations.scenarios.scenario import Scenario
@@ -14,9 +19,10 @@ from sonofed_simulations.segmentation_comparison import (
     run_mask_comparison,
 )
 from sonofed_simulations.segmentation_rows import CONTROL
+from sonofed_simulations.segmentation_scores import MaskScores
 from sonofed_simulations.segmentation_summary import summarise_masks
 from sonofed_simulations.segmentation_tables import mask_table
-from sonofed_simulations.tables.manifest import write_facts
+from sonofed_simulations.tables.manifest import patients_digest, write_facts
 from sonofed_simulations.tables.mask_page import MaskTable, write_mask_page
 from sonofed_simulations.tables.request import Made, Request
 
@@ -55,8 +61,11 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     run_mask_comparison(comparison, scenario, work, data, seeds, request.events)
     scores = finished_scores(comparison, scenario, work, request.events)
     summary = summarise_masks(comparison, scores, this_machine())
-    write_mask_page(table, summary, request.out)
+    write_mask_page(table, summary, trained(comparison, scenario), request.out)
     facts = {
+        "seeds": list(comparison.seeds),
+        "data": data_facts(scenario, data),
+        "splits": _splits(scores),
         "comparison": comparison.model_dump(mode="json"),
         "scenario": scenario.model_dump(mode="json", exclude_none=True),
         "tested": summary.tested,
@@ -64,6 +73,45 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     write_facts(request.out, facts)
     done = sum(len(row.seeds) for row in summary.rows)
     return Made(mask_table(summary), done, len(comparison.rows) * len(comparison.seeds))
+
+
+def trained(comparison: SegmentationComparison, scenario: Scenario) -> str:
+    """Say of what size images are, and how long the segmenters were trained, for a page."""
+    segmentation = scenario.source.segmentation
+    assert segmentation is not None
+    return (
+        f"Images of {scenario.source.image_size} px; the source's segmenter, "
+        f"{segmentation.encoder}, trained for {segmentation.epochs} epochs, supervised for "
+        f"{comparison.supervised.epochs} more."
+    )
+
+
+def data_facts(scenario: Scenario, data: Path) -> dict[str, Any]:
+    """Count and digest the source's and every hospital's images and masks, for a manifest."""
+    parts = {"source": scenario.source.data}
+    for name, hospital in scenario.hospitals.items():
+        assert hospital.kind is not None
+        parts[name] = SourceData(kind=hospital.kind, path=hospital.path, devices=hospital.devices)
+    found = {}
+    for name, part in parts.items():
+        samples = [
+            sample
+            for sample in read(part.kind, data / part.path).samples
+            if not part.devices or sample.device.startswith(tuple(part.devices))
+        ]
+        found[name] = provenance_of(part, samples, masks=True).model_dump(mode="json")
+    return found
+
+
+def _splits(scores: Mapping[str, Mapping[int, MaskScores]]) -> dict[str, Any]:
+    by_seed = {seed: found for seeds in scores.values() for seed, found in seeds.items()}
+    return {
+        f"seed-{seed}": {
+            site: {"test": len(patients), "test_patients": patients_digest(patients)}
+            for site, patients in by_seed[seed].patients.items()
+        }
+        for seed in sorted(by_seed)
+    }
 
 
 def full(

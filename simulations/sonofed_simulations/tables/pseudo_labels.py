@@ -7,6 +7,8 @@ from sonofed_simulations.tables.mask_table import make_mask_table
 from sonofed_simulations.tables.request import Made, Request
 
 APL = "APL, as published"
+LEAST_GAIN = 0.0233
+"""From 80.2 to 82.53%, the smallest of the seven that the work prints."""
 
 TABLE = MaskTable(
     title="Learning from one's own predictions at the hospital",
@@ -16,7 +18,7 @@ TABLE = MaskTable(
         "source-only": "58.2",
         "BN adaptation": "",
         "TENT": "",
-        "threshold": "77.45",
+        "threshold": "77.59 (of its organs 77.45)",
         "CBST": "84.11",
         "MRNet": "84.88",
         "DPL": "",
@@ -33,21 +35,22 @@ TABLE = MaskTable(
     },
     claims=(
         MaskClaim(
-            "APL brings what is adapted from 83.1 to 86.32% of Dice there, as a plug-in from +1.9 "
+            "APL brings what is adapted from 83.1 to 86.32% of Dice there, as a plug-in from +2.3 "
             "to +3.7 points on seven methods; each of its parts gains",
             (APL, "APL, L_con alone"),
-            0.019,
+            LEAST_GAIN,
         ),
         MaskClaim(
             "As a plug-in it starts from other methods, and gains over each",
             ("L_ssl with prior", "B, L_ssl with prior", "infusion, L_ssl with prior"),
-            0.019,
+            LEAST_GAIN,
             plug_in=True,
         ),
         MaskClaim(
-            "A fixed threshold falls there to 77.45%, below what all start from (83.1%)",
+            "A fixed threshold falls there to 77.59% (the mean of its organs is 77.45%), below "
+            "what all start from (83.1%)",
             ("threshold",),
-            -0.0565,
+            -0.0551,
         ),
     ),
     adapted=(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sonofed_simulations.paired import Contrast
+from sonofed_simulations.paired import Contrast, is_told
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_rows import Row
 from sonofed_simulations.tables.selection_summary import Summary
 from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, CONTROLS, RANDOM
 
-LEVEL = 0.05
 NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
 
 
@@ -71,9 +70,9 @@ def _over_best(rows: Sequence[Row], summary: Summary) -> str:
 
 def _sure(found: Contrast) -> int:
     """Sign of a difference; 0 where its interval holds 0 or the corrected p is too large."""
-    if found.p_holm is None or found.p_holm >= LEVEL:
+    if found.p_holm is None or not is_told(found):
         return 0
-    return int(found.low > 0) - int(found.high < 0)
+    return 1 if found.value > 0 else -1
 
 
 def _list(rows: Sequence[Row], metric: str) -> str:

@@ -89,7 +89,7 @@ def about(settings: FederatedSettings) -> About:
             "near-duplicates.",
             "Sharing of generated images between sites, through a gate at each of them, is our "
             "reading of the protocol. It is simulated: no action of a deployment lets such images "
-            "leave a hospital, whatever its egress policy says. Our diffusion model draws from edge "
+            "leave a hospital, whatever its policy says. Our diffusion model draws from edge "
             "maps of training images.",
         ),
     )
