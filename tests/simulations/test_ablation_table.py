@@ -54,15 +54,17 @@ def test_images_between_clusters_and_near_the_source_are_chosen(flat: bool) -> N
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_margin_to_the_second_nearest_of_k_clusters_decides(flat: bool) -> None:
-    # Three bundles at right angles. The first lone image is half-way between two of them and far
-    # from the third: a small margin, a large range. The second is nearer to all three.
-    axes = np.repeat(np.eye(3), 20, axis=0)
-    spread = np.random.default_rng(0).normal(0, 0.05, (60, 3))
-    between, middle = np.array([0.71, 0.71, 0.0]), np.array([0.8, 0.45, 0.4])
-    z = np.concatenate([axes + spread, [between, middle]])
+    # Two bundles 60 degrees apart and a third far from both. One lone image is half-way between the
+    # first two, and so torn between three clusters, not between two; the other one is between the
+    # first and the third, and has the smallest range.
+    near, far = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    centres = np.array([[near, far, 0.0], [near, -far, 0.0], [0.0, 0.0, 1.0]])
+    bundles = np.repeat(centres, 20, axis=0) + np.random.default_rng(0).normal(0, 0.02, (60, 3))
+    z = np.concatenate([bundles, [[1.0, 0.0, 0.0], [near, far, 0.8]]])
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
     points = Points(z, np.full(62, 0.5, np.float32))
     assert select(points, 3, 0.01, flat, 0).tolist() == [60]
+    assert select(points, 2, 0.01, flat, 0).tolist() == [61]
 
 
 @pytest.mark.parametrize(
