@@ -133,9 +133,10 @@ def table_(
         raise ConfigurationError("--shard is for machines without Ray; leave it out")
     with progress_listener() as listener:
         events = Events(listeners=[listener])
+        request = Request(name, quick, out, data, (number, total), events)
+        request.check_shard()
         unpack(out)
         try:
-            request = Request(name, quick, out, data, (number, total), events)
             make = maker(name)
             made = make_on_ray(make, request, workers, ray) if spread else make(request)
         finally:

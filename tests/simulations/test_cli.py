@@ -104,10 +104,10 @@ def test_an_unknown_comparison(tmp_path):
 def test_a_table_that_cannot_be_made(tmp_path):
     table, out = "adaptation-selection", ("--out", tmp_path / "out")
     assert table in sentence(lab("table", "selection", *out, "--quick"), 20)
-    assert "--quick" in sentence(lab("table", "adaptation-ablation", *out), 20)
-    for shard in ("5", "0/4", "5/4"):
-        line = sentence(lab("table", table, *out, "--quick", "--shard", shard), 20)
-        assert shard in line
+    for named in (table, "aggregation", "synthetic-ratios"):
+        for shard in ("5", "0/4", "5/4"):
+            line = sentence(lab("table", named, *out, "--quick", "--shard", shard), 20)
+            assert shard in line
     line = sentence(lab("table", table, *out, "--quick", "--shard", "1/2", "--workers", "2"), 20)
     assert "--shard" in line
     for spread in ((), ("--workers", "1")):

@@ -118,11 +118,11 @@ def test_quality_that_does_not_differ_is_level() -> None:
 def test_a_hospital_that_lands_on_the_source_came_nearer() -> None:
     moves = moves_of(cells(0.8, 0.8))
     near = moves["default", "north", "Wasserstein-1"]
-    assert near.before.value == pytest.approx(0.4) and near.after.value == pytest.approx(0)
+    assert near.before == pytest.approx(0.4) and near.after == pytest.approx(0)
     assert near.change.value == pytest.approx(-0.4) and near.change.high < -0.3
-    assert near.both.value == pytest.approx(0)
+    assert near.both == pytest.approx(0)
     shares = moves["default", "north", "overlap"]
-    assert shares.before.value < 0.05 and shares.after.value == pytest.approx(1, abs=1e-3)
+    assert shares.before < 0.05 and shares.after == pytest.approx(1, abs=1e-3)
     still = moves[BLUR, "north", "Wasserstein-1"].change
     assert (still.value, still.low, still.high) == (0, 0, 0)
     said = said_of_moves(moves)

@@ -443,6 +443,18 @@ def test_the_preset_is_chosen_at_the_other_sites_alone() -> None:
     assert choose(made[:-2], tiny()) == {} and preset_cells(made[:-2], tiny()) == []
 
 
+def test_scanners_of_one_data_set_do_not_choose_for_each_other() -> None:
+    rights = {name: {"rio-aplio": 0.5, "rio-logiq5": 0.5, "poland": 0.5} for name in CANDIDATES}
+    rights["two-view-badge"] = {"rio-aplio": 0.9, "rio-logiq5": 0.9, "poland": 0.4}
+    rights["two-view-feal"] = {"rio-aplio": 0.4, "rio-logiq5": 0.4, "poland": 0.6}
+    made = [at_sites(name, SplitName(0, 0), right) for name, right in rights.items()]
+    table = SelectionTable(scenario="breast_three_countries", budgets=(0.2,))
+    chosen = choose(made, table)
+    assert chosen == dict.fromkeys(("rio-aplio", "rio-logiq5"), "two-view-feal") | {
+        "poland": "two-view-badge"
+    }
+
+
 def test_a_strategy_is_compared_on_the_splits_that_both_have() -> None:
     made = [cell("random", SplitName(0, fold), 0.5) for fold in range(2)]
     made.append(cell("badge", SplitName(0, 1), 0.9))

@@ -71,9 +71,11 @@ ADAPTED = (
 
 def about(settings: AblationSettings) -> About:
     """What the page says beside the numbers."""
+    embedding = settings.embedding
     return About(
         title="What each part of ADAptation adds",
-        work=f"Table 3 of {WORK}",
+        work=f"Table 3 of {WORK}; here contrastive training is {embedding.rounds} x "
+        f"{embedding.local_epochs} epochs, at {settings.source.image_size} px",
         claims=CLAIMS,
         published="accuracy printed there, or its change",
         focus=MEAN,

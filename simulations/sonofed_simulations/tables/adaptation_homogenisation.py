@@ -17,7 +17,6 @@ from sonofed_simulations.paired import (
     PatientDraws,
     contrast,
     holm,
-    interval,
     is_told,
 )
 from sonofed_simulations.report.clouds import density
@@ -26,7 +25,7 @@ from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
 from sonofed_simulations.tables.article import Article, Row, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.manifest import write_facts
-from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
+from sonofed_simulations.tables.pages import contrast_text, markdown
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing, make_redrawn
 from sonofed_simulations.tables.redrawn_page import ADAPTED, WORK, listed, method, progress
 from sonofed_simulations.tables.request import Made, Request
@@ -48,17 +47,17 @@ class Moved:
 
     Attributes
     ----------
-    before, after : Interval
+    before, after : float
         Of its images, and of their reconstructions, to the source's held-out images.
-    both : Interval
+    both : float
         Of its reconstructions to the reconstructions of the source's held-out images.
     change, shared : Contrast
         ``after`` and ``both``, each less ``before``, in the same bootstrap samples.
     """
 
-    before: Interval
-    after: Interval
-    both: Interval
+    before: float
+    after: float
+    both: float
     change: Contrast
     shared: Contrast
 
@@ -100,9 +99,9 @@ def moves_of(cells: Cells) -> dict[Key, Moved]:
             shared = holm({site: contrast(both, b) for site, (b, _, both) in found.items()})
             for site, (before, moved, redrawn) in found.items():
                 moves[way, site, name] = Moved(
-                    interval(before),
-                    interval(moved),
-                    interval(redrawn),
+                    float(before[0]),
+                    float(moved[0]),
+                    float(redrawn[0]),
                     changes[site],
                     shared[site],
                 )
@@ -185,10 +184,9 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
                 "to those of the source's held-out images. Both redrawn: to the reconstructions "
                 "of these; its change is to before, too. Wasserstein-1 falls and the overlap of "
                 "the kernel densities (1: equal) rises where a hospital comes nearer. Means over "
-                "seeds, with intervals from 2,000 bootstrap samples of both sites' patients; p is "
-                "two-sided, with Holm's correction over the hospitals. A distance of two samples "
-                "is never negative, and bootstrap samples of one distribution lie apart: read the "
-                "change, not the distance, against 0.",
+                "seeds; changes with intervals from 2,000 bootstrap samples of both sites' "
+                "patients, p two-sided, with Holm's correction over the hospitals. Distances have "
+                "none: bootstrap samples lie farther apart than what they are drawn from.",
             ],
             **({"Densities": [f"![Densities]({FIGURE})"]} if moves else {}),
         },
@@ -210,15 +208,15 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
 
 
 def _table(moves: Mapping[Key, Moved]) -> tuple[tuple[str, ...], list[list[str]]]:
-    header = ("redrawn", "hospital", "distance", "before (95%)", "after (95%)",
-              "change (95%), p Holm", "both redrawn (95%)", "its change (95%), p Holm")  # fmt: skip
+    header = ("redrawn", "hospital", "distance", "before", "after",
+              "change (95%), p Holm", "both redrawn", "its change (95%), p Holm")  # fmt: skip
     lines = [
         [
             *key,
-            interval_text(move.before),
-            interval_text(move.after),
+            f"{move.before:.3f}",
+            f"{move.after:.3f}",
             contrast_text(move.change),
-            interval_text(move.both),
+            f"{move.both:.3f}",
             contrast_text(move.shared),
         ]
         for key, move in moves.items()
@@ -233,8 +231,11 @@ def _rows(moves: Mapping[Key, Moved]) -> list[Row]:
             "redrawn": way,
             "hospital": site,
             "distance": name,
+            "before": move.before,
+            "after": move.after,
+            "both": move.both,
         }
-        for part in ("before", "after", "both", "change", "shared"):
+        for part in ("change", "shared"):
             found: Interval = getattr(move, part)
             row |= {part: found.value, f"{part}_low": found.low, f"{part}_high": found.high}
         row |= {"p": move.change.p, "p_holm": move.change.p_holm}

@@ -1,4 +1,4 @@
-"""The preset ``sonofed``, judged at hospitals that had no part in choosing it."""
+"""The row ``sonofed``: our strategies, judged at hospitals that had no part in choosing them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from sonofed_simulations.rivals import CANDIDATES, OURS
+from sonofed_simulations.scenarios.scenario import read_scenario
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
@@ -33,8 +34,9 @@ def choose(cells: Sequence[Cell], table: SelectionTable) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Of `CANDIDATES`, by site: the highest mean accuracy over the other sites' own values, on the
-        splits that every candidate has finished. Empty where there is none, or a single site.
+        Of `CANDIDATES`, by site: the highest mean accuracy over the own values of the sites of
+        other data sets, on the splits that every candidate has finished. Empty where there is
+        none, or a single data set: another scanner of the same hospital is no other hospital.
     """
     held = _by_place(cells)
     splits = _common(held, table.main_budget)
@@ -54,16 +56,18 @@ def choose(cells: Sequence[Cell], table: SelectionTable) -> dict[str, str]:
         }
         for name in CANDIDATES
     }
-    if len(sites) < 2:
+    sets = _data_sets(table, sites)
+    if len(set(sets.values())) < 2:
         return {}
+    others = {site: [s for s in sites if sets[s] != sets[site]] for site in sites}
     return {
-        site: max(worth, key=lambda name: np.mean([worth[name][s] for s in sites if s != site]))
+        site: max(worth, key=lambda name: np.mean([worth[name][s] for s in others[site]]))
         for site in sites
     }
 
 
 def preset_cells(cells: Sequence[Cell], table: SelectionTable) -> list[Cell]:
-    """Put the preset together: each site's part is of the candidate that the other sites chose."""
+    """Put the preset together: each site's part is of the candidate that other hospitals chose."""
     chosen, held = choose(cells, table), _by_place(cells)
     found = []
     for budget in table.budgets:
@@ -82,6 +86,13 @@ def preset_cells(cells: Sequence[Cell], table: SelectionTable) -> list[Cell]:
                 )
             )
     return found
+
+
+def _data_sets(table: SelectionTable, sites: Sequence[str]) -> dict[str, str]:
+    """The data set of each site; one of phantoms is its own."""
+    hospitals = read_scenario(table.scenario).hospitals
+    real = {name: hospital.path for name, hospital in hospitals.items() if hospital.kind}
+    return {site: str(real.get(site, site)) for site in sites}
 
 
 def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:

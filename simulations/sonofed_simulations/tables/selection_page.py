@@ -127,9 +127,12 @@ def _method(table: SelectionTable) -> list[str]:
         "mirror images, too.",
         "- Federated: each site selects from its own pool and has its share of the budget; the "
         "dual score ranks all sites' images together. Pooled: one site that has all pools.",
-        "- On target labels the preset's strategy was chosen, at other hospitals, and that two "
-        "views predict from mirror images, on one fold of these; nothing else was. What is adapted "
-        "of each strategy stands in its docstring, in `simulations/sonofed_simulations/rivals`.",
+        f"- On target labels the strategies of the row `{PRESET}` were chosen, for each site at "
+        "those of the other data sets, and that two views predict from mirror images, on one fold "
+        f"of these; nothing else was. The preset `{PRESET}` of a study is another thing: "
+        "`two-view-typiclust` at every hospital, picked with all of these in sight, so that its "
+        "row here is no independent evidence for it. What is adapted of each strategy stands in "
+        "its docstring, in `simulations/sonofed_simulations/rivals`.",
     ]
 
 
@@ -160,9 +163,9 @@ def _preset(summary: Summary) -> list[str]:
         *two_view_table(summary),
         "",
         f"`{PRESET}` is put together of these rows, a hospital each: the strategy with the best "
-        f"mean accuracy at the *other* hospitals at {summary.main_budget:.0%} of the labels: "
-        f"{chosen}. No label of a hospital's test had a part in the strategy that stands for it; "
-        "hospitals here are sites, and scanners of one city are several.",
+        f"mean accuracy at the sites of *other* data sets at {summary.main_budget:.0%} of the "
+        f"labels: {chosen}. No label of a hospital's test had a part in the strategy that stands "
+        "for it; scanners of one city do not choose for each other.",
     ]
 
 
