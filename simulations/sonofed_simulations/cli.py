@@ -140,7 +140,7 @@ def table_(
             make = maker(name)
             made = make_on_ray(make, request, workers, ray) if spread else make(request)
         finally:
-            pack(out)
+            pack(out, name)
     _console().print(made.table)
     _console().print(f"{made.cells} of {made.wanted} cells; page: {out / 'README.md'}")
 

@@ -132,7 +132,7 @@ def test_a_finished_table_is_not_run_again_and_an_interrupted_one_ends_the_same(
 
 
 def test_another_machine_goes_on_from_the_cells_beside_the_page(made: Path, tmp_path: Path) -> None:
-    pack(made)
+    pack(made, "adaptation-selection")
     shutil.move(made / ARCHIVE, tmp_path / ARCHIVE)
     shutil.copytree(made / "work", tmp_path / "work", ignore=shutil.ignore_patterns("cells"))
     (tmp_path / "work" / "cells").mkdir()

@@ -13,18 +13,22 @@ from sonofed_common.runtime import write_atomically
 ARCHIVE = "cells.tar.xz"
 FOLDERS = ("cells", "redrawn")
 """Of the work: small files of numbers. Sources, features and images are made anew."""
+REDRAWN = ("adaptation-homogenisation", "adaptation-reconstruction")
+"""Tables whose cells are in the second folder; tables may share their work."""
 
 
-def pack(out: Path) -> None:
+def pack(out: Path, table: str) -> None:
     """Write a table's cells to `ARCHIVE`, the same bytes for the same cells; none writes nothing.
 
     Parameters
     ----------
     out : Path
         The table's folder, with the cells under ``work``.
+    table : str
+        Its name.
     """
     work = out / "work"
-    files = sorted(path for name in FOLDERS for path in (work / name).rglob("*.safetensors"))
+    files = sorted((work / FOLDERS[table in REDRAWN]).rglob("*.safetensors"))
     if not files:
         return
     held = io.BytesIO()
