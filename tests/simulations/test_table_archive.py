@@ -39,7 +39,7 @@ def test_cells_go_to_another_machine_and_what_is_there_stays(table: Path, tmp_pa
     (other / "work" / "cells" / "seed-0").mkdir(parents=True)
     (other / "work" / "cells" / "seed-0" / "FedAvg, two.safetensors").write_bytes(b"own")
     shutil.copy(table / ARCHIVE, other)
-    unpack(other, "aggregation")
+    unpack(other)
     assert held(other) == {
         "cells/seed-0/FedAvg, two.safetensors": b"own",
         "cells/seed-1/FedAvg.safetensors": b"cells/seed-1/FedAvg.safetensors",
@@ -56,7 +56,7 @@ def test_tables_that_share_their_work_pack_their_own_cells(table: Path) -> None:
 
 
 def test_a_table_without_cells_writes_no_archive(tmp_path: Path) -> None:
-    unpack(tmp_path, "aggregation")
+    unpack(tmp_path)
     pack(tmp_path, "aggregation")
     assert list(tmp_path.iterdir()) == []
 
@@ -66,7 +66,7 @@ def test_what_is_no_cell_is_refused(tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / ARCHIVE, mode="w:xz") as archive:
         archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     with pytest.raises(ConfigurationError, match="no cell"):
-        unpack(tmp_path, "aggregation")
+        unpack(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [ARCHIVE]
 
 
@@ -76,4 +76,4 @@ def test_a_damaged_archive_is_said(table: Path) -> None:
     for damaged in (whole[: len(whole) // 2], b"no archive"):
         (table / ARCHIVE).write_bytes(damaged)
         with pytest.raises(ConfigurationError, match="delete it"):
-            unpack(table, "aggregation")
+            unpack(table)
