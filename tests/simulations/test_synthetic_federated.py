@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sonofed_common.contract.records import from_bytes
 from sonofed_common.runtime import SILENT
+from sonofed_server.source.memorisation import RefusedError
 from sonofed_server.source.settings import DiffusionTraining, SourceData, WganTraining
+from sonofed_simulations.tables import synthetic_federated
 from sonofed_simulations.tables.arm_summary import MEAN
 from sonofed_simulations.tables.equal_steps import Steps
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.synthetic_federated import FederatedTable
 from sonofed_simulations.tables.synthetic_federated_page import about, arms
 from sonofed_simulations.tables.synthetic_federated_settings import FULL, QUICK, FederatedSettings
+from sonofed_simulations.tables.synthetic_sets import SyntheticSet
 
 torch.set_num_threads(1)
 
@@ -84,6 +89,31 @@ def test_every_site_shares_what_passes_its_own_gate(data: Path, tmp_path: Path) 
     folder = tmp_path / "work" / "synthetic" / "seed-0" / "diffusion"
     assert {path.parent.name for path in folder.glob("*/2-images.safetensors")} == set(SITES)
     assert set(made.origin(arm, 0)["synthetic"]) == set(SITES)
+    digests = made.origin(arm, 0)["data"]
+    assert len(set(digests.values())) == len(SITES)
+    for name, digest in digests.items():
+        kept = from_bytes((folder / name / "2-images.safetensors").read_bytes())
+        assert kept.config["origin"]["data"] == digest
+
+
+def test_a_site_whose_images_are_refused_shares_none_and_the_others_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = table(data, tmp_path)
+    arm = next(arm for arm in made.arms if arm.name == "FedAvg + diffusion images")
+    refused = set(list(SITES)[:1])
+    original = synthetic_federated.synthetic_set
+
+    def refuse(*given: Any) -> SyntheticSet:
+        if given[4].name in refused:
+            raise RefusedError("too little passes")
+        return original(*given)
+
+    monkeypatch.setattr(synthetic_federated, "synthetic_set", refuse)
+    assert made.run(arm, 0).facts["sites that share"] == len(SITES) - 1
+    refused |= set(SITES)
+    with pytest.raises(RefusedError, match="no site's diffusion images"):
+        table(data, tmp_path).run(arm, 0)
 
 
 def test_arms_and_claims_are_of_rows_that_there_are() -> None:
