@@ -77,7 +77,7 @@ def cell(
         "feature_distance": 1 - quality + spread,
     }
     patients = tuple(f"{site}-{n // 2}" for n in range(count))
-    return Redrawn(site, way, seed, patients, values, np.array(before), np.array(after))
+    return Redrawn(site, way, seed, patients, values, np.array(before), np.array(after), 1.0)
 
 
 def cells(north_quality: float, north_after: float) -> Cells:

@@ -12,10 +12,9 @@ import torch
 from scipy.stats import rankdata
 from sklearn.cluster import KMeans
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sonofed_client.adaptation.clustering import cluster_sums, moments
-from sonofed_client.adaptation.embedding import check_collapse, embed, train_round
+from sonofed_client.adaptation.embedding import embed, train_round
 from sonofed_client.adaptation.scoring import (
     distance_to_centroids,
     representativeness,
@@ -96,11 +95,6 @@ def points_of(
         Of the networks' random parts and of the order of images.
     events : Events
         Progress.
-
-    Raises
-    ------
-    CollapseError
-        The encoder maps all images of a site to one point, or in one direction.
     """
     if stage == "without contrast":
         model = _shared_statistics(start, pools)
@@ -183,7 +177,6 @@ def _embedded(stage: Stage, start: Start, student: HypersphereEncoder, pool: Poo
         return Points(z.numpy(), r.numpy())
     redrawn = embed(student, pool.redrawn)
     if stage == "without hypersphere":
-        check_collapse(normalize(z, dim=1))
         return Points(z.numpy(), (z - redrawn).norm(dim=1).numpy())
     return Points(z.numpy(), representativeness(z, redrawn).numpy())
 

@@ -190,7 +190,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
             ],
             **({"Densities": [f"![Densities]({FIGURE})"]} if moves else {}),
         },
-        method=method(redrawing.settings),
+        method=method(redrawing.settings, cells),
         adapted=(
             *ADAPTED,
             "What the similarity score of Table 1 is, the text does not say; the cosine to the "

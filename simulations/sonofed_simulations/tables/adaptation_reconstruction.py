@@ -157,7 +157,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
             ],
             **({"Differences to the source": [f"![Differences]({FIGURE})"]} if compared else {}),
         },
-        method=method(redrawing.settings),
+        method=method(redrawing.settings, cells),
         adapted=ADAPTED,
         rows=_rows(means, drops, order, cells),
         figures={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,8 @@ class Redrawn:
         the features of image and reconstruction, in [0, 2].
     before, after : ndarray (N,)
         Similarity to the source of the images and of their reconstructions.
+    seconds : float
+        What redrawing and measuring took.
     """
 
     site: str
@@ -84,6 +87,7 @@ class Redrawn:
     quality: Mapping[str, Floats]
     before: Floats
     after: Floats
+    seconds: float
 
 
 Cells = Mapping[tuple[str, str], Sequence[Redrawn]]
@@ -171,7 +175,8 @@ class Redrawing:
                 values = {name: array.astype(np.float64) for name, array in records.arrays.items()}
                 before, after = values.pop("before"), values.pop("after")
                 patients = tuple(records.config["patients"])
-                cell = Redrawn(shown.site, way, seed, patients, values, before, after)
+                seconds = float(records.metrics["seconds"])
+                cell = Redrawn(shown.site, way, seed, patients, values, before, after, seconds)
                 found.setdefault((way, shown.site), []).append(cell)
         return found
 
@@ -216,6 +221,7 @@ class Redrawing:
         return folder / f"{shown.site}.safetensors", origin
 
     def _redraw(self, seed: int, way: str, shown: Shown, origin: Mapping[str, Any]) -> Records:
+        began = time.perf_counter()
         settings, images = WAYS[way], shown.images
         if settings is None:
             blurred = gaussian_filter(images.numpy(), BLUR_WIDTH, axes=(2, 3))
@@ -225,7 +231,7 @@ class Redrawing:
             redrawn = reconstruct(self._stack, images, settings, seeds)
         arrays = measure(images, redrawn, self.start.model(), self._source)
         config = {"origin": dict(origin), "patients": [s.group for s in shown.samples]}
-        return Records(arrays, config)
+        return Records(arrays, config, {"seconds": time.perf_counter() - began})
 
 
 def make_redrawn(request: Request, write: Callable[[Redrawing, Request], Made]) -> Made:
