@@ -181,7 +181,7 @@ class MixtureTable:
         )
 
 
-COUNTS = ("refused by the gate", "of these, like another synthetic one")
+COUNTS = ("refused by the gate", "refused, for likeness to another synthetic one")
 """Of `gate_facts`."""
 
 
