@@ -17,7 +17,7 @@ from sonofed_simulations.paired import (
     is_told,
 )
 from sonofed_simulations.tables.article import Article, Row, write_article
-from sonofed_simulations.tables.forest import forest
+from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 from sonofed_simulations.tables.redrawn import (
@@ -155,7 +155,11 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
                 "measures of one way. Feature distance: one minus the cosine of the source "
                 "classifier's features of an image and of its reconstruction.",
             ],
-            **({"Differences to the source": [f"![Differences]({FIGURE})"]} if compared else {}),
+            **(
+                {"Differences to the source": [f"![Differences]({FIGURE})", "", LEGEND]}
+                if compared
+                else {}
+            ),
         },
         method=method(redrawing.settings, cells),
         adapted=ADAPTED,

@@ -13,7 +13,7 @@ from rich.table import Table
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.tables.arm_findings import NAMES, Claim, findings
 from sonofed_simulations.tables.arm_summary import METRICS, ArmRow, ArmSummary
-from sonofed_simulations.tables.forest import forest
+from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 
 FIGURE = "differences.svg"
@@ -101,7 +101,7 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
     if any(row.gap for row in summary.rows):
         lines += ["", "## Gap between home and the other sites", "", *_gaps(summary)]
     if _compared(summary, about):
-        lines += ["", "## Differences", "", f"![Differences]({FIGURE})"]
+        lines += ["", "## Differences", "", f"![Differences]({FIGURE})", "", LEGEND]
     if any(row.facts for row in summary.rows):
         lines += ["", "## What else the cells tell", "", *_facts(summary)]
     if summary.refused:

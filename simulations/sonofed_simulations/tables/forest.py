@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from sonofed_simulations.paired import Interval
 from sonofed_simulations.report.figures import CHOSEN, SITE_COLOURS, SOFT, drawing
 
+LEGEND = "Orange: the 95% interval leaves 0 out, before any correction for the number of rows."
+
 
 def forest(labels: Sequence[str], panels: Mapping[str, Sequence[Interval]], width: float) -> bytes:
     """Draw differences with their intervals as an SVG; those that exclude 0 stand out.

@@ -12,7 +12,7 @@ from pathlib import Path
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.paired import Contrast, is_told
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
-from sonofed_simulations.tables.forest import forest
+from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 
 FIGURE = "differences.svg"
@@ -122,6 +122,8 @@ def _page(
         "## Differences",
         "",
         f"![Differences]({FIGURE})",
+        "",
+        LEGEND,
     ]
     gained = [p for p in summary.plug_in if {p.method, p.start} <= table.published.keys()]
     if gained:
