@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from sonofed_client.enclave.opening import open_enclave
+from sonofed_client.enclave.policy import policy_text_of_all
 from sonofed_client.settings import SiteData, SiteSettings
 from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
@@ -115,6 +116,8 @@ class Laboratory:
         for name in self.events.track(names, "hospitals", len(names)):
             settings, path = self.site(name, seed, folder)
             values = settings.model_dump(mode="json", exclude_none=True)
+            if settings.policy is not None:
+                write_atomically(settings.policy, policy_text_of_all().encode())
             write_atomically(path, tomli_w.dumps(values).encode())
             open_enclave(str(path))
             paths.append(path)
@@ -124,6 +127,7 @@ class Laboratory:
         """Settings of one site as the scenario is now, and the file that `prepare_sites` writes."""
         folder = (folder or self.root / "sites").resolve()
         coordinator = public_hex(load_or_create_signing_key(self.key))
+        shares = "synthesise" in self.scenario.study.phases
         settings = SiteSettings(
             name=name,
             store=folder / name / "store",
@@ -132,6 +136,7 @@ class Laboratory:
             image_key=sha256(f"{self.scenario.name} {name}".encode()),
             oracle=True,
             auto_approve=(coordinator,),
+            policy=folder / name / "policy.toml" if shares else None,
             threads=self.scenario.threads,
         )
         return settings, folder / name / f"site-{seed}.toml"

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 
+from sonofed_client.enclave.store import Store
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.selection import WHOLE
@@ -122,3 +123,17 @@ def forget_labels(folder):
         return row if first else {**row, "label": ""}
 
     rewrite(folder, forget)
+
+
+def secrets_of(site, size=32):
+    """What may not leave a site, as bytes: names, ids, patients, paths and rows of pixels."""
+    rows = Store(site.store).images()
+    found = {t.encode() for row in rows for t in (row.id, row.name, row.group)}
+    found |= {str(site.data.path).encode(), str(site.store).encode()}
+    found |= {int(row.id, 16).to_bytes(8, end) for row in rows for end in ("little", "big")}
+    kept = Store(site.store).get(f"pixels/{size}")
+    for image in kept.arrays["pixels"] if kept else ():
+        line = max(image[0], key=lambda pixels: len(np.unique(pixels)))
+        if len(np.unique(line)) > size // 2:
+            found |= {line.tobytes(), (line / np.float32(255)).tobytes()}
+    return found

@@ -16,14 +16,15 @@ from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.manifest import SYNTHETIC_IMAGES, DataProvenance
-from sonofed_common.contract.records import from_bytes, to_bytes
+from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.data.sample import Sample
 from sonofed_common.models.diffusion import DiffusionStack, build_tiny
 from sonofed_common.runtime import Events
+from sonofed_common.synthesis.memorisation import RefusedError, dissimilarity
+from sonofed_common.synthesis.synthetic import Drawing, Wanted, synthesise
 from sonofed_server.source.data import Part, SourceSet, load_source
-from sonofed_server.source.memorisation import RefusedError, dissimilarity
 from sonofed_server.source.settings import SourceSettings, SyntheticImages
-from sonofed_server.source.synthetic import EdgeDrawing, Wanted, synthesise
+from sonofed_server.source.synthetic import EdgeDrawing
 from sonofed_server.source.training import train_source
 
 torch.set_num_threads(1)
@@ -69,6 +70,13 @@ def source(root) -> SourceSet:
     return load_source(settings_of(), root)
 
 
+def drawn_from(
+    drawing: Drawing, source: SourceSet, per_class: tuple[int, int], *others: Any
+) -> tuple[Records, dict[str, Any]]:
+    pool, test = source.pool, source.test
+    return synthesise(drawing, pool.images, pool.groups, test.images, per_class, *others)
+
+
 @pytest.fixture(scope="module")
 def stack() -> DiffusionStack:
     return build_tiny(SIZE, seed=0).eval()
@@ -97,7 +105,7 @@ def test_images_are_labelled_as_many_of_each_class_and_new(
 ):
     seen: list[dict[str, Any]] = []
     drawing = EdgeDrawing(stack, source.pool, WANTED)
-    records, facts = synthesise(drawing, source, (3, 3), 0, Events(listeners=[seen.append]))
+    records, facts = drawn_from(drawing, source, (3, 3), 0, Events(listeners=[seen.append]))
     images, labels = records.arrays["images"], records.arrays["labels"]
     assert images.dtype == np.uint8 and images.shape == (6, SIZE, SIZE)
     assert labels.dtype == np.int64 and sorted(labels) == [0, 0, 0, 1, 1, 1]
@@ -113,7 +121,7 @@ def test_images_are_labelled_as_many_of_each_class_and_new(
 
 def test_seeds_decide_and_repeat(stack: DiffusionStack, source: SourceSet):
     drawing = EdgeDrawing(stack, source.pool, WANTED)
-    first, again, other = (synthesise(drawing, source, (3, 3), seed) for seed in (0, 0, 1))
+    first, again, other = (drawn_from(drawing, source, (3, 3), seed) for seed in (0, 0, 1))
     assert to_bytes(first[0]) == to_bytes(again[0]) and first[1] == again[1]
     assert to_bytes(first[0]) != to_bytes(other[0])
 
@@ -146,7 +154,7 @@ def test_a_model_that_memorised_is_refused(source: SourceSet):
     with pytest.raises(
         RefusedError, match=r"only 0 of 3 synthetic benign images .* other settings"
     ):
-        synthesise(EdgeDrawing(stack.eval(), source.pool, WANTED), source, (3, 3), 0)
+        drawn_from(EdgeDrawing(stack.eval(), source.pool, WANTED), source, (3, 3), 0)
 
 
 class Blender:
@@ -172,8 +180,8 @@ def test_a_set_that_tells_who_was_trained_on_is_refused_though_no_image_is_a_cop
     provenance = DataProvenance(name="scans", digest="0" * 64, images=80, groups=80)
     source = SourceSet(part(training), part(unseen), provenance)
     with pytest.raises(ConfigurationError, match=r"membership AUROC 0\.7\d, where 0\.6"):
-        synthesise(Blender(training, 0.1), source, (20, 20), 0)
-    _, facts = synthesise(Blender(training, 0.0), source, (20, 20), 0)
+        drawn_from(Blender(training, 0.1), source, (20, 20), 0)
+    _, facts = drawn_from(Blender(training, 0.0), source, (20, 20), 0)
     assert facts["membership_auroc"] == pytest.approx(0.5, abs=0.15)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sonofed_common.contract.records import from_bytes
 from sonofed_common.runtime import SILENT
-from sonofed_server.source.memorisation import RefusedError
+from sonofed_common.synthesis.memorisation import RefusedError
 from sonofed_server.source.settings import DiffusionTraining, SourceData, WganTraining
 from sonofed_simulations.tables import synthetic_federated
 from sonofed_simulations.tables.arm_summary import MEAN

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sonofed_common.runtime import SILENT, Events
-from sonofed_server.source.memorisation import RefusedError
+from sonofed_common.synthesis.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData, WganTraining
 from sonofed_simulations.tables import mixtures, synthetic_all, synthetic_ratios
 from sonofed_simulations.tables.arm_page import About

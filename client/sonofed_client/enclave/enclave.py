@@ -17,6 +17,7 @@ from sonofed_client.enclave.handlers import (
     scoring,
     segmentation,
     selection,
+    synthesis,
 )
 from sonofed_client.enclave.ledger import Ledger
 from sonofed_client.enclave.policy import Policy
@@ -28,6 +29,7 @@ from sonofed_common.contract.actions import (
     Embed,
     EvaluateClassifier,
     Parameters,
+    Synthesise,
     TrainClassifier,
 )
 from sonofed_common.contract.records import Records
@@ -47,6 +49,7 @@ HANDLERS: dict[str, Handler] = {
     "query.histogram": selection.histogram,
     "train.select": selection.select,
     "query.annotations": selection.count_annotations,
+    "train.synthesise": synthesis.synthesise_images,
     "train.classifier": classification.train_classifier,
     "evaluate.classifier": classification.evaluate_classifier,
     "train.pretrain": pretraining.pretrain,
@@ -58,6 +61,7 @@ HANDLERS: dict[str, Handler] = {
 JOBS = frozenset(
     {
         "train.embed",
+        "train.synthesise",
         "train.classifier",
         "evaluate.classifier",
         "train.pretrain",
@@ -160,8 +164,9 @@ class InProcessEnclave:
             request.digest(),
             site.snapshot,
         ]
-        if isinstance(parameters, TrainClassifier):
-            parts.append(selection.labelled(site, parameters.study, parameters.budget))
+        if isinstance(parameters, TrainClassifier | Synthesise):
+            budget = getattr(parameters, "budget", selection.LARGEST)
+            parts.append(selection.labelled(site, parameters.study, budget))
         return sha256(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from sonofed_client.enclave.labelling import most_marked
 from sonofed_client.enclave.ledger import payload
-from sonofed_client.enclave.policy import Policy, read_policy
+from sonofed_client.enclave.policy import Policy, policy_of_all
 from sonofed_client.enclave.questions import ANY_BUNDLE, Question, questions
 from sonofed_client.enclave.release import release
 from sonofed_client.enclave.rules import ActionRule, ArrayRule, Kind
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.errors import PolicyError
-from sonofed_common.contract.names import BUFFERS, RECEIVED_LOSS, TRAINED_LOSS
+from sonofed_common.contract.names import BUFFERS, CLASSES, RECEIVED_LOSS, TRAINED_LOSS
 from sonofed_common.contract.records import Array, Json, Records, grouped, is_named
 from sonofed_common.contract.study import Study
 
@@ -40,8 +40,8 @@ _SAMPLES: Mapping[Kind, Json] = {
 def refusals(study: Study, policy: Policy) -> list[str]:
     """Return, in words, what a policy would refuse of a study; empty where nothing is known.
 
-    Replies are made up as the standard policy describes them, which names all that actions answer;
-    a study's classifiers, embeddings and clusters have their true size, in requests too. Counts of
+    Replies are made up as `policy_of_all` describes them, which names all that actions answer; a
+    study's classifiers, embeddings and clusters have their true size, in requests too. Counts of
     a small site and segmenters, whose size is known once their bundle is here, may still be
     refused.
     """
@@ -185,13 +185,18 @@ def _replies(question: Question, study: Study) -> Iterator[tuple[int, Records]]:
         unasked = () if _strategy(parameters) == "feddg_ga" else (RECEIVED_LOSS, TRAINED_LOSS)
         metrics = {name: value for name, value in reply.metrics.items() if name not in unasked}
         yield times, Records(_network(parameters), reply.config, metrics)
+    elif isinstance(parameters, actions.Synthesise):
+        count, size = len(CLASSES) * study.synthesis.per_class, study.synthesis.image_size
+        images = np.zeros((count, size, size), dtype=np.uint8)
+        labels = np.zeros(count, dtype=np.int64)
+        yield times, Records({"images": images, "labels": labels}, reply.config)
     else:
         yield times, reply
 
 
 def _sample(action: str) -> Records:
-    """Make up a reply of all that the standard policy names."""
-    rule = read_policy(None).actions[action]
+    """Make up a reply of all that the widest policy names."""
+    rule = policy_of_all().actions[action]
     # The exact selection asks until a bin holds one image.
     count = 1 if action == "query.histogram" else MANY
     arrays: dict[str, Array] = {}

@@ -13,8 +13,10 @@ from sonofed_common.contract.study import Phase, Study
 from sonofed_common.contract.study_segmentation import PLAIN_MEAN
 
 ANY_BUNDLE = "0" * 64
-SHIPPING: frozenset[Phase] = frozenset({"ship", "supervise", "pseudo_label", "publish"})
-"""Phases that install a bundle at the sites."""
+SHIPPING: frozenset[Phase] = frozenset(
+    {"ship", "synthesise", "supervise", "pseudo_label", "publish"}
+)
+"""Phases of which a bundle comes to the sites."""
 
 Choice = Collection[object] | None
 """Values of which a parameter is one or, where it is a list, holds each once at most; None: any."""
@@ -76,6 +78,9 @@ def questions(study: Study) -> Iterator[Question]:
             yield from _selecting(study, phase, common, pooled)
         elif phase == "annotate":
             yield Question("query.annotations", actions.Annotations(**common))
+        elif phase == "synthesise":
+            draw = actions.Synthesise(**common, settings=study.synthesis, wgan=study.wgan)
+            yield Question("train.synthesise", draw, 1)
         elif phase == "classifier":
             yield from _classifying(study, pooled)
         elif phase in ("pretrain", "pseudo_label", "ensemble", "evaluate"):
@@ -126,6 +131,7 @@ def _classifying(study: Study, pooled: dict[str, Any]) -> Iterator[Question]:
                 aggregation=study.aggregation,
             )
             free: dict[str, Choice] = {"bundle": None, "round": None}
+            free |= {"shared": None} if "synthesise" in study.phases else {}
             yield Question("train.classifier", train, settings.rounds, free)
         for batch_norm in both:
             # The source's own weights are tested both ways, fine-tuned ones as the study says.

@@ -21,6 +21,7 @@ from sonofed_common.contract.study import (
     Study,
 )
 from sonofed_common.contract.study_segmentation import Infusion, Pretraining, PseudoLabels, SiteNorm
+from sonofed_common.contract.study_synthesis import Synthesis, WganTraining
 
 
 class Parameters(Model):
@@ -176,6 +177,13 @@ class Annotations(Parameters):
     """How many of the selected images are labelled."""
 
 
+class Synthesise(Parameters):
+    """Draw synthetic images by GANs of the site's own, trained on what is labelled so far."""
+
+    settings: Synthesis
+    wgan: WganTraining
+
+
 class TrainClassifier(Pooled):
     """One round of fine-tuning. Arrays: ``weights/...``; absent for the source's weights.
 
@@ -189,6 +197,11 @@ class TrainClassifier(Pooled):
     budget: int = Field(ge=0, description="index into the study's budgets")
     settings: Finetuning
     aggregation: Aggregation = Aggregation()
+    shared: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="bundle of the sites' synthetic images, to replay in place of the source's",
+    )
 
     def reads(self, names: Collection[str]) -> tuple[str, ...]:
         """Return the control variates only where the strategy has them."""
@@ -302,6 +315,7 @@ ACTIONS: dict[str, type[Parameters]] = {
     "query.histogram": Histogram,
     "train.select": Select,
     "query.annotations": Annotations,
+    "train.synthesise": Synthesise,
     "train.classifier": TrainClassifier,
     "evaluate.classifier": EvaluateClassifier,
     "train.pretrain": Pretrain,

@@ -37,7 +37,7 @@ def bundle_misfit(study: Study, bundle: Manifest) -> str | None:
             "one, or leave the phase out"
         )
     replays = "classifier" in study.phases and study.finetuning.replay
-    if replays and SYNTHETIC_IMAGES not in bundle.files:
+    if replays and "synthesise" not in study.phases and SYNTHETIC_IMAGES not in bundle.files:
         return (
             f"{held} synthetic images, which the study replays; train the source with a section "
             "'synthetic', or set finetuning.replay to 0"

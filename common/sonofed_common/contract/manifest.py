@@ -14,11 +14,14 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import BundleError
 from sonofed_common.security import sha256, verify
 
-Kind = Literal["source", "final"]
+Kind = Literal["source", "synthetic", "final"]
 
 SYNTHETIC_IMAGES = "synthetic/source.safetensors"
 """Where a source bundle holds images that were drawn from source edges: records with ``images``
 (N, S, S) uint8 and ``labels`` (N,) int64."""
+
+SHARED_IMAGES = "synthetic/sites.safetensors"
+"""Where a synthetic bundle holds the images that the sites of a study share: the same records."""
 
 
 class Blob(Model):

@@ -1,4 +1,4 @@
-"""Names of actions, arrays and metrics, in a module of their own: it loads nothing heavy."""
+"""Names of actions, classes, arrays and metrics: a module of its own, which loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ACTION_NAMES = (
     "query.histogram",
     "train.select",
     "query.annotations",
+    "train.synthesise",
     "train.classifier",
     "evaluate.classifier",
     "train.pretrain",
@@ -22,6 +23,9 @@ ACTION_NAMES = (
     "train.ensemble",
     "evaluate.segmenter",
 )
+
+CLASSES = ("benign", "malignant")
+"""What the classifiers' outputs stand for, in this order."""
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """What the names of a batch normalisation's buffers end in: they are no trained weights."""

@@ -130,6 +130,9 @@ class SiteResults(Model):
     selected: int = Field(default=0, ge=0, description="images chosen at the last budget")
     labelled: int = Field(default=0, ge=0, description="of these, images that were learnt from")
     selected_by_budget: tuple[int, ...] = ()
+    synthetic: int | None = Field(
+        default=None, ge=0, description="synthetic images of its own that the site shared"
+    )
     classifiers: dict[str, ClassifierResults] = Field(default={})
     test_masks: int = Field(default=0, ge=0, description="test images with a mask")
     segmentation: dict[SegmentationStage, Metrics] = Field(default={})

@@ -19,6 +19,7 @@ from sonofed_common.contract.study_segmentation import (
     SiteNorm,
     Supervision,
 )
+from sonofed_common.contract.study_synthesis import PAPER_WGAN, Synthesis, WganTraining
 
 Phase = Literal[
     "enrol",
@@ -28,6 +29,7 @@ Phase = Literal[
     "cluster",
     "select",
     "annotate",
+    "synthesise",
     "classifier",
     "pretrain",
     "supervise",
@@ -70,6 +72,7 @@ NEEDS_GIVES: dict[Phase, tuple[frozenset[str], frozenset[str]]] = {
     "cluster": (frozenset({"embeddings"}), frozenset({"centroids"})),
     "select": (frozenset({"source weights"}), frozenset({"selection"})),
     "annotate": (frozenset({"selection"}), frozenset({"labels"})),
+    "synthesise": (frozenset({"labels"}), frozenset({"synthetic images"})),
     "classifier": (frozenset({"labels"}), frozenset({"adapted models"})),
     "pretrain": (frozenset({"source weights"}), frozenset({"target-informed encoder"})),
     "supervise": (frozenset({"target-informed encoder"}), frozenset({"branches"})),
@@ -269,7 +272,10 @@ class Finetuning(Model):
     )
     balanced: bool = Field(default=True, description="weigh classes inversely to their frequency")
     replay: float = Field(
-        default=0.0, ge=0, le=10, description="synthetic source images per labelled image"
+        default=0.0,
+        ge=0,
+        le=10,
+        description="synthetic images (of the source, or shared) per labelled one",
     )
 
     @property
@@ -341,6 +347,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "batch_norm": "global",
             "balanced": False,
         },
+        "wgan": PAPER_WGAN,
         "pretraining": {"patch_size": 32, "temperature": 0.1},
         "pseudo_labels": {
             "consistency": True,
@@ -376,6 +383,8 @@ class Study(Model):
     embedding: Embedding = Embedding()
     clustering: Clustering = Clustering()
     selection: Selection = Selection()
+    synthesis: Synthesis = Synthesis()
+    wgan: WganTraining = WganTraining()
     finetuning: Finetuning = Finetuning()
     pretraining: Pretraining = Pretraining()
     supervision: Supervision = Supervision()
@@ -417,6 +426,19 @@ class Study(Model):
             raise ValueError(
                 f"classifier '{seeing[0]}' sees lesions, which synthetic images have no masks of; "
                 "set finetuning.replay to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _synthetic_images_serve(self) -> Self:
+        if "synthesise" not in self.phases:
+            return self
+        later = self.phases[self.phases.index("synthesise") :]
+        if "classifier" not in later or not self.finetuning.replay:
+            raise ValueError(
+                "phase 'synthesise' would do nothing: what the sites share is replayed in a phase "
+                "'classifier' after it; name that phase and set finetuning.replay, or leave "
+                "'synthesise' out"
             )
         return self
 

@@ -51,7 +51,7 @@ class MemorisationGate:
 
     Raises
     ------
-    ConfigurationError
+    RefusedError
         All images are of one group.
 
     Notes
@@ -66,7 +66,7 @@ class MemorisationGate:
 
     def __init__(self, images: Tensor, groups: Sequence[str]) -> None:
         if len(set(groups)) < 2:
-            raise ConfigurationError(
+            raise RefusedError(
                 "the memorisation gate needs training images of at least two patients; add images "
                 "or do without synthetic images"
             )

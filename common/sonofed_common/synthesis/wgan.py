@@ -1,4 +1,4 @@
-"""Class-wise training of Wasserstein GANs on source images, and drawing from them."""
+"""Class-wise training of Wasserstein GANs, and drawing from them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.functional import relu
 from torch.optim import Adam, Optimizer, RMSprop
 
 from sonofed_common.contract.errors import DivergenceError, SiteEmptyError
+from sonofed_common.contract.names import CLASSES
+from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.models.wgan import LATENT, WganCritic, WganGenerator
 from sonofed_common.runtime import SILENT, Events, derive_seed, device
+from sonofed_common.synthesis.synthetic import Wanted
 from sonofed_common.training import restore_checkpoint, run_fingerprint, save_checkpoint
-from sonofed_server.source.data import CLASSES, Part
-from sonofed_server.source.settings import WganTraining
-from sonofed_server.source.synthetic import Wanted
 
 SAVE_EVERY = 100
 """Generator steps between checkpoints."""
@@ -178,23 +178,33 @@ class WganDrawing:
 
 
 def train_drawing(
-    pool: Part,
+    images: Tensor,
+    labels: Tensor,
     settings: WganTraining,
     seed: int,
-    checkpoints: Path | None = None,
+    checkpoints: Sequence[Path],
     events: Events = SILENT,
 ) -> WganDrawing:
-    """Train one GAN a class on a pool, each with its own seed and checkpoint; see `train_wgan`."""
+    """Train one GAN a class, each with its own seed and checkpoint; see `train_wgan`.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, 1, S, S), in [0, 1].
+    labels : Tensor
+        (N,) int64, numbers of `CLASSES`; of each there is one image at least.
+    settings : WganTraining
+        The same for all classes.
+    seed : int
+        Of all of them.
+    checkpoints : sequence of Path
+        One a class.
+    events : Events
+        Gets the progress.
+    """
     generators = []
-    for label, name in enumerate(CLASSES):
-        generators.append(
-            train_wgan(
-                pool.images[pool.labels == label],
-                settings,
-                derive_seed(seed, name),
-                None if checkpoints is None else checkpoints / f"wgan-{name}.safetensors",
-                events,
-                f"wgan {name}",
-            )
-        )
+    for label, (name, checkpoint) in enumerate(zip(CLASSES, checkpoints, strict=True)):
+        own = images[labels == label]
+        of_class = derive_seed(seed, name)
+        generators.append(train_wgan(own, settings, of_class, checkpoint, events, f"wgan {name}"))
     return WganDrawing(generators)

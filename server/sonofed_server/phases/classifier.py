@@ -7,17 +7,21 @@ from typing import Any
 from safetensors.numpy import load
 
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
+from sonofed_common.contract.bundle import Bundle
 from sonofed_common.contract.errors import QuorumError
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.study import ClassifierNorm
 from sonofed_server.aggregation.strategies import STRATEGIES
 from sonofed_server.aggregation.strategy import Round, Weights
 from sonofed_server.aggregation.weights import weight_of
+from sonofed_server.phases.ship import install_everywhere
 from sonofed_server.study.run import StudyRun
 
 
 def classifier(run: StudyRun) -> None:
     """Test the source's weights, average fine-tuned weights round by round, test again."""
+    if "synthetic_bundle" in run.state.facts:
+        install_everywhere(run, Bundle.open(run.workspace.synthetic), "synthetic images")
     for name in run.study.classifiers:
         _evaluate(run, name, "source", {}, "global")
         _evaluate(run, name, "bn_adapted", {}, "site")
@@ -40,6 +44,7 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
             budget=budget,
             settings=settings,
             aggregation=study.aggregation,
+            shared=state.facts.get("synthetic_bundle"),
         )
         strategy = STRATEGIES[study.aggregation.strategy](
             Round(

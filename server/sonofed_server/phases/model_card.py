@@ -58,12 +58,19 @@ def model_card(run: StudyRun) -> str:
         f"- normalisation statistics: {', '.join(statistics) or 'global'}",
         f"- source bundle: {run.bundle.id}",
         f"- study file: {run.study.digest()}",
+        *_synthetic(sites),
     ]
     if classifies:
         lines += ["", *_classification_table(sites)]
     if segments:
         lines += ["", *_segmentation_table(sites)]
     return "\n".join(lines) + "\n"
+
+
+def _synthetic(sites: Mapping[str, SiteResults]) -> list[str]:
+    shared = {name: site.synthetic for name, site in sites.items() if site.synthetic is not None}
+    told = ", ".join(f"{count} of {name}" for name, count in shared.items())
+    return [f"- replayed synthetic images, by sites' own GANs: {told}"] if shared else []
 
 
 def _segmentation(run: StudyRun, sites: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sonofed_common.contract.bundle import DataProvenance
 from sonofed_common.contract.errors import DataMissingError, OneClassError
+from sonofed_common.contract.names import CLASSES
 from sonofed_common.data.images import load_images, load_masks
 from sonofed_common.data.lesions import ENLARGED, lesion_boxes, with_lesions
 from sonofed_common.data.readers import read
@@ -20,8 +21,6 @@ from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.security import sha256_file
 from sonofed_server.source.settings import SourceData, SourceSettings
-
-CLASSES = ("benign", "malignant")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Part:
     samples: tuple[Sample, ...]
     images: Tensor
     labels: Tensor
+
+    @property
+    def groups(self) -> list[str]:
+        """The patient, or group of duplicates, of each image."""
+        return [sample.group for sample in self.samples]
 
 
 @dataclass(frozen=True)

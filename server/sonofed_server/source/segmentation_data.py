@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sonofed_common.contract.bundle import DataProvenance
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError, OneClassError
+from sonofed_common.contract.names import CLASSES
 from sonofed_common.data.images import decodable_masks, load_images, load_masks
 from sonofed_common.data.sample import Reading, Sample
 from sonofed_common.runtime import SILENT, Events
-from sonofed_server.source.data import CLASSES, SourceSet, provenance_of, read_data, split_source
+from sonofed_server.source.data import SourceSet, provenance_of, read_data, split_source
 from sonofed_server.source.settings import SourceSettings
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sonofed_common.contract.configuration import Model, read_toml, validate, with_preset
+from sonofed_common.contract.study_synthesis import PAPER_WGAN, WganTraining
 
 
 class SourceData(Model):
@@ -79,20 +80,6 @@ class DiffusionTraining(Model):
         return self
 
 
-class WganTraining(Model):
-    """Training of one Wasserstein GAN a class; only where it draws the synthetic images."""
-
-    loss: Literal["wasserstein", "hinge"] = "hinge"
-    optimizer: Literal["adam", "rmsprop"] = Field(
-        default="adam", description="adam with betas 0 and 0.9"
-    )
-    learning_rate: float = Field(default=1e-4, gt=0)
-    critic_steps: int = Field(default=2, ge=1, description="of the critic, a step of the generator")
-    steps: int = Field(default=10_000, ge=1, description="of the generator")
-    batch_size: int = Field(default=32, ge=2)
-    width: int = Field(default=512, ge=16, le=2048, description="maps of 4 x 4 pixels")
-
-
 class SyntheticImages(Model):
     """Labelled synthetic images, which sites may replay while they fine-tune the classifiers."""
 
@@ -109,12 +96,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {
         "diffusion": {"kind": "sd15", "epochs": 200, "learning_rate": 1e-4},
-        "wgan": {
-            "loss": "wasserstein",
-            "optimizer": "rmsprop",
-            "learning_rate": 5e-5,
-            "critic_steps": 5,
-        },
+        "wgan": PAPER_WGAN,
     },
 }
 """Settings that a preset changes; what the source file says itself wins."""

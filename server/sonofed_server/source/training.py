@@ -22,6 +22,7 @@ from sonofed_common.contract.bundle import (
 )
 from sonofed_common.contract.errors import BundleError
 from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
+from sonofed_common.contract.names import CLASSES
 from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.images import load_images
 from sonofed_common.models.classifiers import sees_lesions
@@ -29,6 +30,8 @@ from sonofed_common.models.diffusion import build_tiny, load_sd15
 from sonofed_common.models.stack import DiffusionStack
 from sonofed_common.runtime import SILENT, Events, derive_seed, device, set_threads
 from sonofed_common.security import public_hex
+from sonofed_common.synthesis.synthetic import Drawing, synthesise
+from sonofed_common.synthesis.wgan import train_drawing
 from sonofed_server.source.classifiers import (
     classifier_facts,
     features,
@@ -36,7 +39,6 @@ from sonofed_server.source.classifiers import (
     train_two_views,
 )
 from sonofed_server.source.data import (
-    CLASSES,
     Part,
     SourceSet,
     lesions_beside,
@@ -53,8 +55,7 @@ from sonofed_server.source.segmentation_data import (
 from sonofed_server.source.segmenter import segmentation_facts, segmenter_facts, train_segmenter
 from sonofed_server.source.settings import SegmenterTraining, SourceSettings, SyntheticImages
 from sonofed_server.source.statistics import feature_statistics
-from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
-from sonofed_server.source.wgan import train_drawing
+from sonofed_server.source.synthetic import EdgeDrawing
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("sonofed", "torch", "monai", "diffusers", "transformers")
@@ -151,7 +152,15 @@ def train_source(
         wanted = [settings.synthetic.per_class] * len(CLASSES)
         drawing = _drawing(settings, settings.synthetic, source, stack, checkpoints, events)
         seed = derive_seed(settings.seed, "synthetic")
-        records, facts = synthesise(drawing, source, wanted, seed, events)
+        records, facts = synthesise(
+            drawing,
+            source.pool.images,
+            source.pool.groups,
+            source.test.images,
+            wanted,
+            seed,
+            events,
+        )
         writer.add(SYNTHETIC_IMAGES, to_bytes(records))
         writer.facts["synthetic"] = {"generator": settings.synthetic.generator, **facts}
         events.emit("synthetic source images", **writer.facts["synthetic"])
@@ -281,7 +290,8 @@ def _drawing(
     """Return what draws the synthetic images; a GAN is trained for it, the stack is there."""
     if wanted.generator == "wgan":
         seed = derive_seed(settings.seed, "wgan")
-        return train_drawing(source.pool, settings.wgan, seed, checkpoints, events)
+        pool, files = source.pool, [checkpoints / f"wgan-{name}.safetensors" for name in CLASSES]
+        return train_drawing(pool.images, pool.labels, settings.wgan, seed, files, events)
     # The settings refuse a section `synthetic` that has no model to draw with.
     assert stack is not None
     return EdgeDrawing(stack, source.pool, wanted)

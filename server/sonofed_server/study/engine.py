@@ -32,6 +32,7 @@ from sonofed_server.phases.reconstruct import reconstruct
 from sonofed_server.phases.select import select
 from sonofed_server.phases.ship import ship
 from sonofed_server.phases.supervise import supervise
+from sonofed_server.phases.synthesise import synthesise
 from sonofed_server.study.cost import PhaseMeter
 from sonofed_server.study.exchange import Exchange
 from sonofed_server.study.failure import Failure, write_failure
@@ -53,6 +54,7 @@ PHASES: dict[Phase, Callable[[StudyRun], None]] = {
     "cluster": cluster,
     "select": select,
     "annotate": annotate,
+    "synthesise": synthesise,
     "classifier": classifier,
     "pretrain": pretrain,
     "supervise": supervise,

@@ -57,6 +57,7 @@ def _site(run: StudyRun, facts: dict[str, Any]) -> SiteResults:
         selected=selected[-1] if selected else 0,
         labelled=list(labels.values())[-1],
         selected_by_budget=tuple(selected),
+        synthetic=facts.get("synthetic"),
         classifiers={
             name: _classifier(run, name, stages, labels)
             for name, stages in facts.get("classifiers", {}).items()

@@ -62,6 +62,11 @@ class Workspace:
         return self.root / "adapted"
 
     @property
+    def synthetic(self) -> Path:
+        """The signed bundle of the synthetic images that the sites share."""
+        return self.root / "synthetic"
+
+    @property
     def model_card(self) -> Path:
         """The model card, Markdown."""
         return self.root / "MODEL_CARD.md"

@@ -33,6 +33,7 @@ PHASES = {
     "cluster": "Find the groups on the sphere, from sums only",
     "select": "Agree which images are worth an expert's time",
     "annotate": "Wait for the labels",
+    "synthesise": "Share images that each hospital's own GANs drew, behind a gate",
     "classifier": "Fine-tune the classifiers, and test them on site",
     "pretrain": "Learn from each hospital's unlabelled images, together",
     "supervise": "Train a segmenter on the source's masks, from what was learnt",

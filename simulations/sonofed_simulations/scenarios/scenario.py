@@ -122,7 +122,8 @@ class Scenario(Model):
             raise ValueError(f"the study uses classifier '{untrained[0]}'; name it in [source] too")
         if "reconstruct" in self.study.phases and self.source.diffusion.kind == "none":
             raise ValueError("phase 'reconstruct' needs a diffusion model; the source trains none")
-        if self.study.finetuning.replay and self.source.synthetic is None:
+        replays = self.study.finetuning.replay and "synthesise" not in self.study.phases
+        if replays and self.source.synthetic is None:
             raise ValueError(
                 "finetuning.replay needs synthetic source images; give [source] a section "
                 "'synthetic', or set it to 0"

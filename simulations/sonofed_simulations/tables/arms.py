@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.runtime import Events, write_atomically
-from sonofed_server.source.memorisation import RefusedError
+from sonofed_common.synthesis.memorisation import RefusedError
 
 Array = NDArray[Any]
 Prediction = tuple[Array, Array, Array]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sonofed_common.contract.configuration import Model
+from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.runtime import derive_seed
 from sonofed_server.source.classifiers import probabilities
 from sonofed_server.source.data import Part, SourceSet
-from sonofed_server.source.settings import SourceData, WganTraining
+from sonofed_server.source.settings import SourceData
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arms import Arm, Outcome, Prediction
 from sonofed_simulations.tables.breast_sites import SITES, Site, parts_facts, patients, read_site

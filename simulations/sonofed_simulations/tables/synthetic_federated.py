@@ -12,10 +12,10 @@ from torch import Tensor
 from sonofed_client.adaptation import drift
 from sonofed_common.models.classifiers import Classifier, build_classifier
 from sonofed_common.runtime import derive_seed, device
+from sonofed_common.synthesis.memorisation import RefusedError
 from sonofed_server.aggregation.fedavg import FedAvg
 from sonofed_server.source.classifiers import probabilities
 from sonofed_server.source.data import SourceSet
-from sonofed_server.source.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome

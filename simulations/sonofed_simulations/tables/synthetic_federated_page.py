@@ -88,8 +88,8 @@ def about(settings: FederatedSettings) -> About:
             "Malignant is the positive class; splits are by patient, of BUSI by group of "
             "near-duplicates.",
             "Sharing of generated images between sites, through a gate at each of them, is our "
-            "reading of the protocol. It is simulated: no action of a deployment lets such images "
-            "leave a hospital, whatever its policy says. Our diffusion model draws from edge "
-            "maps of training images.",
+            "reading of the protocol. In a deployment the phase 'synthesise' does so with GANs, "
+            "where a hospital's policy lets such images leave; diffusion images are simulated here "
+            "alone, from edge maps of training images.",
         ),
     )

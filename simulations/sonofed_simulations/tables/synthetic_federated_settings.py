@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sonofed_common.contract.configuration import Model
-from sonofed_server.source.settings import DiffusionTraining, WganTraining
+from sonofed_common.contract.study_synthesis import WganTraining
+from sonofed_server.source.settings import DiffusionTraining
 from sonofed_simulations.tables.breast_sites import SITES
 from sonofed_simulations.tables.equal_steps import Steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sonofed_server.source.settings import WganTraining
+from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_simulations.tables.arm_findings import Claim
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table

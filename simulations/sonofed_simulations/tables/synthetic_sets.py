@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonofed_common.contract.names import CLASSES
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.models.diffusion import build_tiny
 from sonofed_common.runtime import Events, derive_seed, device, write_atomically
+from sonofed_common.synthesis.synthetic import Drawing, synthesise
+from sonofed_common.synthesis.wgan import train_drawing
 from sonofed_server.source.data import Part, SourceSet
 from sonofed_server.source.diffusion import train_diffusion
-from sonofed_server.source.settings import DiffusionTraining, SyntheticImages, WganTraining
-from sonofed_server.source.synthetic import Drawing, EdgeDrawing, synthesise
-from sonofed_server.source.wgan import train_drawing
+from sonofed_server.source.settings import DiffusionTraining, SyntheticImages
+from sonofed_server.source.synthetic import EdgeDrawing
 from sonofed_simulations.locks import alone
 from sonofed_simulations.tables.breast_sites import parts_facts
 
@@ -97,7 +100,9 @@ def synthetic_set(
             malignant = round(count * float(source.pool.labels.float().mean()))
             made, facts = synthesise(
                 drawing,
-                source,
+                source.pool.images,
+                source.pool.groups,
+                source.test.images,
                 (count - malignant, malignant),
                 derive_seed(seed, "draw"),
                 events,
@@ -133,7 +138,8 @@ def _trained(
     events: Events,
 ) -> Drawing:
     if isinstance(generator, WganTraining):
-        return train_drawing(pool, generator, seed, checkpoints, events)
+        files = [checkpoints / f"wgan-{name}.safetensors" for name in CLASSES]
+        return train_drawing(pool.images, pool.labels, generator, seed, files, events)
     stack = build_tiny(pool.images.shape[-1], derive_seed(seed, "stack")).to(device())
     train_diffusion(
         stack,

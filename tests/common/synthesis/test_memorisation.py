@@ -9,7 +9,7 @@ from speckle import SIZE, scans
 from torch import Tensor
 
 from sonofed_common.contract.errors import ConfigurationError
-from sonofed_server.source.memorisation import (
+from sonofed_common.synthesis.memorisation import (
     CERTAINTY,
     MEMBERSHIP,
     WINDOW,

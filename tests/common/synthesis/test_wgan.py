@@ -9,12 +9,13 @@ from torch import nn
 
 from sonofed_common.contract.configuration import validate
 from sonofed_common.contract.errors import ConfigurationError, DivergenceError, SiteEmptyError
+from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.models.wgan import SIZES, WganCritic, WganGenerator
 from sonofed_common.runtime import Events
-from sonofed_server.source import wgan
-from sonofed_server.source.settings import SourceSettings, WganTraining
-from sonofed_server.source.synthetic import Wanted
-from sonofed_server.source.wgan import WganDrawing, train_wgan
+from sonofed_common.synthesis import wgan
+from sonofed_common.synthesis.synthetic import Wanted
+from sonofed_common.synthesis.wgan import WganDrawing, train_wgan
+from sonofed_server.source.settings import SourceSettings
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from sonofed_client.enclave.views import seen_by
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.actions import EvaluateClassifier, Score, TrainClassifier
 from sonofed_common.contract.errors import OneClassError, ParameterError
-from sonofed_common.contract.manifest import SYNTHETIC_IMAGES
+from sonofed_common.contract.manifest import SHARED_IMAGES, SYNTHETIC_IMAGES
 from sonofed_common.contract.records import Records, from_bytes, grouped
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.runtime import derive_seed, seed_everything
@@ -81,16 +81,21 @@ def _seen(
 def _replay(
     site: Site, parameters: TrainClassifier, labels: int, seed: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw the round's synthetic source images (M, 1, S, S) in [0, 1] and their classes (M,)."""
+    """Draw the round's synthetic images (M, 1, S, S) in [0, 1] and their classes (M,)."""
     if not parameters.settings.replay:
         return None
-    if SYNTHETIC_IMAGES not in site.manifest(parameters.bundle).files:
+    bundle, path = parameters.bundle, SYNTHETIC_IMAGES
+    if parameters.shared is not None:
+        bundle, path = parameters.shared, SHARED_IMAGES
+    if path not in site.manifest(bundle).files:
         raise ParameterError(
             "the study replays synthetic source images and the bundle holds none; train the source "
             "with a section 'synthetic', or set finetuning.replay to 0"
         )
-    kept = from_bytes(site.blob(parameters.bundle, SYNTHETIC_IMAGES)).arrays
+    kept = from_bytes(site.blob(bundle, path)).arrays
     classes = torch.from_numpy(np.array(kept["labels"]))
+    if not len(classes):
+        return None
     drawn = draw_replay(
         classes, round(parameters.settings.replay * labels), derive_seed(seed, "replay")
     )
