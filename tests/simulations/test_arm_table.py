@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_summary import MEAN, WORST, summarise_arms
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
+from sonofed_simulations.tables.manifest import Tested
 from sonofed_simulations.tables.request import Request
 
 ARMS = (
@@ -91,7 +93,10 @@ class Coins:
         return {"right": RIGHT[arm.name]}
 
     def facts(self) -> Mapping[str, Any]:
-        return {"data": {"north": "digest"}, "splits": {}}
+        return {"data": {"north": "digest"}}
+
+    def tested(self) -> Tested:
+        return {"seed-0": {"north": ["p2", "p1", "p2"], "south": ["p7"]}}
 
     def run(self, arm: Arm, seed: int) -> Outcome:
         self.runs.append((arm.name, seed))
@@ -192,6 +197,16 @@ def test_shards_make_the_page_and_finished_cells_are_kept(tmp_path: Path) -> Non
     assert {line["difference"] for line in lines if line["arm"] == "plain"} == {""}
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["data"] == {"north": "digest"} and manifest["seeds"] == [0, 1, 2]
+    split = manifest["splits"]["seed-0"]
+    assert split["north"]["test"] == 3
+    assert split["north"]["test_patients"] == hashlib.sha256(b"p1\np2").hexdigest()[:16]
+    with (tmp_path / "splits.csv").open() as file:
+        assert list(csv.reader(file)) == [
+            ["split", "site", "test patient"],
+            ["seed-0", "north", "p1"],
+            ["seed-0", "north", "p2"],
+            ["seed-0", "south", "p7"],
+        ]
     assert manifest["versions"]["torch"] and manifest["machine"]["cores"] >= 1
 
 

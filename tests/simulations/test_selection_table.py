@@ -112,6 +112,12 @@ def test_a_whole_table_of_phantoms(made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     assert manifest["data"].keys() == {"riverside", "hillview"}
     assert len(manifest["splits"]) == 2 and manifest["versions"]["scikit-activeml"]
+    with (made / "splits.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    # Two folds of one seed: each patient is tested once.
+    for site in manifest["data"]:
+        patients = [row["test patient"] for row in listed if row["site"] == site]
+        assert len(patients) == len(set(patients)) == manifest["data"][site]["groups"]
     page = (made / "README.md").read_text()
     assert "0.8081" in page and "cannot be told from it" in page
     assert b"<svg" in (made / "budget_curves.svg").read_bytes()

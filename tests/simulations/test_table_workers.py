@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
+from sonofed_simulations.tables.manifest import Tested
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.workers import make_on_ray
 
@@ -47,6 +51,9 @@ class Coins:
         return {}
 
     def facts(self) -> Mapping[str, Any]:
+        return {}
+
+    def tested(self) -> Tested:
         return {}
 
     def run(self, arm: Arm, seed: int) -> Outcome:
@@ -105,3 +112,40 @@ def test_a_machine_on_which_ray_does_not_start_is_told(
 def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no Ray cluster answers at '127"):
         make_on_ray(make, request(tmp_path), address="127.0.0.1:9")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray cluster of two CPUs, which is not this test's to start or end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    words = f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus 2"
+    words += " --include-dashboard false --disable-usage-stats"
+    log = tmp_path / "cluster.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen([ray, *words.split()], stdout=said, stderr=said)
+    try:
+        until = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+        # It outlives a table.
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_table_runs_on_a_cluster_that_is_there(tmp_path: Path, cluster: str) -> None:
+    out = tmp_path / "out"
+    (out / "killed").parent.mkdir()
+    (out / "killed").touch()
+    made = make_on_ray(make, request(out), address=cluster)
+    assert made.cells == made.wanted == 6
+    makers = {path.read_text().split()[0] for path in (out / "made").iterdir()}
+    assert str(os.getpid()) not in makers and len(makers) == 2
+    assert "6 of 6 cells have run" in (out / "README.md").read_text()

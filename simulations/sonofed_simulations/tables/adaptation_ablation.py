@@ -27,7 +27,7 @@ from sonofed_simulations.tables.arms import Arm, Array, Outcome
 from sonofed_simulations.tables.features import SiteFeatures, site_features
 from sonofed_simulations.tables.head import Head, Labelled, logits, train_head
 from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
-from sonofed_simulations.tables.manifest import split_facts
+from sonofed_simulations.tables.manifest import Tested, test_patients
 from sonofed_simulations.tables.redrawn import stack_digest
 from sonofed_simulations.tables.redrawn_settings import THREADS
 from sonofed_simulations.tables.request import Made, Request
@@ -136,16 +136,20 @@ class Ablation:
                 "settings": source.model_dump(mode="json", exclude_none=True),
             },
             "data": {h.name: h.provenance.model_dump(mode="json") for h in self.hospitals},
-            "splits": {
-                str(seed): {
-                    h.name: split_facts(split_of(h, splits, SplitName(seed, 0)))
-                    for h in self.hospitals
-                }
-                for seed in splits.seeds
-            },
             "embedding": self.settings.embedding.model_dump(mode="json"),
             "reconstruction": self.settings.reconstruction.model_dump(mode="json"),
             "training": splits.training.model_dump(mode="json"),
+        }
+
+    def tested(self) -> Tested:
+        """Patients of the test images of every seed."""
+        splits = self.settings.splits
+        return {
+            f"seed-{seed}": {
+                h.name: test_patients(split_of(h, splits, SplitName(seed, 0)))
+                for h in self.hospitals
+            }
+            for seed in splits.seeds
         }
 
     def run(self, arm: Arm, seed: int) -> Outcome:

@@ -178,7 +178,8 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
         else {},
     )
     write_article(article, request.out)
-    write_facts(request.out, {**redrawing.facts(), "cells": count, "wanted": wanted})
+    counts = {"cells": count, "wanted": wanted}
+    write_facts(request.out, {**redrawing.facts(), **counts}, redrawing.tested())
     table = Table(*header)
     for line in lines:
         table.add_row(*line)

@@ -43,8 +43,8 @@ def run_selection_table(
     table : SelectionTable
         What to compare.
     out : Path
-        Gets README.md, table.csv, table.json, budget_curves.svg and manifest.json; ``work/`` holds
-        the source, the features and the cells.
+        Gets README.md, table.csv, table.json, budget_curves.svg, manifest.json and splits.csv;
+        ``work/`` holds the source, the features and the cells.
     data : Path or None
         Folder of the real data sets.
     shard : tuple of int

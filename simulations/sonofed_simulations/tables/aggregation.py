@@ -23,7 +23,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
 from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals
-from sonofed_simulations.tables.manifest import split_facts
+from sonofed_simulations.tables.manifest import Tested, test_patients
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.start import Start, read_start
 
@@ -115,15 +115,18 @@ class AggregationTable:
         }
 
     def facts(self) -> Mapping[str, Any]:
-        """Data, splits and settings, for the manifest."""
+        """Data and settings, for the manifest."""
         return {
             "source": self.source,
             "data": {h.name: h.provenance.model_dump(mode="json") for h in self.hospitals},
-            "splits": {
-                str(seed): {h.name: split_facts(_split(h, seed)) for h in self.hospitals}
-                for seed in self.seeds
-            },
             "arms": {arm.name: self.origin(arm, 0) for arm in self.arms},
+        }
+
+    def tested(self) -> Tested:
+        """Patients of the test images of every seed."""
+        return {
+            f"seed-{seed}": {h.name: test_patients(_split(h, seed)) for h in self.hospitals}
+            for seed in self.seeds
         }
 
     def run(self, arm: Arm, seed: int) -> Outcome:

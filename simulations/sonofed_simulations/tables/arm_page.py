@@ -14,6 +14,7 @@ from sonofed_common.runtime import write_atomically
 from sonofed_simulations.tables.arm_findings import NAMES, Claim, findings
 from sonofed_simulations.tables.arm_summary import METRICS, ArmRow, ArmSummary
 from sonofed_simulations.tables.forest import LEGEND, forest
+from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 
 FIGURE = "differences.svg"
@@ -114,7 +115,7 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
         *(f"- {item}" for item in about.method),
         f"- {summary.cells} of {summary.wanted} cells have run, {summary.seconds / 3600:.2f} hours "
         f"of training and prediction on {machine.cpu}, {machine.cores} cores, {machine.device}. "
-        "Data, splits, seeds and versions are in [manifest.json](manifest.json).",
+        f"{MADE_OF}",
         "",
         "## What is adapted",
         "",

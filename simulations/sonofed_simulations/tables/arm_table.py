@@ -10,7 +10,7 @@ from sonofed_common.runtime import Events, set_threads
 from sonofed_simulations.tables.arm_page import About, summary_table, write_page
 from sonofed_simulations.tables.arm_summary import ArmSummary, summarise_arms
 from sonofed_simulations.tables.arms import Experiment, finished_arms, refused_arms, run_arms
-from sonofed_simulations.tables.manifest import write_facts
+from sonofed_simulations.tables.manifest import Tested, write_facts
 from sonofed_simulations.tables.request import Made, Request
 
 
@@ -23,7 +23,11 @@ class ArmTable(Experiment, Protocol):
         ...
 
     def facts(self) -> Mapping[str, Any]:
-        """For the manifest: data digests, split digests and settings, as JSON values."""
+        """For the manifest: data digests and settings, as JSON values."""
+        ...
+
+    def tested(self) -> Tested:
+        """Patients of the test images of every seed, for the manifest."""
         ...
 
 
@@ -35,8 +39,8 @@ def make_arm_table(table: ArmTable, request: Request) -> Made:
     table : ArmTable
         What to compare.
     request : Request
-        ``out`` gets README.md, table.csv, table.json, differences.svg and manifest.json, and the
-        cells in ``work/cells``.
+        ``out`` gets README.md, table.csv, table.json, differences.svg, manifest.json, splits.csv
+        and, in ``work/cells``, the cells.
 
     Raises
     ------
@@ -65,5 +69,5 @@ def _write(table: ArmTable, out: Path, events: Events) -> ArmSummary:
     events.emit("table", cells=summary.cells, wanted=summary.wanted)
     write_page(summary, table.about, out)
     counts = {"seeds": list(table.seeds), "cells": summary.cells, "wanted": summary.wanted}
-    write_facts(out, {**table.facts(), **counts})
+    write_facts(out, {**table.facts(), **counts}, table.tested())
     return summary

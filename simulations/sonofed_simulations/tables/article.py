@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
 from sonofed_server.study.report import this_machine
+from sonofed_simulations.tables.manifest import MADE_OF
 
 Row = Mapping[str, str | float | int | None]
 
@@ -66,8 +67,7 @@ def _page(article: Article) -> list[str]:
         "## How it was made",
         "",
         *(f"- {item}" for item in article.method),
-        f"- {machine.cpu}, {machine.cores} cores, {machine.device}. Data, settings, seeds and "
-        "versions are in [manifest.json](manifest.json).",
+        f"- {machine.cpu}, {machine.cores} cores, {machine.device}. {MADE_OF}",
         "",
         "## What is adapted",
         "",

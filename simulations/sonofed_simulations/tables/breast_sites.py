@@ -84,7 +84,7 @@ def read_site(name: str, wanted: SourceData, data: Path, image_size: int) -> Sit
 
 
 def parts_facts(parts: SourceSet) -> dict[str, Any]:
-    """Counts and the digest of the test patients, for manifests and origins."""
+    """Counts and the digest of the test patients, for origins."""
     return split_facts(Split(parts.pool.samples, parts.test.samples))
 
 

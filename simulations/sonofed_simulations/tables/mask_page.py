@@ -13,6 +13,7 @@ from sonofed_common.runtime import write_atomically
 from sonofed_simulations.paired import Contrast, is_told
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
 from sonofed_simulations.tables.forest import LEGEND, forest
+from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 
 FIGURE = "differences.svg"
@@ -141,7 +142,7 @@ def _page(
         "supervised; nothing was chosen on the masks that are tested on.",
         f"- {trained}",
         f"- Test images by site, a number a seed: {tests}.",
-        f"- {machine.cpu}, {machine.cores} cores, {machine.device}.",
+        f"- {machine.cpu}, {machine.cores} cores, {machine.device}. {MADE_OF}",
         "",
         "## What is adapted",
         "",

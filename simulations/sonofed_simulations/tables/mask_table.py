@@ -22,7 +22,7 @@ from sonofed_simulations.segmentation_rows import CONTROL
 from sonofed_simulations.segmentation_scores import MaskScores
 from sonofed_simulations.segmentation_summary import summarise_masks
 from sonofed_simulations.segmentation_tables import mask_table
-from sonofed_simulations.tables.manifest import patients_digest, write_facts
+from sonofed_simulations.tables.manifest import Tested, write_facts
 from sonofed_simulations.tables.mask_page import MaskTable, write_mask_page
 from sonofed_simulations.tables.request import Made, Request
 
@@ -41,8 +41,8 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     table : MaskTable
         What to show.
     request : Request
-        ``out`` gets README.md, table.csv, table.json, differences.svg and manifest.json, and the
-        studies in ``work``; a shard is some of the seeds.
+        ``out`` gets README.md, table.csv, table.json, differences.svg, manifest.json, splits.csv
+        and, in ``work``, the studies; a shard is some of the seeds.
 
     Raises
     ------
@@ -65,12 +65,11 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     facts = {
         "seeds": list(comparison.seeds),
         "data": data_facts(scenario, data),
-        "splits": _splits(scores),
         "comparison": comparison.model_dump(mode="json"),
         "scenario": scenario.model_dump(mode="json", exclude_none=True),
         "tested": summary.tested,
     }
-    write_facts(request.out, facts)
+    write_facts(request.out, facts, _tested(scores))
     done = sum(len(row.seeds) for row in summary.rows)
     return Made(mask_table(summary), done, len(comparison.rows) * len(comparison.seeds))
 
@@ -103,15 +102,9 @@ def data_facts(scenario: Scenario, data: Path) -> dict[str, Any]:
     return found
 
 
-def _splits(scores: Mapping[str, Mapping[int, MaskScores]]) -> dict[str, Any]:
+def _tested(scores: Mapping[str, Mapping[int, MaskScores]]) -> Tested:
     by_seed = {seed: found for seeds in scores.values() for seed, found in seeds.items()}
-    return {
-        f"seed-{seed}": {
-            site: {"test": len(patients), "test_patients": patients_digest(patients)}
-            for site, patients in by_seed[seed].patients.items()
-        }
-        for seed in sorted(by_seed)
-    }
+    return {f"seed-{seed}": by_seed[seed].patients for seed in sorted(by_seed)}
 
 
 def full(

@@ -20,6 +20,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arms import Arm, Outcome, Prediction
 from sonofed_simulations.tables.breast_sites import SITES, Site, parts_facts, patients, read_site
 from sonofed_simulations.tables.equal_steps import Steps, train_steps
+from sonofed_simulations.tables.manifest import Tested
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.synthetic_sets import (
     SyntheticSet,
@@ -157,14 +158,17 @@ class MixtureTable:
         return Outcome(found, facts)
 
     def facts(self) -> Mapping[str, Any]:
-        """Settings, data and splits."""
+        """Settings and data."""
         return {
             "settings": self._settings.model_dump(mode="json"),
             "arms": {arm.name: asdict(mixture) for arm, mixture in self._mixtures.items()},
             "data": {n: site.provenance.model_dump(mode="json") for n, site in self._sites.items()},
-            "splits": {
-                f"seed-{seed}": {SOURCE: parts_facts(self._source(seed))} for seed in self.seeds
-            },
+        }
+
+    def tested(self) -> Tested:
+        """Patients of the source's test images of every seed; the target is tested whole."""
+        return {
+            f"seed-{seed}": {SOURCE: list(patients(self._source(seed).test))} for seed in self.seeds
         }
 
     def _split(self, seed: int) -> SourceSet:

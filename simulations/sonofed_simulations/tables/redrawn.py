@@ -34,6 +34,7 @@ from sonofed_simulations.report.view import SourceView
 from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.features import features_of
 from sonofed_simulations.tables.hospitals import read_hospitals
+from sonofed_simulations.tables.manifest import Tested
 from sonofed_simulations.tables.redrawn_settings import FULL, QUICK, THREADS, RedrawnSettings
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.start import Start, read_start
@@ -193,6 +194,10 @@ class Redrawing:
             "ways": {way: _settings(way) for way in WAYS},
             "seeds": list(self.settings.seeds),
         }
+
+    def tested(self) -> Tested:
+        """Patients of the images that were redrawn, under every seed the same."""
+        return {"redrawn": {s.site: [sample.group for sample in s.samples] for s in self.shown}}
 
     @property
     def _events(self) -> Events:

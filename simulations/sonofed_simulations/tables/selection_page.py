@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.rivals import TWO_VIEW_RANDOM, UNMIRRORED
+from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, markdown, number_text
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_csv import rows_as_csv
@@ -62,7 +63,8 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         "cells have run; a row counts with the splits that it has finished. Scenario "
         f"`{summary.scenario}`, {len(table.seeds)} seeds x {table.folds} patient-level folds; "
         f"{summary.machine.cpu}, {summary.machine.cores} cores, {summary.machine.device}; "
-        f"{summary.seconds / 3600:.1f} hours of cells, one thread, without the features.",
+        f"{summary.seconds / 3600:.1f} hours of cells, one thread, without the features. "
+        f"{MADE_OF}",
         "",
         *findings(summary),
         "",

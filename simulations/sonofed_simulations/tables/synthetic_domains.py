@@ -19,6 +19,7 @@ from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
 from sonofed_simulations.tables.breast_sites import SITES, parts_facts, patients, read_site
 from sonofed_simulations.tables.equal_steps import TRANSFORMER_NOTE, Steps, train_steps
+from sonofed_simulations.tables.manifest import Tested
 from sonofed_simulations.tables.mixtures import NETWORKS, SOURCE, TARGET
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.synthetic_words import ADAPTED, WORK
@@ -121,10 +122,13 @@ class DomainTable:
         return {
             "settings": self._settings.model_dump(mode="json"),
             "data": {n: site.provenance.model_dump(mode="json") for n, site in self._sites.items()},
-            "splits": {
-                f"seed-{seed}": {n: parts_facts(p) for n, p in self._splits(seed).items()}
-                for seed in self.seeds
-            },
+        }
+
+    def tested(self) -> Tested:
+        """Patients of the test images of every seed."""
+        return {
+            f"seed-{seed}": {n: list(patients(p.test)) for n, p in self._splits(seed).items()}
+            for seed in self.seeds
         }
 
     def _split(self, seed: int) -> dict[str, SourceSet]:
