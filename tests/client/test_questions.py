@@ -41,6 +41,17 @@ studies = st.one_of(
         st.sampled_from([("resnet18",), ("resnet18", "mobilenet_v2")]),
     ),
     st.builds(
+        lambda per_class, strategy: a_study(
+            ("enrol", "ship", "select", "annotate", "synthesise", "classifier", "publish"),
+            selection={"strategy": strategy},
+            synthesis={"per_class": per_class},
+            finetuning={"replay": 1.0},
+            classifiers=("resnet18",),
+        ),
+        st.sampled_from([1, 50]),
+        st.sampled_from(["random", "typiclust"]),
+    ),
+    st.builds(
         lambda left_out, calibration, branches, norm: a_study(
             [phase for phase in SEGMENTATION if phase not in left_out],
             infusion={"calibration": calibration},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import tempfile
 from pathlib import Path
 
@@ -14,20 +12,21 @@ import tomli_w
 import torch
 from safetensors.numpy import load
 
-from deployed.deployment import Deployment, needs_front, run, wait_for
+from deployed.deployment import Deployment, needs_front, run
+from sonofed_client.enclave.enclave import HANDLERS
+from sonofed_client.enclave.handlers import synthesis
 from sonofed_client.enclave.policy import SYNTHETIC_IMAGES, policy_text_of_all
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
-from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import PolicyError
+from sonofed_common.contract.bundle import Bundle, BundleWriter
+from sonofed_common.contract.errors import BundleError, PolicyError, QuorumError
 from sonofed_common.contract.manifest import SHARED_IMAGES
-from sonofed_common.contract.records import from_bytes
+from sonofed_common.contract.records import Records, from_bytes
 from sonofed_common.contract.results import read_results
 from sonofed_common.contract.study import Study
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.security import load_signing_key, public_hex
-from sonofed_common.supervision.supervisor import read_status
 from sonofed_common.synthesis.memorisation import dissimilarity
 from sonofed_server.study.desk import find
 from sonofed_simulations.engines.inline import run_inline
@@ -128,14 +127,63 @@ def standard_at(site):
     read.policy.write_text(policy_text_of_all().replace(SYNTHETIC_IMAGES.read_text(), ""))
 
 
-def test_a_hospital_that_does_not_share_is_left_out_of_nothing_else(sharing, tmp_path):
-    workspace, sites = lay_out(sharing, tmp_path, cohort={"quorum": 1})
+def test_a_hospital_that_does_not_share_is_left_out_of_nothing_else(inline, sharing, tmp_path):
+    """No quorum is named, so that all hospitals are needed in every phase."""
+    workspace, sites = lay_out(sharing, tmp_path)
     (refusing,) = (site for site in sites if read_site(site).name == SMALL)
     standard_at(refusing)
     results = run_inline(workspace, sites, Events())
-    assert results.missing_sites == () and len(shared_images(workspace)["images"])
+    assert results.missing_sites == ()
     assert [site.synthetic is None for site in results.sites.values()] == [False, True]
     assert all(site.classifiers["shufflenet_v2"].adapted for site in results.sites.values())
+    here, there = shared_images(workspace), shared_images(inline[0])
+    assert all(np.array_equal(here[name], there[name]) for name in here)
+    (entry,) = (
+        e
+        for e in open_ledger(open_store(read_site(refusing))).entries()
+        if e["action"] == "train.synthesise"
+    )
+    assert entry["outcome"] == "refused" and entry["bytes"] == 0
+
+
+def test_images_that_were_not_asked_for_cost_a_site_its_place(sharing, tmp_path, monkeypatch):
+    """A site answers more than it was asked for: the study goes on without it, if it may."""
+    answered = synthesis.synthesise_images
+
+    def more(site, parameters, request):
+        reply = answered(site, parameters, request)
+        if site.settings.name == SMALL:
+            return reply
+        many = {name: np.repeat(array, 9, axis=0) for name, array in reply.arrays.items()}
+        return Records(many, {"images": len(many["labels"])})
+
+    monkeypatch.setitem(HANDLERS, "train.synthesise", more)
+    workspace, sites = lay_out(sharing, tmp_path / "one", cohort={"quorum": 1})
+    results = run_inline(workspace, sites, Events())
+    assert not len(shared_images(workspace)["images"])
+    assert results.sites["riverside"].classifiers["shufflenet_v2"].adapted
+    workspace, sites = lay_out(sharing, tmp_path / "all")
+    with pytest.raises(QuorumError, match="synthesis ended at 1 sites, below the quorum of 2"):
+        run_inline(workspace, sites, Events())
+
+
+def test_a_bundle_that_was_changed_is_not_sent(sharing, tmp_path):
+    workspace, sites = lay_out(sharing, tmp_path)
+
+    def change(event):
+        if event["event"] == "phase-finished" and event.get("phase") == "synthesise":
+            before = Bundle.open(workspace.synthetic)
+            writer = BundleWriter(
+                workspace.synthetic,
+                name="other",
+                kind="synthetic",
+                provenance=before.manifest.provenance,
+            )
+            writer.add(SHARED_IMAGES, before.read(SHARED_IMAGES))
+            writer.sign(load_signing_key(workspace.key))
+
+    with pytest.raises(BundleError, match="not the bundle that this study signed"):
+        run_inline(workspace, sites, Events(listeners=[change]))
 
 
 def test_no_image_at_all_is_no_replay(sharing, tmp_path):
@@ -150,41 +198,33 @@ def test_no_image_at_all_is_no_replay(sharing, tmp_path):
 @needs_front
 @pytest.mark.timeout(3000)
 def test_a_deployment_shares_what_its_hospitals_policies_let_leave(inline, sharing):
-    """Refused as installed; after each hospital appended the rule, the bits of one process."""
+    """One hospital appended the rule, the other one did not: the bits of one process."""
     with tempfile.TemporaryDirectory(prefix="sonofed-", dir="/tmp") as folder:
         deployment = Deployment(sharing, Path(folder))
+        file = deployment.project.with_name("tiny_synthesis.toml")
+        study = sharing.scenario.study.model_dump(mode="json", exclude_none=True)
+        file.write_text(tomli_w.dumps(study))
+        willing, unwilling = (deployment.hospitals[name] for name in ("riverside", SMALL))
+        with (willing.root / "policy.toml").open("a") as policy:
+            policy.write(SYNTHETIC_IMAGES.read_text())
+        test = ("sonofed-site", "policy", "test", file, "--site")
+        assert "refuses nothing" in run(*test, willing.site)
+        said = run(*test, unwilling.site, code=PolicyError.exit_code)
+        assert "train.synthesise: this site's policy does not allow" in said
         try:
             deployment.up()
-            file = deployment.project.with_name("tiny_synthesis.toml")
-            study = sharing.scenario.study.model_dump(mode="json", exclude_none=True)
-            file.write_text(tomli_w.dumps(study))
-            said = deployment.study(
-                "run", file, "--bundle", deployment.bundle, "--follow", code=PolicyError.exit_code
-            )
-            assert "does not allow train.synthesise" in said
-            for name, hospital in deployment.hospitals.items():
-                store = open_store(read_site(hospital.site))
-                entries = open_ledger(store).entries()
-                asked = [e for e in entries if e["action"] == "train.synthesise"]
-                assert asked and {e["outcome"] for e in asked} == {"refused"}, name
-                with (hospital.root / "policy.toml").open("a") as policy:
-                    policy.write(SYNTHETIC_IMAGES.read_text())
-                said = run("sonofed-site", "policy", "test", file, "--site", hospital.site)
-                assert "refuses nothing" in said
-                os.kill(read_status(hospital.run).programs["enclave"].identity.pid, signal.SIGTERM)
-                check = ("sonofed-site", "policy", "check", "--site", hospital.site)
-                wait_for(lambda c=check: "the enclave holds this policy" in run(*c))
-            said = deployment.study("resume", "tiny_synthesis", "--follow")
+            said = deployment.study("run", file, "--bundle", deployment.bundle, "--follow")
             assert re.search(r"^study tiny_synthesis: completed$", said, re.M), said
             workspace = find(deployment.coordinator, "tiny_synthesis").workspace
             here, there = shared_images(inline[0]), shared_images(workspace)
             assert all(np.array_equal(here[name], there[name]) for name in here)
             whole, again = weights(inline[0]), weights(workspace)
             assert all(np.array_equal(whole[name], again[name]) for name in whole)
-            for hospital in deployment.hospitals.values():
+            for hospital, outcome in ((willing, "sent"), (unwilling, "refused")):
                 ledger = open_ledger(open_store(read_site(hospital.site)))
                 ledger.verify()
-                sent = [e for e in ledger.entries() if e["outcome"] == "sent"]
-                assert "train.synthesise" in {e["action"] for e in sent}
+                found = [e for e in ledger.entries() if e["action"] == "train.synthesise"]
+                assert [e["outcome"] for e in found] == [outcome]
+                assert (found[0]["bytes"] > here["images"].nbytes) is (outcome == "sent")
         finally:
             deployment.down()

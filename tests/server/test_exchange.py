@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from sonofed_common.contract.errors import QuorumError
+from sonofed_common.contract.errors import ParameterError, PolicyError, QuorumError
 from sonofed_common.contract.recorddict import from_recorddict, to_recorddict
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Cohort
@@ -234,6 +234,49 @@ def test_all_who_broke_the_quorum_are_named():
         QuorumError, match=r"1 of 3 sites.*; north: .*; also missing: west \[quorum"
     ):
         ask(tried)
+
+
+class Refusing(Failing):
+    """The first node answers with an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self._error = error
+
+    def _handle(self, message):
+        if message.metadata.dst_node_id == 1:
+            facts = {"error": self._error.code, "message": "no"}
+            return Message(to_recorddict(Records(config=facts)), reply_to=message)
+        return super()._handle(message)
+
+
+@pytest.mark.parametrize("error", [PolicyError, ParameterError])
+def test_who_declines_what_is_optional_is_not_lost(error):
+    seen = []
+    exchange = Exchange(
+        Refusing(error),
+        Cohort(sites=SITES),
+        Events(listeners=[seen.append]),
+        {"north": 1, "south": 2},
+    )
+    question = Records(config={"number": 1})
+    if error is ParameterError:
+        with pytest.raises(ParameterError):
+            list(exchange.ask("train.synthesise", question, optional=True))
+        return
+    answers = list(exchange.ask("train.synthesise", question, optional=True))
+    assert [site for site, _ in answers] == ["south"]
+    assert exchange.sites() == list(SITES) and not exchange.missing
+    assert [e["site"] for e in seen if e["event"] == "declined"] == ["north"]
+    with pytest.raises(PolicyError):
+        list(exchange.ask("train.synthesise", question))
+
+
+def test_who_missed_the_selection_shares_no_images_of_an_earlier_one():
+    exchange = Exchange(Failing(), Cohort(sites=SITES, quorum=1), SILENT, {"north": 1, "south": 2})
+    exchange.unselected = frozenset({"north"})
+    answers = list(exchange.ask("train.synthesise", Records(config={"number": 1}), optional=True))
+    assert [site for site, _ in answers] == ["south"] and set(exchange.missing) == {"north"}
 
 
 def test_who_is_awaited_is_told_once_for_each_time():

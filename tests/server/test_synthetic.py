@@ -19,7 +19,7 @@ from sonofed_common.contract.manifest import SYNTHETIC_IMAGES, DataProvenance
 from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.data.sample import Sample
 from sonofed_common.models.diffusion import DiffusionStack, build_tiny
-from sonofed_common.runtime import Events
+from sonofed_common.runtime import SILENT, Events
 from sonofed_common.synthesis.memorisation import RefusedError, dissimilarity
 from sonofed_common.synthesis.synthetic import Drawing, Wanted, synthesise
 from sonofed_server.source.data import Part, SourceSet, load_source
@@ -73,8 +73,7 @@ def source(root) -> SourceSet:
 def drawn_from(
     drawing: Drawing, source: SourceSet, per_class: tuple[int, int], *others: Any
 ) -> tuple[Records, dict[str, Any]]:
-    pool, test = source.pool, source.test
-    return synthesise(drawing, pool.images, pool.groups, test.images, per_class, *others)
+    return synthesise(drawing, source.pool.labelled, source.test.labelled, per_class, *others)
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +179,8 @@ def test_a_set_that_tells_who_was_trained_on_is_refused_though_no_image_is_a_cop
     provenance = DataProvenance(name="scans", digest="0" * 64, images=80, groups=80)
     source = SourceSet(part(training), part(unseen), provenance)
     with pytest.raises(ConfigurationError, match=r"membership AUROC 0\.7\d, where 0\.6"):
-        drawn_from(Blender(training, 0.1), source, (20, 20), 0)
-    _, facts = drawn_from(Blender(training, 0.0), source, (20, 20), 0)
+        drawn_from(Blender(training, 0.15), source, (20, 20), 0, SILENT, 0.0)
+    _, facts = drawn_from(Blender(training, 0.0), source, (20, 20), 0, SILENT, 0.0)
     assert facts["membership_auroc"] == pytest.approx(0.5, abs=0.15)
 
 

@@ -29,7 +29,6 @@ from sonofed_common.contract.actions import (
     Embed,
     EvaluateClassifier,
     Parameters,
-    Synthesise,
     TrainClassifier,
 )
 from sonofed_common.contract.records import Records
@@ -61,7 +60,6 @@ HANDLERS: dict[str, Handler] = {
 JOBS = frozenset(
     {
         "train.embed",
-        "train.synthesise",
         "train.classifier",
         "evaluate.classifier",
         "train.pretrain",
@@ -164,9 +162,8 @@ class InProcessEnclave:
             request.digest(),
             site.snapshot,
         ]
-        if isinstance(parameters, TrainClassifier | Synthesise):
-            budget = getattr(parameters, "budget", selection.LARGEST)
-            parts.append(selection.labelled(site, parameters.study, budget))
+        if isinstance(parameters, TrainClassifier):
+            parts.append(selection.labelled(site, parameters.study, parameters.budget))
         return sha256(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -28,7 +28,7 @@ from sonofed_common.log import named
 from sonofed_common.runtime import Event
 from sonofed_common.security import sha256
 
-LONG = JOBS | {"train.reconstruct", "train.score"}
+LONG = JOBS | {"train.reconstruct", "train.score", "train.synthesise"}
 """Actions that a restarted enclave takes up by itself; the others are over in moments, and whoever
 waits for one asks again."""
 

@@ -131,7 +131,7 @@ def _classifying(study: Study, pooled: dict[str, Any]) -> Iterator[Question]:
                 aggregation=study.aggregation,
             )
             free: dict[str, Choice] = {"bundle": None, "round": None}
-            free |= {"shared": None} if "synthesise" in study.phases else {}
+            free |= {"synthetic_bundle": None} if "synthesise" in study.phases else {}
             yield Question("train.classifier", train, settings.rounds, free)
         for batch_norm in both:
             # The source's own weights are tested both ways, fine-tuned ones as the study says.

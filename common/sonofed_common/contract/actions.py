@@ -197,10 +197,10 @@ class TrainClassifier(Pooled):
     budget: int = Field(ge=0, description="index into the study's budgets")
     settings: Finetuning
     aggregation: Aggregation = Aggregation()
-    shared: str | None = Field(
+    synthetic_bundle: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="bundle of the sites' synthetic images, to replay in place of the source's",
+        description="of the sites' synthetic images, to replay in place of the source's",
     )
 
     def reads(self, names: Collection[str]) -> tuple[str, ...]:

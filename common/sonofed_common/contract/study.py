@@ -440,6 +440,11 @@ class Study(Model):
                 "'classifier' after it; name that phase and set finetuning.replay, or leave "
                 "'synthesise' out"
             )
+        if len(self.selection.budgets) > 1:
+            raise ValueError(
+                "phase 'synthesise' learns from all labels, which results at smaller budgets must "
+                "not; give one budget in selection.budgets"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, normalize
+from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 
 from sonofed_common.contract.errors import ConfigurationError
 
@@ -24,6 +24,8 @@ CERTAINTY = 1.645
 """Standard errors of a one-sided 95% bound."""
 COPY = 0.9
 """Correlation of fine detail from which two images count as the same picture."""
+COARSE = 4
+"""Pixels of those compared that are one coarse pixel: noise in a copy and small shifts go in it."""
 
 
 class RefusedError(ConfigurationError):
@@ -42,8 +44,9 @@ class MemorisationGate:
 
     Attributes
     ----------
-    limit : float
-        The 5% quantile, over the real images, of the distance to the nearest one of another group.
+    limit, coarse_limit : float
+        The 5% quantile, over the real images, of the distance to the nearest one of another group:
+        of `dissimilarity`, and of one minus the correlation of coarse pixels.
     nearest : list of float
         Distance of each admitted image to the nearest real one.
     duplicates : int
@@ -58,10 +61,13 @@ class MemorisationGate:
     -----
     The distance is `dissimilarity`. An image is refused where its distance to the nearest real
     image, or to one that was admitted before, is below the limit, and where its fine detail
-    correlates with either by `COPY` or more: real duplicates in different groups would else pull
-    the limit down to where copies pass. A threshold from the real images' own nearest distances is
-    in the spirit of Carlini et al. 2023, "Extracting training data from diffusion models".
-    Rotated and cropped copies are not sought: the generator sees neither.
+    correlates with either by `COPY` or more. It is refused, too, where its coarse pixels, shifted
+    by one at most, are nearer to a real image's than the coarse limit: structure, which SSIM looks
+    at, tells nothing about copies with noise. Real images of which one is a copy of the other in
+    detail count as of one group: they would else pull the limits down to where copies pass. A
+    threshold from the real images' own nearest distances is in the spirit of Carlini et al. 2023,
+    "Extracting training data from diffusion models". Rotated and cropped copies are not sought: the
+    generator sees neither.
     """
 
     def __init__(self, images: Tensor, groups: Sequence[str]) -> None:
@@ -75,8 +81,12 @@ class MemorisationGate:
         self._known = _Known.of(_shrunk(images))
         self._details = _detail(self._known.images)
         distances = _distances(self._known.images, self._known)
-        others = distances.masked_fill(of[:, None] == of, torch.inf)
-        self.limit = float(others.amin(1).quantile(QUANTILE))
+        alike = (of[:, None] == of) | (_likeness(self._known.images, self._details) >= COPY)
+        self._coarse = _shifted(self._known.images)
+        self.limit = _nearest_others(distances, alike)
+        self.coarse_limit = _nearest_others(
+            _coarse_distances(self._known.images, self._coarse), alike
+        )
         self.nearest: list[float] = []
         self.duplicates = 0
 
@@ -84,19 +94,17 @@ class MemorisationGate:
         """Judge one image (1, S, S) in [0, 1]; an admitted one is remembered."""
         small = _shrunk(image[None])
         distances = _distances(small, self._known)[0]
-        detail = _detail(small)
-        likeness = torch.maximum(
-            detail @ self._details.T, _detail(small.flip(-1)) @ self._details.T
-        )[0]
+        likeness = _likeness(small, self._details)[0]
         real = len(self._known.images) - len(self.nearest)
         # So that what is not a number does not fit.
         fits = (distances >= self.limit) & (likeness < COPY)
+        fits[:real] &= _coarse_distances(small, self._coarse)[0] >= self.coarse_limit
         if not bool(fits.all()):
             self.duplicates += bool(fits[:real].all())
             return False
         self.nearest.append(float(distances[:real].min()))
         self._known = self._known.joined(_Known.of(small))
-        self._details = torch.cat((self._details, detail))
+        self._details = torch.cat((self._details, _detail(small)))
         return True
 
 
@@ -192,6 +200,36 @@ def _ssim(image: Tensor, own: Tensor, known: _Known) -> Tensor:
 def _detail(images: Tensor) -> Tensor:
     shading = avg_pool2d(images, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return normalize((images - shading).flatten(1), dim=1)
+
+
+def _likeness(images: Tensor, details: Tensor) -> Tensor:
+    """Correlation (N, M) of fine detail, of the nearer of both mirror images."""
+    return torch.maximum(*(_detail(view) @ details.T for view in (images, images.flip(-1))))
+
+
+def _coarse_distances(images: Tensor, shifted: Tensor) -> Tensor:
+    """One minus the correlation (N, M) of coarse pixels, of the nearest mirror image and shift."""
+    views = [_coarse(view) for view in (images, images.flip(-1))]
+    return 1 - torch.stack([view @ other.T for view in views for other in shifted]).amax(0)
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """Coarse pixels (25, N, P) of images, shifted by up to one in each direction, in halves."""
+    padded, size = pad(images, (COARSE,) * 4, mode="replicate"), images.shape[-1]
+    steps = range(0, 2 * COARSE + 1, COARSE // 2)
+    places = [(y, x) for y in steps for x in steps]
+    return torch.stack([_coarse(padded[..., y : y + size, x : x + size]) for y, x in places])
+
+
+def _coarse(images: Tensor) -> Tensor:
+    pixels = interpolate(images, max(1, images.shape[-1] // COARSE), mode="area").flatten(1)
+    return normalize(pixels - pixels.mean(1, keepdim=True), dim=1)
+
+
+def _nearest_others(distances: Tensor, alike: Tensor) -> float:
+    nearest = distances.masked_fill(alike, torch.inf).amin(1)
+    # An image that is a copy of all others has none.
+    return float(nearest[nearest.isfinite()].quantile(QUANTILE))
 
 
 def _shrunk(images: Tensor) -> Tensor:

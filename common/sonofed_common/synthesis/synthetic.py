@@ -49,6 +49,25 @@ class Wanted:
         return derive_seed(self.seed, self.label, self.number, self.attempt, draw)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images of patients.
+
+    Attributes
+    ----------
+    images : Tensor
+        (N, 1, S, S), in [0, 1].
+    labels : Tensor
+        (N,) int64, numbers of `CLASSES`.
+    groups : sequence of str
+        The patient, or group of duplicates, of each.
+    """
+
+    images: Tensor
+    labels: Tensor
+    groups: Sequence[str]
+
+
 class Drawing(Protocol):
     """Draws images of a class; the gate is not its business."""
 
@@ -59,9 +78,8 @@ class Drawing(Protocol):
 
 def synthesise(
     drawing: Drawing,
-    images: Tensor,
-    groups: Sequence[str],
-    held_out: Tensor,
+    training: Labelled,
+    held_out: Labelled,
     per_class: Sequence[int],
     seed: int,
     events: Events = SILENT,
@@ -72,13 +90,11 @@ def synthesise(
     Parameters
     ----------
     drawing : Drawing
-        Trained on ``images``.
-    images : Tensor
-        (N, 1, S, S) training images in [0, 1], which the gate compares with.
-    groups : sequence of str
-        The patient, or group of duplicates, of each.
-    held_out : Tensor
-        (M, 1, S, S) images of other patients, which serve to measure membership inference.
+        Trained on ``training``.
+    training : Labelled
+        What the gate compares with.
+    held_out : Labelled
+        Of other patients: they serve to measure membership inference.
     per_class : sequence of int
         Images wanted of each class; refused ones are drawn again.
     seed : int
@@ -91,7 +107,7 @@ def synthesise(
     Returns
     -------
     records : Records
-        ``images`` (N, S, S) uint8, S as in ``images``, and ``labels`` (N,) int64.
+        ``images`` (N, S, S) uint8, S as in ``training``, and ``labels`` (N,) int64.
     facts : dict
         ``per_class``: images of each class; ``rejected``: images that the gate refused, of which
         ``duplicates`` were like another synthetic one and like no real one; ``limit`` and
@@ -101,18 +117,13 @@ def synthesise(
     Raises
     ------
     RefusedError
-        All training images are of one patient, or none is held out; of a class fewer images than
-        must passed the gate, each tried five times; or all together tell training images from
+        All training images are of one patient; of a class fewer images than must passed the gate,
+        each tried five times; or all together, or those of a class, tell training images from
         unseen ones, see `tells_members`.
     DivergenceError
         The generator gives values that are not finite.
     """
-    if not len(held_out):
-        raise RefusedError(
-            "there is no held-out image to measure membership inference on; hold some patients "
-            "back, or do without synthetic images"
-        )
-    gate = MemorisationGate(images, groups)
+    gate = MemorisationGate(training.images, training.groups)
     kept: list[Tensor] = []
     labels: list[int] = []
     rejected = 0
@@ -149,13 +160,9 @@ def synthesise(
                 "other settings or on more images, ask for fewer synthetic images, or do without"
             )
     released = torch.stack(kept)
-    membership = membership_auroc(images, held_out, released)
-    if tells_members(membership, len(images), len(held_out)):
-        raise RefusedError(
-            "the synthetic images tell which real images the generator was trained on (membership "
-            f"AUROC {membership:.2f}, where {MEMBERSHIP} is allowed); train it for fewer epochs or "
-            "on more images, or do without synthetic images"
-        )
+    drawn_of = torch.tensor(labels)
+    for of_class in (None, *range(len(CLASSES))):
+        _check_membership(training, held_out, released, drawn_of, of_class)
     levels = torch.tensor(gate.nearest, dtype=torch.float64).quantile(
         torch.tensor(QUANTILES, dtype=torch.float64)
     )
@@ -167,7 +174,29 @@ def synthesise(
         "nearest_real": {
             f"q{q * 100:02.0f}": float(v) for q, v in zip(QUANTILES, levels, strict=True)
         },
-        "membership_auroc": membership,
+        "membership_auroc": membership_auroc(training.images, held_out.images, released),
     }
     pixels = (released[:, 0] * 255).round().to(torch.uint8).numpy()
     return Records({"images": pixels, "labels": np.array(labels, dtype=np.int64)}), facts
+
+
+def _check_membership(
+    training: Labelled, held_out: Labelled, released: Tensor, labels: Tensor, of_class: int | None
+) -> None:
+    """Refuse a set that tells its training images; of one class, each has a generator of its own.
+
+    Over all of them a small class would go under.
+    """
+    members, others, drawn = training.images, held_out.images, released
+    if of_class is not None:
+        members, others = (p.images[p.labels == of_class] for p in (training, held_out))
+        drawn = released[labels == of_class]
+    if not (len(members) and len(others) and len(drawn)):
+        return
+    auroc = membership_auroc(members, others, drawn)
+    if tells_members(auroc, len(members), len(others)):
+        raise RefusedError(
+            "the synthetic images tell which real images the generator was trained on (membership "
+            f"AUROC {auroc:.2f}, where {MEMBERSHIP} is allowed); train it for fewer epochs or "
+            "on more images, or do without synthetic images"
+        )

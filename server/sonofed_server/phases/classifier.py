@@ -8,7 +8,7 @@ from safetensors.numpy import load
 
 from sonofed_common.contract.actions import EvaluateClassifier, TrainClassifier, request
 from sonofed_common.contract.bundle import Bundle
-from sonofed_common.contract.errors import QuorumError
+from sonofed_common.contract.errors import BundleError, QuorumError
 from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.study import ClassifierNorm
 from sonofed_server.aggregation.strategies import STRATEGIES
@@ -21,12 +21,22 @@ from sonofed_server.study.run import StudyRun
 def classifier(run: StudyRun) -> None:
     """Test the source's weights, average fine-tuned weights round by round, test again."""
     if "synthetic_bundle" in run.state.facts:
-        install_everywhere(run, Bundle.open(run.workspace.synthetic), "synthetic images")
+        install_everywhere(run, _synthetic_bundle(run), "synthetic images")
     for name in run.study.classifiers:
         _evaluate(run, name, "source", {}, "global")
         _evaluate(run, name, "bn_adapted", {}, "site")
         for budget in range(len(run.study.selection.budgets)):
             _finetune(run, name, budget)
+
+
+def _synthetic_bundle(run: StudyRun) -> Bundle:
+    bundle = Bundle.open(run.workspace.synthetic)
+    if bundle.id != run.state.facts["synthetic_bundle"]:
+        raise BundleError(
+            f"{run.workspace.synthetic} is not the bundle that this study signed; find out who "
+            "changed it, or delete the checkpoint to start the study anew"
+        )
+    return bundle
 
 
 def _finetune(run: StudyRun, name: str, budget: int) -> None:
@@ -44,7 +54,7 @@ def _finetune(run: StudyRun, name: str, budget: int) -> None:
             budget=budget,
             settings=settings,
             aggregation=study.aggregation,
-            shared=state.facts.get("synthetic_bundle"),
+            synthetic_bundle=state.facts.get("synthetic_bundle"),
         )
         strategy = STRATEGIES[study.aggregation.strategy](
             Round(

@@ -20,6 +20,7 @@ from sonofed_common.data.sample import Reading, Sample
 from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 from sonofed_common.runtime import SILENT, Events, derive_seed
 from sonofed_common.security import sha256_file
+from sonofed_common.synthesis.synthetic import Labelled
 from sonofed_server.source.settings import SourceData, SourceSettings
 
 
@@ -42,9 +43,9 @@ class Part:
     labels: Tensor
 
     @property
-    def groups(self) -> list[str]:
-        """The patient, or group of duplicates, of each image."""
-        return [sample.group for sample in self.samples]
+    def labelled(self) -> Labelled:
+        """Without the files that they come from."""
+        return Labelled(self.images, self.labels, [sample.group for sample in self.samples])
 
 
 @dataclass(frozen=True)

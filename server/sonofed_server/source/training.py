@@ -153,13 +153,7 @@ def train_source(
         drawing = _drawing(settings, settings.synthetic, source, stack, checkpoints, events)
         seed = derive_seed(settings.seed, "synthetic")
         records, facts = synthesise(
-            drawing,
-            source.pool.images,
-            source.pool.groups,
-            source.test.images,
-            wanted,
-            seed,
-            events,
+            drawing, source.pool.labelled, source.test.labelled, wanted, seed, events
         )
         writer.add(SYNTHETIC_IMAGES, to_bytes(records))
         writer.facts["synthetic"] = {"generator": settings.synthetic.generator, **facts}

@@ -17,6 +17,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from sonofed_common.contract.errors import (
     OrderError,
     ParameterError,
+    PolicyError,
     QuorumError,
     SonoFedError,
     error_from_code,
@@ -56,7 +57,7 @@ AWAY = frozenset(
 )
 """What Flower answers for a node that is gone, or for a message that went with it."""
 
-NEED_SELECTION = frozenset({"query.annotations", "train.classifier"})
+NEED_SELECTION = frozenset({"query.annotations", "train.synthesise", "train.classifier"})
 T = TypeVar("T")
 Request = Records | Callable[[str], Records]
 
@@ -142,7 +143,11 @@ class Exchange:
         self.events.emit("site-failed", site=site, action=action, reason=reason)
 
     def ask(
-        self, action: str, request: Request, sites: list[str] | None = None
+        self,
+        action: str,
+        request: Request,
+        sites: list[str] | None = None,
+        optional: bool = False,
     ) -> Iterator[tuple[str, Records]]:
         """Ask sites for an action and yield (site, reply) in the cohort's order.
 
@@ -154,6 +159,8 @@ class Exchange:
             The same for all sites, or made for each.
         sites : list of str, optional
             Default: all that take part.
+        optional : bool
+            A site whose policy refuses takes part all the same; it yields nothing.
 
         Raises
         ------
@@ -173,6 +180,9 @@ class Exchange:
         failures: dict[str, SonoFedError] = {}
         for site in asked:
             reply = self._pull(site, pushed[site], until) if site in pushed else _unselected(site)
+            if optional and isinstance(reply, PolicyError):
+                self.events.emit("declined", site=site, action=action)
+                continue
             if isinstance(reply, SonoFedError):
                 failures[site] = reply
                 self.lose(site, action, str(reply))

@@ -100,9 +100,8 @@ def synthetic_set(
             malignant = round(count * float(source.pool.labels.float().mean()))
             made, facts = synthesise(
                 drawing,
-                source.pool.images,
-                source.pool.groups,
-                source.test.images,
+                source.pool.labelled,
+                source.test.labelled,
                 (count - malignant, malignant),
                 derive_seed(seed, "draw"),
                 events,

@@ -21,7 +21,12 @@ from sonofed_client.settings import SiteData
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
 from sonofed_common.contract.configuration import validate
-from sonofed_common.contract.errors import ConfigurationError, DivergenceError, PolicyError
+from sonofed_common.contract.errors import (
+    ConfigurationError,
+    DivergenceError,
+    ParameterError,
+    PolicyError,
+)
 from sonofed_common.contract.records import to_bytes
 from sonofed_common.contract.study import Selection, Study
 from sonofed_common.contract.study_synthesis import Synthesis, WganTraining
@@ -30,7 +35,7 @@ from sonofed_simulations.phantoms.dataset import write_dataset
 from sonofed_simulations.phantoms.scanner import SCANNERS
 
 SIZE = 16
-GAN = WganTraining(steps=50, batch_size=8, width=16, learning_rate=2e-3, critic_steps=1)
+GAN = WganTraining(steps=30, batch_size=8, width=16, learning_rate=2e-3, critic_steps=1)
 WANTED = Synthesis(image_size=SIZE, per_class=6)
 WHOLE_POOL = np.array([[2**63, 0]], dtype=np.uint64)
 
@@ -38,7 +43,7 @@ WHOLE_POOL = np.array([[2**63, 0]], dtype=np.uint64)
 @pytest.fixture(scope="session")
 def larger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("larger") / "north"
-    return write_dataset(folder, SCANNERS["riverside"], 60, 5, 64, 0.5)
+    return write_dataset(folder, SCANNERS["riverside"], 90, 5, 64, 0.5)
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def sharing(site, larger, tmp_path):
     """A hospital whose policy lets synthetic images leave."""
     policy = tmp_path / "policy.toml"
     policy.write_text(policy_text_of_all())
-    data = SiteData(kind="table", path=larger, test_fraction=0.3)
+    data = SiteData(kind="table", path=larger, test_fraction=0.35)
     return site.model_copy(update={"data": data, "policy": policy, "image_key": "0" * 64})
 
 
@@ -95,7 +100,7 @@ def test_no_name_patient_id_or_pixels_of_an_image_are_in_a_reply_or_a_log(sharin
     caplog.set_level("DEBUG")
     sent = to_bytes(draw(opened(sharing, bundle)))
     secrets = secrets_of(sharing, SIZE)
-    assert len(secrets) > 6 * 60
+    assert len(secrets) > 6 * 90
     assert not [secret for secret in secrets if secret in sent + caplog.text.encode()]
 
 
@@ -149,52 +154,100 @@ def test_a_generator_that_memorised_shares_nothing_and_says_no_more(sharing, bun
     assert (reply.arrays, reply.config, reply.metrics) == ({}, {"images": 0}, {})
 
 
+class Mixture:
+    """Draws noise, and copies of training images where it is told to."""
+
+    def __init__(self, images, copies):
+        self.images, self.copies = images, copies
+
+    def draw(self, batch):
+        draws = [torch.Generator().manual_seed(one.seed_of("noise")) for one in batch]
+        noise = [torch.rand(1, SIZE, SIZE, generator=g) for g in draws]
+        return torch.stack(
+            [self.images[0] if self.copies(one) else n for one, n in zip(batch, noise, strict=True)]
+        )
+
+
+@pytest.mark.parametrize(("copied", "shares"), [(0, True), (1, True), (4, False)])
+def test_a_generator_that_mostly_shows_its_images_shares_none(
+    sharing, bundle, monkeypatch, copied, shares
+):
+    def mixed(images, *_):
+        return Mixture(images, lambda one: one.number < copied)
+
+    monkeypatch.setattr(synthesis, "train_drawing", mixed)
+    assert bool(draw(opened(sharing, bundle)).config["images"]) is shares
+
+
 def test_a_set_that_tells_who_was_trained_on_is_not_shared(sharing, bundle, monkeypatch):
-    """Each image alone passes; all together they lie nearer to the training images."""
-
-    def traces(images, labels, *_):
-        class Tracer:
-            def draw(self, batch):
-                noise = torch.Generator().manual_seed(batch[0].number)
-                own = [images[labels == one.label][one.number] for one in batch]
-                return torch.stack(own) * 0.3 + 0.7 * torch.rand(
-                    len(batch), 1, SIZE, SIZE, generator=noise
-                )
-
-        return Tracer()
-
-    monkeypatch.setattr(synthesis, "train_drawing", traces)
+    told = "sonofed_common.synthesis.synthetic.membership_auroc"
+    monkeypatch.setattr(synthesis, "train_drawing", lambda i, *_: Mixture(i, lambda _: False))
     enclave = opened(sharing, bundle)
-    assert draw(enclave, per_class=12).config["images"] > 0
-    monkeypatch.setattr("sonofed_common.synthesis.synthetic.membership_auroc", lambda *_: 1.0)
-    assert draw(enclave, per_class=11).config == {"images": 0}
+    with monkeypatch.context() as patch:
+        # Of one class alone: over all images it is no more than chance.
+        patch.setattr(told, lambda members, *_: 1.0 if len(members) < 40 else 0.5)
+        assert draw(enclave).config == {"images": 0}
+    monkeypatch.setattr(told, lambda *_: 0.5)
+    assert draw(enclave).config == {"images": 0}
+    assert draw(opened(sharing.model_copy(update={"store": sharing.store / "b"}), bundle)).arrays
 
 
-def test_few_labels_train_no_gan(sharing, site, bundle, monkeypatch):
+@pytest.mark.parametrize("fraction", [0.1, 0.8])
+def test_few_images_to_train_on_or_to_test_by_train_no_gan(sharing, bundle, monkeypatch, fraction):
+    """Labels of images that a new split took out of the pool do not count."""
     monkeypatch.setattr(synthesis, "train_drawing", lambda *_: pytest.fail("a GAN was trained"))
-    enclave = opened(sharing.model_copy(update={"data": site.data}), bundle)
-    labels = list(labelled(enclave.site, COMMON["study"], 0).values())
-    assert 0 < min(labels.count(0), labels.count(1)) < synthesis.FEWEST
-    assert draw(enclave).config == {"images": 0}
-
-
-def test_a_site_without_test_images_shares_nothing(sharing, bundle, monkeypatch):
+    data = sharing.data.model_copy(update={"test_fraction": fraction})
     enclave = opened(sharing, bundle)
-    images = enclave.site.images
-
-    def without(part, size):
-        rows, found = images(part, size)
-        return ([], found[:0]) if part == "test" else (rows, found)
-
-    monkeypatch.setattr(enclave.site, "images", without)
-    assert draw(enclave).config == {"images": 0}
+    assert len(labelled(enclave.site, COMMON["study"], 0)) > 4 * synthesis.FEWEST
+    other = InProcessEnclave(sharing.model_copy(update={"data": data}))
+    assert draw(other).config == {"images": 0}
 
 
-def test_a_repeated_request_gives_the_first_reply(sharing, bundle, monkeypatch):
+def test_the_gate_knows_every_labelled_image_and_its_patient(sharing, bundle, monkeypatch):
+    seen = []
+
+    def watched(drawing, training, held_out, *others, **named):
+        seen.append((training, held_out))
+        return synthesise(drawing, training, held_out, *others, **named)
+
+    synthesise = synthesis.synthesise
+    monkeypatch.setattr(synthesis, "synthesise", watched)
     enclave = opened(sharing, bundle)
+    draw(enclave)
+    for found, part in zip(seen[0], ("pool", "test"), strict=True):
+        rows, images = enclave.site.images(part, SIZE)
+        assert torch.equal(found.images, images)
+        assert found.groups == [row.group for row in rows]
+        assert found.labels.tolist() == [row.label for row in rows]
+
+
+def test_a_study_gets_one_set_however_often_it_asks(sharing, bundle, monkeypatch):
+    enclave = opened(sharing, bundle)
+    everyone = labelled(enclave.site, COMMON["study"], 0)
+    fewer = dict(list(everyone.items())[:-4])
+    monkeypatch.setattr(synthesis, "labelled", lambda *_: fewer)
     first = to_bytes(draw(enclave))
     monkeypatch.setattr(synthesis, "train_drawing", lambda *_: pytest.fail("it was drawn again"))
+    monkeypatch.setattr(synthesis, "labelled", lambda *_: everyone)
     assert to_bytes(draw(InProcessEnclave(sharing))) == first
+    with pytest.raises(ParameterError, match="has its synthetic images of this site"):
+        draw(enclave, per_class=5)
+
+
+def test_what_was_refused_is_drawn_again_with_other_labels_only(sharing, bundle, monkeypatch):
+    trained = []
+
+    def copied(images, labels, *_):
+        trained.append(len(labels))
+        return Copier(images, labels)
+
+    monkeypatch.setattr(synthesis, "train_drawing", copied)
+    enclave = opened(sharing, bundle)
+    everyone = labelled(enclave.site, COMMON["study"], 0)
+    for labels in (everyone, everyone, dict(list(everyone.items())[:-4])):
+        monkeypatch.setattr(synthesis, "labelled", lambda *_, found=labels: found)
+        assert draw(enclave).config == {"images": 0}
+    assert trained == [len(everyone), len(everyone) - 4]
 
 
 @pytest.mark.parametrize("task", ["wgan malignant", "synthetic images"])
@@ -248,13 +301,14 @@ PHASES = ["enrol", "ship", "select", "annotate", "synthesise", "classifier"]
         {"finetuning": {"replay": 0.0}},
         {"phases": PHASES[:-1]},
         {"phases": [*PHASES[:-2], "classifier", "synthesise"]},
+        {"selection": {"strategy": "random", "budgets": [0.1, 0.2]}},
     ],
 )
 def test_a_study_that_would_not_replay_what_is_shared_is_refused(changes):
     values = {"name": "x", "cohort": {"sites": ["north"]}, "finetuning": {"replay": 0.5}}
     values |= {"phases": PHASES, "selection": {"strategy": "random"}}
     assert validate(Study, values, "study").synthesis.per_class == 50
-    with pytest.raises(ConfigurationError, match="'synthesise' would do nothing"):
+    with pytest.raises(ConfigurationError, match=r"'synthesise' (would do nothing|learns)"):
         validate(Study, values | changes, "study")
 
 

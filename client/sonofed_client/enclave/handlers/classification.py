@@ -85,9 +85,9 @@ def _replay(
     if not parameters.settings.replay:
         return None
     bundle, path = parameters.bundle, SYNTHETIC_IMAGES
-    if parameters.shared is not None:
-        bundle, path = parameters.shared, SHARED_IMAGES
-    if path not in site.manifest(bundle).files:
+    if parameters.synthetic_bundle is not None:
+        bundle, path = parameters.synthetic_bundle, SHARED_IMAGES
+    elif path not in site.manifest(bundle).files:
         raise ParameterError(
             "the study replays synthetic source images and the bundle holds none; train the source "
             "with a section 'synthetic', or set finetuning.replay to 0"

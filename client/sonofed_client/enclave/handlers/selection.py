@@ -15,9 +15,6 @@ from sonofed_common.contract.records import Array, Records
 from sonofed_common.contract.selection import RankTable, ranked_columns
 from sonofed_common.contract.study import Selection
 
-LARGEST = -1
-"""Number of a study's largest budget."""
-
 
 def histogram(site: Site, parameters: Histogram, request: Records) -> Records:
     """Counts (m, split) of the pool's keys in the parts of intervals."""
@@ -67,8 +64,8 @@ def count_annotations(site: Site, parameters: Annotations, request: Records) -> 
     An expert can label every image. An oracle has given all the labels it has when the selection
     was marked, so ``total`` then leaves out the images without one: nobody need wait for them.
     """
-    done = len(labelled(site, parameters.study, LARGEST))
-    total = done if site.settings.oracle else len(selected(site, parameters.study)[LARGEST])
+    done = len(labelled(site, parameters.study, -1))
+    total = done if site.settings.oracle else len(selected(site, parameters.study)[-1])
     return Records(metrics={"done": done, "total": total})
 
 
