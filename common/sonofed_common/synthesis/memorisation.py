@@ -71,22 +71,20 @@ class MemorisationGate:
     """
 
     def __init__(self, images: Tensor, groups: Sequence[str]) -> None:
-        if len(set(groups)) < 2:
+        number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        of = torch.tensor([number[group] for group in groups])
+        self._known = _Known.of(_shrunk(images))
+        real = self._known.images
+        self._details = _detail(real)
+        alike = (of[:, None] == of) | (_likeness(real, self._details) >= COPY)
+        if bool(alike.all()):
             raise RefusedError(
                 "the memorisation gate needs training images of at least two patients; add images "
                 "or do without synthetic images"
             )
-        number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        of = torch.tensor([number[group] for group in groups])
-        self._known = _Known.of(_shrunk(images))
-        self._details = _detail(self._known.images)
-        distances = _distances(self._known.images, self._known)
-        alike = (of[:, None] == of) | (_likeness(self._known.images, self._details) >= COPY)
-        self._coarse = _shifted(self._known.images)
-        self.limit = _nearest_others(distances, alike)
-        self.coarse_limit = _nearest_others(
-            _coarse_distances(self._known.images, self._coarse), alike
-        )
+        self._coarse = _shifted(real)
+        self.limit = _nearest_others(_distances(real, self._known), alike)
+        self.coarse_limit = _nearest_others(_coarse_distances(real, self._coarse), alike)
         self.nearest: list[float] = []
         self.duplicates = 0
 

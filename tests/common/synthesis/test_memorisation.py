@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from speckle import SIZE, scans
 from torch import Tensor
 
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.synthesis.memorisation import (
     CERTAINTY,
     MEMBERSHIP,
     WINDOW,
     MemorisationGate,
+    RefusedError,
     dissimilarity,
     membership_auroc,
     tells_members,
@@ -95,9 +95,11 @@ def test_copies_under_noise_or_shifted_are_refused(size: int):
         assert sum(gate.admit(image) for image in moved) <= 4, shift
 
 
-def test_one_patient_sets_no_limit(real: Tensor):
-    with pytest.raises(ConfigurationError, match="at least two patients"):
-        MemorisationGate(real, ["the same"] * 40)
+@pytest.mark.parametrize("copies", [False, True])
+def test_one_patient_sets_no_limit(real: Tensor, copies: bool):
+    images, groups = (real[:1].repeat(40, 1, 1, 1), names(40)) if copies else (real, ["one"] * 40)
+    with pytest.raises(RefusedError, match="at least two patients"):
+        MemorisationGate(images, groups)
 
 
 def test_dissimilarity_is_one_minus_ssim():
