@@ -8,6 +8,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_summary import MEAN, WORST
 
 STRATEGIES = ("FedProx", "SiloBN", "FedBN", "FedDG-GA", "FedAdam", "SCAFFOLD")
+METRICS = ("accuracy", "balanced_accuracy", "auroc")
 
 CLAIMS = (
     Claim(
@@ -15,10 +16,17 @@ CLAIMS = (
         "same one in fewer rounds",
         STRATEGIES,
         MEAN,
+        metrics=METRICS,
     ),
     Claim("FedDG-GA is to even the sites out, which the worst one shows", ("FedDG-GA",), WORST),
-    Claim("A site that trains alone is expected below the federation", ("local only",), MEAN, -1),
-    Claim("One site that has all images is expected above it", ("pooled",), MEAN),
+    Claim(
+        "A site that trains alone is expected below the federation",
+        ("local only",),
+        MEAN,
+        -1,
+        metrics=METRICS,
+    ),
+    Claim("One site that has all images is expected above it", ("pooled",), MEAN, metrics=METRICS),
 )
 
 

@@ -55,6 +55,11 @@ def findings(summary: ArmSummary, claims: Sequence[Claim]) -> str:
     Claims that no finished cell speaks to are left out.
     """
     said = [text for claim in claims if (text := _claim(summary, claim))]
+    if said:
+        said.append(
+            "Differences are told from 0 where they are after Holm's correction, gaps by their own "
+            "interval alone."
+        )
     if summary.cells < summary.wanted:
         said.insert(
             0,
@@ -78,7 +83,7 @@ def _metric(rows: Sequence[ArmRow], claim: Claim, metric: str) -> str:
         return ""
     parts = []
     for verdict, saying in (
-        ("holds", "the effect holds and is larger than its interval in"),
+        ("holds", "it has the published sign, beyond its interval, in"),
         ("reversed", "it is reversed, beyond its interval, in"),
     ):
         found = [effect for effect in effects if effect.verdict == verdict]

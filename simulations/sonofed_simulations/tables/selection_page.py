@@ -128,10 +128,16 @@ def _method(table: SelectionTable) -> list[str]:
         "but for the rows with two views: their start is another, and they alone predict from "
         "mirror images, too.",
         "- Federated: each site selects from its own pool and has its share of the budget; the "
-        "dual score ranks all sites' images together. Pooled: one site that has all pools.",
+        "dual score ranks all sites' images together. Pooled: one site that has all pools; rows of "
+        "two views ran federated alone.",
+        "- `dual-...` are ADAptation's score on these features, without its contrastive stage and "
+        "reconstructions: no row is the whole method.",
+        "- Accuracy is at P = .5 for everybody, which favours whoever's predictions lie around it; "
+        "AUROC takes no threshold.",
         f"- On target labels the strategies of the row `{PRESET}` were chosen, for each site at "
         "those of the other data sets, and that two views predict from mirror images, on one fold "
-        f"of these; nothing else was. The preset `{PRESET}` of a study is another thing: "
+        "of these. On that fold more was tried and not kept: the project's attempts page says "
+        f"what. The preset `{PRESET}` of a study is another thing: "
         "`two-view-typiclust` at every hospital, picked with all of these in sight, so that its "
         "row here is no independent evidence for it. What is adapted of each strategy stands in "
         "its docstring, in `simulations/sonofed_simulations/rivals`.",
