@@ -128,8 +128,7 @@ def _method(table: SelectionTable) -> list[str]:
         "but for the rows with two views: their start is another, and they alone predict from "
         "mirror images, too.",
         "- Federated: each site selects from its own pool and has its share of the budget; the "
-        "dual score ranks all sites' images together. Pooled: one site that has all pools; rows of "
-        "two views ran federated alone.",
+        "dual score ranks all sites' images together. Pooled: one site that has all pools.",
         "- `dual-...` are ADAptation's score on these features, without its contrastive stage and "
         "reconstructions: no row is the whole method.",
         "- Accuracy is at P = .5 for everybody, which favours whoever's predictions lie around it; "

@@ -154,7 +154,7 @@ def chains(table: SelectionTable) -> Iterator[Chain]:
     for split in splits:
         wanted = []
         for name in table.strategies:
-            if table.pooled and split.fold == 0 and name not in TWO_VIEWS:
+            if table.pooled and split.fold == 0 and (table.lesions or name not in TWO_VIEWS):
                 wanted += _draws(table, name, "pooled", split, range(table.draws))
         yield from _from_each(table, wanted)
 
