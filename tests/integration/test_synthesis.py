@@ -15,7 +15,7 @@ from safetensors.numpy import load
 from deployed.deployment import Deployment, needs_front, run
 from sonofed_client.enclave.enclave import HANDLERS
 from sonofed_client.enclave.handlers import synthesis
-from sonofed_client.enclave.policy import SYNTHETIC_IMAGES, policy_text_of_all
+from sonofed_client.enclave.policy import SYNTHETIC_RULE, policy_text_of_all
 from sonofed_client.enclave.store import open_store
 from sonofed_client.enclave.wall import open_ledger
 from sonofed_client.settings import read_site
@@ -124,7 +124,7 @@ def test_an_interrupted_study_ends_with_the_same_bits(inline, sharing, tmp_path)
 def standard_at(site):
     """Have a hospital keep to the standard policy."""
     read = read_site(site)
-    read.policy.write_text(policy_text_of_all().replace(SYNTHETIC_IMAGES.read_text(), ""))
+    read.policy.write_text(policy_text_of_all().replace(SYNTHETIC_RULE.read_text(), ""))
 
 
 def test_a_hospital_that_does_not_share_is_left_out_of_nothing_else(inline, sharing, tmp_path):
@@ -206,7 +206,7 @@ def test_a_deployment_shares_what_its_hospitals_policies_let_leave(inline, shari
         file.write_text(tomli_w.dumps(study))
         willing, unwilling = (deployment.hospitals[name] for name in ("riverside", SMALL))
         with (willing.root / "policy.toml").open("a") as policy:
-            policy.write(SYNTHETIC_IMAGES.read_text())
+            policy.write(SYNTHETIC_RULE.read_text())
         test = ("sonofed-site", "policy", "test", file, "--site")
         assert "refuses nothing" in run(*test, willing.site)
         said = run(*test, unwilling.site, code=PolicyError.exit_code)

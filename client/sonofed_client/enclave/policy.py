@@ -18,8 +18,8 @@ from sonofed_common.contract.records import Array, Records
 from sonofed_common.security import sha256
 
 STANDARD = Path(__file__).parent / "policies" / "standard.toml"
-SYNTHETIC_IMAGES = Path(__file__).parent / "policies" / "synthetic_images.toml"
-"""What a policy must say besides where a hospital lets synthetic images of its own leave."""
+SYNTHETIC_RULE = Path(__file__).parent / "policies" / "synthetic_images.toml"
+"""What a hospital that lets synthetic images of its own leave appends to its policy."""
 
 RUNNING_POLICY = "policy.sha256"
 """File of a site's store: digest of the policy that the enclave read when it started."""
@@ -164,12 +164,12 @@ def read_policy(path: Path | None) -> Policy:
 
 def policy_of_all() -> Policy:
     """Return a policy that names every action: the standard one and what that leaves out."""
-    return validate(Policy, tomllib.loads(policy_text_of_all()), SYNTHETIC_IMAGES.name)
+    return validate(Policy, tomllib.loads(policy_text_of_all()), SYNTHETIC_RULE.name)
 
 
 def policy_text_of_all() -> str:
     """Return the TOML of `policy_of_all`: one file appended to the other, as a hospital does it."""
-    parts = [path.read_text(encoding="utf-8") for path in (STANDARD, SYNTHETIC_IMAGES)]
+    parts = [path.read_text(encoding="utf-8") for path in (STANDARD, SYNTHETIC_RULE)]
     return "\n".join(parts)
 
 

@@ -154,7 +154,8 @@ def chains(table: SelectionTable) -> Iterator[Chain]:
     for split in splits:
         wanted = []
         for name in table.strategies:
-            if table.pooled and split.fold == 0 and (table.lesions or name not in TWO_VIEWS):
+            has_start = table.lesions is not None or name not in TWO_VIEWS
+            if table.pooled and split.fold == 0 and has_start:
                 wanted += _draws(table, name, "pooled", split, range(table.draws))
         yield from _from_each(table, wanted)
 

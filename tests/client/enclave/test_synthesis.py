@@ -16,7 +16,7 @@ from policy_rules import STANDARD
 from sonofed_client.enclave.enclave import InProcessEnclave
 from sonofed_client.enclave.handlers import synthesis
 from sonofed_client.enclave.handlers.selection import labelled
-from sonofed_client.enclave.policy import SYNTHETIC_IMAGES, Policy, policy_text_of_all
+from sonofed_client.enclave.policy import SYNTHETIC_RULE, Policy, policy_text_of_all
 from sonofed_client.settings import SiteData
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import request
@@ -279,12 +279,12 @@ def test_a_diverging_gan_is_told_without_a_word_of_the_images(sharing, bundle):
 def test_the_page_shows_the_rule_that_is_shipped():
     page = (Path(__file__).parents[3] / "docs" / "security.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```toml\n(\[actions\.\"train\.synthesise\"\].*?)```", page, re.S)
-    assert SYNTHETIC_IMAGES.read_text().endswith(shown)
+    assert SYNTHETIC_RULE.read_text().endswith(shown)
 
 
 def test_the_rule_adds_nothing_but_its_action_to_the_standard_policy():
     both = tomllib.loads(policy_text_of_all())
-    own = tomllib.loads(SYNTHETIC_IMAGES.read_text())
+    own = tomllib.loads(SYNTHETIC_RULE.read_text())
     assert set(own) == {"actions"} and set(own["actions"]) == {"train.synthesise"}
     del both["actions"]["train.synthesise"]
     assert json.loads(Policy.model_validate(both).model_dump_json()) == json.loads(
