@@ -14,6 +14,7 @@ TABLES = {
     "adaptation-homogenisation": "adaptation_homogenisation",
     "adaptation-reconstruction": "adaptation_reconstruction",
     "adaptation-selection": "adaptation_selection",
+    "selection-from-rio": "selection_from_rio",
     "aggregation": "aggregation",
     "synthetic-domains": "synthetic_domains",
     "synthetic-ratios": "synthetic_ratios",

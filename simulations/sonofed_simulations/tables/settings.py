@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -83,6 +83,15 @@ FULL = SelectionTable(
     lesions=QUICK.lesions,
 )
 """The paper's five classifiers, for a machine with a GPU and many cores."""
+
+FROM_RIO: dict[str, Any] = {
+    "scenario": "breast_from_rio",
+    "budgets": (0.1, 0.2),
+    "draws": 3,
+    "pooled": False,
+}
+QUICK_FROM_RIO, FULL_FROM_RIO = (table.model_copy(update=FROM_RIO) for table in (QUICK, FULL))
+"""The same with BUSI among the hospitals and the source in Rio de Janeiro; fewer budgets, draws."""
 
 
 @dataclass(frozen=True, order=True)
