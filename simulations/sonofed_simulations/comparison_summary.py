@@ -14,7 +14,7 @@ from sonofed_common.contract.results import Machine
 from sonofed_common.metrics import weighted_auroc
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.comparison import CONTROLS, Cell, Comparison
-from sonofed_simulations.paired import (
+from sonofed_simulations.statistics import (
     Contrast,
     Floats,
     Interval,

@@ -11,7 +11,9 @@ from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.contract.results import Machine
 from sonofed_common.segmentation_metrics import weighted_metrics
-from sonofed_simulations.paired import (
+from sonofed_simulations.segmentation_comparison import SegmentationComparison
+from sonofed_simulations.segmentation_scores import MaskScores
+from sonofed_simulations.statistics import (
     Contrast,
     Floats,
     Interval,
@@ -20,8 +22,6 @@ from sonofed_simulations.paired import (
     holm,
     interval,
 )
-from sonofed_simulations.segmentation_comparison import SegmentationComparison
-from sonofed_simulations.segmentation_scores import MaskScores
 
 SOURCE, SUPERVISED = "control/source-only", "control/supervised"
 Curves = Mapping[tuple[str, int], Mapping[str, Mapping[str, Floats]]]

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.paired import Interval
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
+from sonofed_simulations.statistics import Interval
 
 HEADER = (
     "method",

@@ -5,9 +5,9 @@ import pytest
 
 from sonofed_common.contract.results import Machine
 from sonofed_simulations.comparison import built_in
-from sonofed_simulations.paired import Contrast, Interval
 from sonofed_simulations.segmentation_comparison import mask_study, read_mask_comparison
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow, PlugIn
+from sonofed_simulations.statistics import Contrast, Interval
 from sonofed_simulations.tables import pseudo_labels, target_informed
 from sonofed_simulations.tables.mask_page import MaskClaim, MaskTable, write_mask_page
 from sonofed_simulations.tables.mask_table import full, restricted

@@ -18,7 +18,6 @@ from sonofed_common.contract.study_segmentation import Strategy
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.segmentation_metrics import ImageScores
 from sonofed_simulations.comparison import built_in
-from sonofed_simulations.paired import Contrast, PatientDraws, contrast, holm
 from sonofed_simulations.scenarios.scenario import Scenario
 from sonofed_simulations.segmentation_comparison import (
     TAKEN,
@@ -32,6 +31,7 @@ from sonofed_simulations.segmentation_rows import row_names
 from sonofed_simulations.segmentation_scores import MaskScores
 from sonofed_simulations.segmentation_summary import MaskSummary, summarise_masks
 from sonofed_simulations.segmentation_tables import write_mask_summary
+from sonofed_simulations.statistics import Contrast, PatientDraws, contrast, holm
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny_segmentation.toml"
 SHORT = ["enrol", "ship", "pseudo_label"]

@@ -10,7 +10,10 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from sonofed_simulations.paired import (
+from sonofed_simulations.report.clouds import density
+from sonofed_simulations.report.figures import INK, drawing, site_colours
+from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
+from sonofed_simulations.statistics import (
     Contrast,
     Floats,
     Interval,
@@ -19,9 +22,6 @@ from sonofed_simulations.paired import (
     holm,
     is_told,
 )
-from sonofed_simulations.report.clouds import density
-from sonofed_simulations.report.figures import INK, drawing, site_colours
-from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
 from sonofed_simulations.tables.article import Article, Row, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.manifest import write_facts

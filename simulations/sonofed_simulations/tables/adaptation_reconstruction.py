@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from sonofed_simulations.paired import (
+from sonofed_simulations.statistics import (
     Contrast,
     Floats,
     PatientDraws,

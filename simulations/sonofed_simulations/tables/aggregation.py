@@ -12,11 +12,11 @@ import torch
 
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.contract.study import Aggregation, Finetuning
-from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 from sonofed_common.runtime import derive_seed, set_threads
 from sonofed_server.source.settings import DiffusionTraining
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
+from sonofed_simulations.statistics import Split, check_no_leak, split_by_group
 from sonofed_simulations.tables.aggregation_cells import SiteImages, test, train, union
 from sonofed_simulations.tables.aggregation_page import about
 from sonofed_simulations.tables.arm_page import About

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sonofed_simulations.paired import Interval, is_told
+from sonofed_simulations.statistics import Interval, is_told
 from sonofed_simulations.tables.arm_summary import ArmRow, ArmSummary
 
 LEAST_SEEDS = 3

@@ -9,8 +9,15 @@ import numpy as np
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.results import Machine
 from sonofed_server.study.report import this_machine
-from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, holm, interval
-from sonofed_simulations.statistics import paired_effect
+from sonofed_simulations.statistics import (
+    Contrast,
+    Floats,
+    Interval,
+    contrast,
+    holm,
+    interval,
+    paired_effect,
+)
 from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
 from sonofed_simulations.tables.replicates import Replicates
 

@@ -14,10 +14,10 @@ from sonofed_common.contract.errors import DataMissingError
 from sonofed_common.data.images import load_images
 from sonofed_common.data.readers import read
 from sonofed_common.data.sample import Sample
-from sonofed_common.data.splits import Split, check_no_leak, split_by_group
 from sonofed_common.runtime import derive_seed
 from sonofed_server.source.data import Part, SourceSet, provenance_of
 from sonofed_server.source.settings import SourceData
+from sonofed_simulations.statistics import Split, check_no_leak, split_by_group
 from sonofed_simulations.tables.arms import Array
 from sonofed_simulations.tables.manifest import split_facts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import gaussian_kde
 
-from sonofed_simulations.paired import Floats
+from sonofed_simulations.statistics import Floats
 
 GRID = 256
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
-from sonofed_simulations.paired import Interval
 from sonofed_simulations.report.figures import CHOSEN, SITE_COLOURS, SOFT, drawing
+from sonofed_simulations.statistics import Interval
 
 LEGEND = "Orange: the 95% interval leaves 0 out, before any correction for the number of rows."
 

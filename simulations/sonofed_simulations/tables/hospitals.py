@@ -11,10 +11,10 @@ from sonofed_common.contract.errors import SiteEmptyError
 from sonofed_common.data.images import load_images
 from sonofed_common.data.readers import read
 from sonofed_common.data.sample import Sample
-from sonofed_common.data.splits import Split, check_no_leak, folds_by_group
 from sonofed_server.source.data import provenance_of
 from sonofed_server.source.settings import SourceData
 from sonofed_simulations.laboratory import Laboratory
+from sonofed_simulations.statistics import Split, check_no_leak, folds_by_group
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
 

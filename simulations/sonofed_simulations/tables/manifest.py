@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sonofed_common.data.splits import Split
 from sonofed_common.runtime import write_atomically
 from sonofed_server.study.report import this_machine
+from sonofed_simulations.statistics import Split
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.hospitals import split_of
 from sonofed_simulations.tables.material import Material

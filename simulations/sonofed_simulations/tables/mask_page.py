@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.paired import Contrast, is_told
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
+from sonofed_simulations.statistics import Contrast, is_told
 from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown

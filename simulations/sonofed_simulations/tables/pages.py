@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sonofed_simulations.paired import Contrast, Interval
+from sonofed_simulations.statistics import Contrast, Interval
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

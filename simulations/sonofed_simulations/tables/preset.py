@@ -9,6 +9,7 @@ import numpy as np
 
 from sonofed_simulations.rivals import CANDIDATES, OURS
 from sonofed_simulations.scenarios.scenario import read_scenario
+from sonofed_simulations.statistics import leave_one_site_out
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 
@@ -56,13 +57,9 @@ def choose(cells: Sequence[Cell], table: SelectionTable) -> dict[str, str]:
         }
         for name in CANDIDATES
     }
-    sets = _data_sets(table, sites)
-    if len(set(sets.values())) < 2:
-        return {}
-    others = {site: [s for s in sites if sets[s] != sets[site]] for site in sites}
     return {
-        site: max(worth, key=lambda name: np.mean([worth[name][s] for s in others[site]]))
-        for site in sites
+        site: max(worth, key=lambda name: np.mean([worth[name][s] for s in others]))
+        for site, others in leave_one_site_out(_data_sets(table, sites)).items()
     }
 
 

@@ -28,9 +28,9 @@ from sonofed_common.runtime import Events, derive_seed, device, set_threads, wri
 from sonofed_common.security import sha256
 from sonofed_server.source.data import load_source
 from sonofed_simulations.laboratory import Laboratory
-from sonofed_simulations.paired import Floats
 from sonofed_simulations.report.clouds import similarity
 from sonofed_simulations.report.view import SourceView
+from sonofed_simulations.statistics import Floats
 from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.features import features_of
 from sonofed_simulations.tables.hospitals import read_hospitals

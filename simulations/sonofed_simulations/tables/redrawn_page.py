@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sonofed_simulations.paired import Interval
+from sonofed_simulations.statistics import Interval
 from sonofed_simulations.tables.pages import interval_text
 from sonofed_simulations.tables.redrawn import BLUR, Cells
 from sonofed_simulations.tables.redrawn_settings import RedrawnSettings

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from sonofed_common.metrics import weighted_auroc
-from sonofed_simulations.paired import Floats, PatientDraws
+from sonofed_simulations.statistics import Floats, PatientDraws
 from sonofed_simulations.tables.arms import Array, Prediction
 
 

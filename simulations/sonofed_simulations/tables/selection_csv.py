@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from sonofed_simulations.paired import Interval
+from sonofed_simulations.statistics import Interval
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_rows import Row
 

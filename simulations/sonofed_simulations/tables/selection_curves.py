@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from sonofed_common.contract.configuration import Model
-from sonofed_simulations.paired import Contrast, Floats, Interval, contrast, interval
 from sonofed_simulations.rivals import TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
-from sonofed_simulations.statistics import budget_area, needed_budget
+from sonofed_simulations.statistics import (
+    Contrast,
+    Floats,
+    Interval,
+    budget_area,
+    contrast,
+    interval,
+    needed_budget,
+)
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_replicates import Key, SelectionReplicates
 from sonofed_simulations.tables.settings import (

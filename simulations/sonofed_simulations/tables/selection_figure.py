@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from sonofed_simulations.paired import Interval
 from sonofed_simulations.report.figures import REST, SITE_COLOURS, SITE_MARKERS, SOFT, drawing
+from sonofed_simulations.statistics import Interval
 from sonofed_simulations.tables.selection_curves import Curve
 from sonofed_simulations.tables.selection_summary import Summary
 from sonofed_simulations.tables.settings import ALL_LABELS, BASELINE, RANDOM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sonofed_simulations.paired import Contrast, is_told
+from sonofed_simulations.statistics import Contrast, is_told
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
 from sonofed_simulations.tables.selection_rows import Row

@@ -9,9 +9,16 @@ from pydantic import Field
 
 from sonofed_common.contract.configuration import Model
 from sonofed_common.metrics import classification_metrics
-from sonofed_simulations.paired import Contrast, Interval, contrast, holm, interval
 from sonofed_simulations.rivals.two_views import TWO_VIEW_RANDOM, TWO_VIEWS
-from sonofed_simulations.statistics import paired_effect, sign_permutation
+from sonofed_simulations.statistics import (
+    Contrast,
+    Interval,
+    contrast,
+    holm,
+    interval,
+    paired_effect,
+    sign_permutation,
+)
 from sonofed_simulations.tables.preset import PRESET, is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS, Key, SelectionReplicates
 from sonofed_simulations.tables.selection_tests import by_patient, combined_delong

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
-from sonofed_simulations.paired import Contrast
+from sonofed_simulations.statistics import Contrast
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
