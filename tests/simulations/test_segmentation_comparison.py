@@ -31,7 +31,6 @@ from sonofed_simulations.segmentation_rows import row_names
 from sonofed_simulations.segmentation_scores import MaskScores
 from sonofed_simulations.segmentation_summary import MaskSummary, summarise_masks
 from sonofed_simulations.segmentation_tables import write_mask_summary
-from sonofed_simulations.statistics import Contrast, PatientDraws, contrast, holm
 
 TINY = Path(__file__).parent.parent / "integration" / "tiny_segmentation.toml"
 SHORT = ["enrol", "ship", "pseudo_label"]
@@ -522,35 +521,6 @@ def test_intervals_are_those_of_an_independent_bootstrap_of_patients() -> None:
 
 
 HAND_NAMES = list(LEVELS)
-
-
-def test_a_patient_is_drawn_as_one_in_all_seeds() -> None:
-    draws = PatientDraws([("a", ["p", "q"]), ("a", ["q", "r"]), ("b", ["p"])])
-    first, second = draws.weights("a", ["p", "q", "q"]), draws.weights("a", ["q", "r"])
-    assert first.shape == (2001, 3) and np.all(first[0] == 1)
-    assert np.array_equal(first[:, 1], first[:, 2]) and np.array_equal(first[:, 1], second[:, 0])
-    assert np.all((first[:, 0] + second.sum(axis=1))[1:] == 3)
-    assert first[1:].mean(axis=0) == pytest.approx(1, abs=0.07)
-    assert np.all(draws.weights("b", ["p"]) == 1)
-
-
-def test_holm_by_hand() -> None:
-    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.6}
-    tested = {name: Contrast(value=0, low=0, high=0, p=value) for name, value in p.items()}
-    # Ordered: 4 x .01, then 3 x .03, then the larger of .09 and 2 x .04, then 1 x .6.
-    expected = {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.6}
-    found = {name: value.p_holm for name, value in holm(tested).items()}
-    assert found == pytest.approx(expected)
-    sure = {"a": tested["a"], "d": tested["d"].model_copy(update={"p": 0.9})}
-    assert {n: c.p_holm for n, c in holm(sure).items()} == pytest.approx({"a": 0.02, "d": 0.9})
-
-
-def test_p_is_two_sided_and_never_zero() -> None:
-    values = np.concatenate([[1.0], np.repeat([-1.0, 1.0], [3, 97])])
-    assert contrast(values, np.zeros(101)).p == pytest.approx(0.06)
-    assert contrast(-values, np.zeros(101)).p == pytest.approx(0.06)
-    assert contrast(np.ones(101), np.zeros(101)).p == pytest.approx(2 / 101)
-    assert contrast(np.zeros(101), np.zeros(101)).p == 1
 
 
 def test_rows_without_a_paired_seed_have_no_difference() -> None:

@@ -5,12 +5,18 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
-from sklearn.metrics import roc_auc_score
+from scipy.stats import bootstrap, permutation_test
+from sklearn.metrics import auc, roc_auc_score
 
 from sonofed_simulations.statistics import (
+    Contrast,
+    PatientDraws,
     budget_area,
+    contrast,
     delong,
+    holm,
+    interval,
+    leave_one_site_out,
     needed_budget,
     paired_effect,
     sign_permutation,
@@ -89,3 +95,84 @@ def test_needed_budget_is_where_the_curve_first_crosses() -> None:
 def test_effect_is_mean_by_deviation() -> None:
     assert paired_effect([1.0, 2.0, 3.0]) == pytest.approx(2.0)
     assert paired_effect([1.0, 1.0, 1.0]) is None and paired_effect([1.0, 2.0]) is None
+
+
+def test_a_patient_is_drawn_as_one_in_all_seeds() -> None:
+    draws = PatientDraws([("a", ["p", "q"]), ("a", ["q", "r"]), ("b", ["p"])])
+    first, second = draws.weights("a", ["p", "q", "q"]), draws.weights("a", ["q", "r"])
+    assert first.shape == (2001, 3) and np.all(first[0] == 1)
+    assert np.array_equal(first[:, 1], first[:, 2]) and np.array_equal(first[:, 1], second[:, 0])
+    assert np.all((first[:, 0] + second.sum(axis=1))[1:] == 3)
+    assert first[1:].mean(axis=0) == pytest.approx(1, abs=0.07)
+    assert np.all(draws.weights("b", ["p"]) == 1)
+
+
+def test_holm_by_hand() -> None:
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.6}
+    tested = {name: Contrast(value=0, low=0, high=0, p=value) for name, value in p.items()}
+    # Ordered: 4 x .01, then 3 x .03, then the larger of .09 and 2 x .04, then 1 x .6.
+    expected = {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.6}
+    found = {name: value.p_holm for name, value in holm(tested).items()}
+    assert found == pytest.approx(expected)
+    sure = {"a": tested["a"], "d": tested["d"].model_copy(update={"p": 0.9})}
+    assert {n: c.p_holm for n, c in holm(sure).items()} == pytest.approx({"a": 0.02, "d": 0.9})
+
+
+def test_p_is_two_sided_and_never_zero() -> None:
+    values = np.concatenate([[1.0], np.repeat([-1.0, 1.0], [3, 97])])
+    assert contrast(values, np.zeros(101)).p == pytest.approx(0.06)
+    assert contrast(-values, np.zeros(101)).p == pytest.approx(0.06)
+    assert contrast(np.ones(101), np.zeros(101)).p == pytest.approx(2 / 101)
+    assert contrast(np.zeros(101), np.zeros(101)).p == 1
+
+
+def by_patient(values: np.ndarray, patients: list[str]) -> np.ndarray:
+    """A mean over images in every sample of patients."""
+    weights = PatientDraws([("a", patients)]).weights("a", patients)
+    return (weights @ values) / weights.sum(axis=1)
+
+
+def test_clustered_interval_is_that_of_patient_means_by_scipy() -> None:
+    draws = np.random.default_rng(3)
+    patients = [f"p{n // 4}" for n in range(160)]
+    # Four equal images a patient: forty observations, not 160.
+    values = np.repeat(draws.normal(size=40), 4)
+    found = interval(by_patient(values, patients))
+    reference = bootstrap(
+        (values[::4],), np.mean, n_resamples=20_000, method="percentile", rng=draws
+    ).confidence_interval
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.03)
+    by_image = bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=draws
+    ).confidence_interval
+    assert found.high - found.low > 1.7 * (by_image.high - by_image.low)
+
+
+def test_paired_difference_is_that_of_scipy_on_pairs() -> None:
+    draws = np.random.default_rng(4)
+    patients = [f"p{n}" for n in range(50)]
+    a = draws.normal(size=50)
+    b = a - 0.1 + 0.2 * draws.normal(size=50)
+    found = contrast(by_patient(a, patients), by_patient(b, patients))
+    reference = bootstrap(
+        (a - b,), np.mean, n_resamples=20_000, method="percentile", rng=draws
+    ).confidence_interval
+    assert found.value == pytest.approx(float(np.mean(a - b)))
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)
+
+
+def test_area_is_that_of_scikit_learn() -> None:
+    budgets, values = [0.1, 0.2, 0.3, 0.5], [0.7, 0.78, 0.77, 0.81]
+    assert budget_area(budgets, values) == pytest.approx(auc(budgets, values) / 0.4)
+
+
+def test_sites_of_one_hospital_never_decide_for_each_other() -> None:
+    hospitals = {"logiq": "rio", "poland": "warsaw", "aplio": "rio", "cairo": "cairo"}
+    assert leave_one_site_out(hospitals) == {
+        "logiq": ("poland", "cairo"),
+        "poland": ("logiq", "aplio", "cairo"),
+        "aplio": ("poland", "cairo"),
+        "cairo": ("logiq", "poland", "aplio"),
+    }
+    assert leave_one_site_out({"logiq": "rio", "aplio": "rio"}) == {}
