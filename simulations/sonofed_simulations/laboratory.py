@@ -76,7 +76,7 @@ class Laboratory:
         DataMissingError
             The scenario uses real data sets and one of them is not there.
         """
-        self._check_data()
+        self.check_data()
         if self.scenario.source_phantoms is not None:
             self._phantoms("source", self.scenario.source_phantoms)
         key = load_or_create_signing_key(self.key)
@@ -110,7 +110,7 @@ class Laboratory:
         DataMissingError
             The scenario uses real data sets and one of them is not there.
         """
-        self._check_data()
+        self.check_data()
         paths = []
         names = self.scenario.hospitals
         for name in self.events.track(names, "hospitals", len(names)):
@@ -171,7 +171,14 @@ class Laboratory:
             if phantoms is not None:
                 self._phantoms(name, phantoms)
 
-    def _check_data(self) -> None:
+    def check_data(self) -> None:
+        """Look whether the real data sets are there.
+
+        Raises
+        ------
+        DataMissingError
+            The scenario uses them and one is not there.
+        """
         if not self.scenario.needs_data:
             return
         if self.data is None:

@@ -311,6 +311,21 @@ def test_a_shard_that_does_not_exist_and_missing_data_are_refused(tmp_path: Path
         run_selection_table(QUICK, tmp_path, None, (1, 1), Events())
 
 
+def test_a_test_part_of_one_class_is_refused_before_the_source_is_trained(tmp_path: Path) -> None:
+    scenario = tmp_path / "few.toml"
+    text = TINY.read_text(encoding="utf-8")
+    scenario.write_text(text.replace("malignant_fraction = 0.5", "malignant_fraction = 0.15"))
+    table = tiny(scenario=str(scenario), folds=5)
+    with (
+        pytest.warns(UserWarning, match="least populated class"),
+        pytest.raises(
+            ConfigurationError, match=r"test images of riverside in seed-0-fold-\d are of"
+        ),
+    ):
+        run_selection_table(table, tmp_path / "out", None, (1, 1), SILENT)
+    assert not (tmp_path / "out" / "work" / "source").exists()
+
+
 def test_the_quick_table_has_every_strategy_and_shards_make_it_whole() -> None:
     everything = list(chains(QUICK))
     assert {chain.strategy for chain in everything} == {*STRATEGIES, *CONTROLS}

@@ -110,13 +110,14 @@ def folds_by_group(samples: Sequence[Sample], folds: int, seed: int) -> list[Spl
     Raises
     ------
     ConfigurationError
-        There are fewer groups than folds, or fewer than two folds.
+        There are fewer groups than folds, or images of every class, or fewer than two folds.
     """
     groups = [sample.group for sample in samples]
-    if folds < 2 or len(set(groups)) < folds:
+    largest = max(Counter(sample.label for sample in samples).values(), default=0)
+    if folds < 2 or len(set(groups)) < folds or largest < folds:
         raise ConfigurationError(
-            f"{folds} folds of {len(set(groups))} patients or groups cannot be made; use at least "
-            "two folds and as many patients as folds"
+            f"{folds} folds of {len(set(groups))} patients or groups, with {largest} images of the "
+            "larger class, cannot be made; use two folds or more, and no more than of either"
         )
     # Imported here: sites split too, and start faster without it.
     from sklearn.model_selection import StratifiedGroupKFold

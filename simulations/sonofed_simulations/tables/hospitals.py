@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sonofed_common.contract.bundle import DataProvenance
-from sonofed_common.contract.errors import SiteEmptyError
+from sonofed_common.contract.errors import ConfigurationError, SiteEmptyError
 from sonofed_common.data.images import load_images
 from sonofed_common.data.readers import read
 from sonofed_common.data.sample import Sample
@@ -58,9 +58,20 @@ def read_hospitals(laboratory: Laboratory, image_size: int) -> list[HospitalImag
 
 
 def split_of(hospital: HospitalImages, table: SelectionTable, name: SplitName) -> Split:
-    """Split a hospital's images into pool and test part of one fold."""
+    """Split a hospital's images into pool and test part of one fold.
+
+    Raises
+    ------
+    ConfigurationError
+        The test part would hold one class alone, whose AUROC nobody can tell.
+    """
     split = folds_by_group(hospital.samples, table.folds, name.seed)[name.fold]
     check_no_leak(split)
+    if len({sample.label for sample in split.test}) < 2:
+        raise ConfigurationError(
+            f"the test images of {hospital.name} in {name} are of one class; use fewer folds, or "
+            "leave that hospital out"
+        )
     return split
 
 

@@ -17,7 +17,6 @@ from sonofed_simulations.statistics import Split
 from sonofed_simulations.tables.cells import Cell
 from sonofed_simulations.tables.hospitals import split_of
 from sonofed_simulations.tables.material import Material
-from sonofed_simulations.tables.settings import SplitName
 
 LIBRARIES = (
     "sonofed",
@@ -110,9 +109,8 @@ def write_manifest(out: Path, material: Material, cells: Sequence[Cell]) -> None
         "seeds": list(table.seeds),
         "cells": len(cells),
     }
-    names = (SplitName(s, f) for s in table.seeds for f in range(table.folds))
     tested = {
         str(name): {h.name: test_patients(split_of(h, table, name)) for h in material.hospitals}
-        for name in names
+        for name in sorted(table.splits)
     }
     write_facts(out, facts, tested)

@@ -10,7 +10,7 @@ from typing import Any
 from sonofed_common.models.classifiers import sees_lesions
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.tables.features import SiteFeatures, features_origin, site_features
-from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals
+from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals, split_of
 from sonofed_simulations.tables.settings import Chain, SelectionTable, SplitName
 from sonofed_simulations.tables.start import Start, read_start
 
@@ -38,12 +38,22 @@ class Material:
 
     @classmethod
     def prepare(cls, table: SelectionTable, laboratory: Laboratory) -> Material:
-        """Train the source's models unless that is done, and decode the hospitals' images."""
+        """Decode and split the hospitals' images; train the source's models unless that is done.
+
+        Raises
+        ------
+        ConfigurationError
+            A split cannot be made; nothing has been trained then.
+        """
         source = laboratory.scenario.source
+        laboratory.check_data()
         with laboratory.alone():
+            hospitals = tuple(read_hospitals(laboratory, source.image_size))
+            for hospital in hospitals:
+                for name in table.splits:
+                    split_of(hospital, table, name)
             bundle = laboratory.prepare_source()
             starts = {name: read_start(bundle, name) for name in source.classifiers}
-            hospitals = tuple(read_hospitals(laboratory, source.image_size))
         return cls(table, laboratory, starts, hospitals)
 
     @property

@@ -66,6 +66,11 @@ class SelectionTable(Model):
             raise ValueError(f"no strategy is called '{unknown[0]}'")
         return names
 
+    @property
+    def splits(self) -> list[SplitName]:
+        """Folds of all seeds: the first of each seed, then the second ..."""
+        return [SplitName(seed, fold) for fold in range(self.folds) for seed in self.seeds]
+
 
 QUICK = SelectionTable(
     scenario="breast_three_countries",
@@ -152,15 +157,14 @@ class Chain:
 
 def chains(table: SelectionTable) -> Iterator[Chain]:
     """All chains, those that say most first: every split with few draws, more draws, pooled."""
-    splits = [SplitName(s, f) for f in range(table.folds) for s in table.seeds]
     for draws in (range(FIRST_DRAWS), range(FIRST_DRAWS, table.draws)):
-        for split in splits:
+        for split in table.splits:
             wanted = list(_controls(table, split)) if 0 in draws else []
             for name in table.strategies:
                 if table.lesions is not None or name not in TWO_VIEWS:
                     wanted += _draws(table, name, "federated", split, draws)
             yield from _from_each(table, wanted)
-    for split in splits:
+    for split in table.splits:
         wanted = []
         for name in table.strategies:
             has_start = table.lesions is not None or name not in TWO_VIEWS

@@ -122,3 +122,9 @@ def test_more_folds_than_patients_are_refused() -> None:
     samples = [sample(n, f"p{n // 2}", n % 2) for n in range(6)]
     with pytest.raises(ConfigurationError, match="3 patients"):
         folds_by_group(samples, 4, 0)
+
+
+def test_more_folds_than_images_of_either_class_are_refused() -> None:
+    samples = [sample(n, f"p{n}", n % 2) for n in range(6)]
+    with pytest.raises(ConfigurationError, match="3 images of the larger class"):
+        folds_by_group(samples, 4, 0)
