@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.runtime import SILENT, Events
 from sonofed_simulations.tables import TABLES, maker
 from sonofed_simulations.tables.arm_findings import Claim, findings
-from sonofed_simulations.tables.arm_page import About
+from sonofed_simulations.tables.arm_page import About, write_page
 from sonofed_simulations.tables.arm_summary import MEAN, WORST, summarise_arms
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, ArmCell, Outcome
@@ -149,7 +150,26 @@ def test_rows_are_the_metrics_and_differences_are_paired() -> None:
     nothing = rows["same"].differences["south"]["auroc"]
     assert (nothing.value, nothing.low, nothing.high, nothing.higher) == (0, 0, 0, 0)
     assert nothing.effect is None and not rows["plain"].differences
-    assert rows["plain"].facts == {"images": 101.0}
+    assert rows["plain"].facts["images"] == tuple(
+        cell.outcome.facts["images"] for cell in made if cell.arm.name == "plain"
+    )
+    assert len(set(rows["plain"].facts["images"])) == 3
+
+
+def test_counts_stand_for_each_seed_and_other_facts_as_their_mean(tmp_path: Path) -> None:
+    table = Coins()
+    made = [
+        replace(
+            cell,
+            outcome=replace(cell.outcome, facts={**cell.outcome.facts, "share": (seed + 1) / 7}),
+        )
+        for seed, cell in enumerate(cells(table))
+    ]
+    write_page(summarise_arms(ARMS[:1], table.seeds, made), table.about, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    counts = [f"{cell.outcome.facts['images']:.0f}" for cell in made if cell.arm.name == "plain"]
+    shares = [cell.outcome.facts["share"] for cell in made if cell.arm.name == "plain"]
+    assert f"| plain | {', '.join(counts)} | {np.mean(shares):.4g} |" in page
 
 
 def test_findings_claim_what_exceeds_its_interval_only() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from sonofed_common.runtime import SILENT, Events
 from sonofed_common.synthesis.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData, WganTraining
-from sonofed_simulations.tables import mixtures, synthetic_all, synthetic_ratios
+from sonofed_simulations.tables import mixtures, synthetic_all, synthetic_ratios, synthetic_sets
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm
@@ -84,10 +84,10 @@ def test_a_table_of_mixtures(data: Path, tmp_path: Path) -> None:
     assert made.cells == made.wanted == 3
     values = json.loads((tmp_path / "table.json").read_text())
     rows = {row["arm"]: row for row in values["rows"]}
-    assert rows["base"]["facts"] == {"real images": 12}
-    assert 1 < rows["more"]["facts"]["synthetic images"] <= 3
-    assert rows["more"]["facts"]["distance to nearest real, median"] > 0
-    assert rows["flips"]["facts"]["real images"] > 20
+    assert rows["base"]["facts"] == {"real images": [12]}
+    assert 1 < rows["more"]["facts"]["synthetic images"][0] <= 3
+    assert rows["more"]["facts"]["distance to nearest real, median"][0] > 0
+    assert rows["flips"]["facts"]["real images"][0] > 20
     assert all(
         set(row["gap"]) == {"accuracy", "balanced_accuracy", "auroc"} for row in rows.values()
     )
@@ -113,6 +113,22 @@ def test_other_gans_make_other_cells_of_the_synthetic_arms_alone(
     changed = {arm.name for arm in one.arms if one.origin(arm, 0) != other.origin(arm, 0)}
     assert changed == {"more"}
     assert json.loads(json.dumps(one.origin(BASE, 0))) == one.origin(BASE, 0)
+
+
+def test_another_gate_judges_images_of_the_same_generator(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> tuple[object, list[Path]]:
+        table = MixtureTable(MIXTURES, SETTINGS, ABOUT, request(data, tmp_path), SITES)
+        make_arm_table(table, request(data, tmp_path))
+        work = tmp_path / "work"
+        sets = [p.stat().st_mtime_ns for p in work.rglob("*-images.safetensors")]
+        return sets, sorted(work.rglob("wgan-*.safetensors"))
+
+    images, generators = made()
+    monkeypatch.setattr(synthetic_sets, "_gate", lambda: "another")
+    redrawn, kept = made()
+    assert redrawn != images and kept == generators and len(kept) == 2
 
 
 def test_a_refused_cell_is_kept_as_refused_and_the_rest_goes_on(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.table import Table
 
@@ -18,6 +20,7 @@ from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 
 FIGURE = "differences.svg"
+FACTS = "Means over seeds; a whole number that differs between seeds stands for each of them."
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _page(summary: ArmSummary, about: About) -> list[str]:
     if _compared(summary, about):
         lines += ["", "## Differences", "", f"![Differences]({FIGURE})", "", LEGEND]
     if any(row.facts for row in summary.rows):
-        lines += ["", "## What else the cells tell", "", *_facts(summary)]
+        lines += ["", "## What else the cells tell", "", *_facts(summary), "", FACTS]
     if summary.refused:
         lines += ["", "## Refused by the memorisation gate", ""]
         lines += [f"- {one}" for one in summary.refused]
@@ -175,10 +178,18 @@ def _gaps(summary: ArmSummary) -> list[str]:
 def _facts(summary: ArmSummary) -> list[str]:
     names = sorted({name for row in summary.rows for name in row.facts})
     rows = [
-        [row.arm, *(number_text(row.facts.get(n), ".4g") for n in names), f"{row.seconds:.0f}"]
+        [row.arm, *(_fact(row.facts.get(name, ())) for name in names), f"{row.seconds:.0f}"]
         for row in summary.rows
     ]
     return markdown(("arm", *names, "seconds a cell"), rows)
+
+
+def _fact(by_seed: Sequence[float]) -> str:
+    if not by_seed:
+        return ""
+    if len(set(by_seed)) > 1 and all(float(value).is_integer() for value in by_seed):
+        return ", ".join(f"{value:.0f}" for value in by_seed)
+    return number_text(fmean(by_seed), ".4g")
 
 
 def _compared(summary: ArmSummary, about: About) -> list[ArmRow]:

@@ -49,7 +49,7 @@ class ArmRow(Model):
     Notes
     -----
     ``values`` and ``differences`` are by site, then by metric. ``gap`` (by metric) is the value at
-    the arm's home less the mean over the other sites; ``facts`` are means over seeds.
+    the arm's home less the mean over the other sites; ``facts`` have a value a seed that knows it.
     """
 
     arm: str
@@ -60,7 +60,7 @@ class ArmRow(Model):
     values: dict[str, dict[str, Interval]]
     gap: dict[str, Interval]
     differences: dict[str, dict[str, ArmContrast]]
-    facts: dict[str, float]
+    facts: dict[str, tuple[float, ...]]
 
 
 class ArmSummary(Model):
@@ -144,7 +144,7 @@ def _row(arm: Arm, by_seed: Mapping[int, ArmCell], replicates: ArmReplicates) ->
         gap=_gap(arm, sites, names),
         differences=differences,
         facts={
-            name: float(np.mean([c.outcome.facts[name] for c in cells if name in c.outcome.facts]))
+            name: tuple(c.outcome.facts[name] for c in cells if name in c.outcome.facts)
             for name in sorted(facts)
         },
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from sonofed_simulations.rivals import (
     Strategy,
 )
 from sonofed_simulations.rivals.pool import UNLABELLED, united
+from sonofed_simulations.tables.code import code_of
 from sonofed_simulations.tables.features import SiteFeatures
 from sonofed_simulations.tables.head import (
     SETTINGS,
@@ -88,13 +88,7 @@ def fingerprint(strategy: str) -> str:
     """
     if strategy in CONTROLS:
         return ""
-    tree = ast.parse(inspect.getsource(inspect.getmodule(STRATEGIES[strategy]) or Pool))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            # Docstrings decide nothing.
-            node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    text = ast.dump(tree)
+    text = code_of(inspect.getmodule(STRATEGIES[strategy]) or Pool)
     if STRATEGIES[strategy].uses_passes:
         text += inspect.getsource(dropout_passes)
     return sha256(text.encode())[:16]

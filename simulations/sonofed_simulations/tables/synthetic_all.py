@@ -57,7 +57,7 @@ def arms() -> dict[Arm, Mixture]:
 
 
 def _with(network: str, count: int) -> str:
-    return f"{network}, all real + {count} synthetic"
+    return f"{network}, all real + up to {count} synthetic"
 
 
 def about(settings: MixtureSettings) -> About:

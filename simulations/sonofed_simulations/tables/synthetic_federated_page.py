@@ -80,7 +80,7 @@ def about(settings: FederatedSettings) -> About:
             f"one GAN a class, or {diffusion.epochs} epochs of a small diffusion model that "
             f"redraws from edges) and shares {settings.synthetic} images, fewer where the "
             "memorisation gate refuses more. Every site trains on its own images and on all "
-            "shared ones.",
+            "shared ones. The hours hold a generator's training where a cell had to do it.",
         ),
         adapted=(
             "The work's sites are BUSI, BUS-BRA and UDIAT; ours are BUSI, BUS-BRA by scanner and "

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sonofed_common.contract.records import Records, from_bytes, to_bytes
 from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.models.diffusion import build_tiny
 from sonofed_common.runtime import Events, derive_seed, device, write_atomically
+from sonofed_common.security import sha256
+from sonofed_common.synthesis import memorisation, synthetic
 from sonofed_common.synthesis.synthetic import Drawing, synthesise
 from sonofed_common.synthesis.wgan import train_drawing
 from sonofed_server.source.data import Part, SourceSet
@@ -25,6 +28,7 @@ from sonofed_server.source.settings import DiffusionTraining, SyntheticImages
 from sonofed_server.source.synthetic import EdgeDrawing
 from sonofed_simulations.locks import alone
 from sonofed_simulations.tables.breast_sites import parts_facts
+from sonofed_simulations.tables.code import code_of
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ def synthetic_set(
         Of a class no image passes the gate, or the set tells the training images.
     """
     origin = synthetic_origin(source, count, generator, seed)
-    # Sets of several counts share one generator.
-    text = json.dumps({**origin, "count": None}, sort_keys=True)
+    # Sets of several counts, or judged by several gates, share one generator.
+    of_generator = {name: value for name, value in origin.items() if name != "gate"}
+    text = json.dumps({**of_generator, "count": None}, sort_keys=True)
     checkpoints = folder / f"generator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     path = folder / f"{count}-images.safetensors"
     # Another shard may be making the same images, or training the same generator.
@@ -126,7 +131,14 @@ def synthetic_origin(
         "generator": generator.model_dump(mode="json", exclude_none=True),
         "count": count,
         "seed": seed,
+        "gate": _gate(),
     }
+
+
+@cache
+def _gate() -> str:
+    """Digest of the memorisation gate, and of what asks it."""
+    return sha256("".join(map(code_of, (memorisation, synthetic))).encode())[:16]
 
 
 def _trained(

@@ -39,8 +39,9 @@ def how(settings: MixtureSettings) -> tuple[str, ...]:
         f"One GAN a class, trained on the whole pool of BUSI: {wgan.steps} generator steps with "
         f"{wgan.critic_steps} of the critic each, batch {wgan.batch_size}, {wgan.width} first "
         f"maps, {wgan.loss} loss, {wgan.optimizer} {wgan.learning_rate:g}. It has seen more real "
-        "images than the classifiers of 100 have, which favours the synthetic arms.",
+        "images than the classifiers of 100 have, which favours the synthetic arms. The "
+        "hours hold its training where a cell had to do it.",
         "Synthetic images have the pool's class shares; a smaller set is the first part of a "
         "larger one. Where fewer passed the gate than a row is named after, the row has those: "
-        "how many, stands under 'What else the cells tell'.",
+        "how many, a seed each, stands under 'What else the cells tell'.",
     )
