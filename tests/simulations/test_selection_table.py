@@ -24,6 +24,7 @@ from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.rivals import (
     CANDIDATES,
     STRATEGIES,
+    STUDY_PRESET,
     TWO_VIEW_RANDOM,
     TWO_VIEWS,
     UNMIRRORED,
@@ -428,6 +429,42 @@ def test_rows_of_two_views_are_set_against_random_of_two_views() -> None:
     assert "accuracy" in rows["sonofed"].over_two_view_random
     alone = ("random", "badge", "two-view-random")
     assert not any(rows[name].over_two_view_random for name in alone)
+
+
+def test_ours_are_set_against_random_and_the_best_rival_at_each_site() -> None:
+    rights = {name: {"north": 0.6, "south": 0.6} for name in ("random", *CANDIDATES)}
+    rights["badge"] = {"north": 0.8, "south": 0.7}
+    rights[STUDY_PRESET] = {"north": 0.9, "south": 0.5}
+    made = [
+        at_sites(name, SplitName(0, fold), right)
+        for name, right in rights.items()
+        for fold in range(5)
+    ]
+    summary = summarise(tiny(), made, len(made))
+    found = {(g.strategy, g.site, g.against): g.gains["accuracy"] for g in summary.at_sites}
+    assert summary.best_rival == "badge" and len(found) == 3 * 2 * 2
+    for against in ("random", "badge"):
+        for site, base in rights[against].items():
+            gain = found[STUDY_PRESET, site, against]
+            assert gain.value == pytest.approx(rights[STUDY_PRESET][site] - base)
+            assert gain.p_holm is not None and gain.p_holm >= gain.p
+            assert found[TWO_VIEW_RANDOM, site, against].value == pytest.approx(0.6 - base)
+    said = "\n".join(findings(summary))
+    # Means over the sites: .70 and .75.
+    assert f"over `badge`: `{STUDY_PRESET}` -5.0 (missed)" in said
+    assert "The best mean is that of `badge` (0.750)" in said
+
+
+def test_accuracy_at_prevalence_knows_no_threshold() -> None:
+    labels, patients = np.array([1, 1, 0, 0, 0]), np.arange(5).astype(str)
+    # All below one half, and the two likeliest are the malignant ones.
+    predicted = {"north": (labels, np.array([0.4, 0.3, 0.2, 0.1, 0.05]), patients)}
+    chain = Chain("badge", "federated", 0, SplitName(0, 0), (0.2,))
+    made = Cell(chain, 0.2, {"north": [0]}, {"north": 1}, predicted, 0.5, 1)
+    row = summarise(tiny(), [made], 1).rows[0]
+    assert row.accuracy.value == pytest.approx(3 / 5)
+    assert row.points["accuracy_at_prevalence"] == 1
+    assert row.points["balanced_accuracy"] == pytest.approx(1 / 2)
 
 
 def at_sites(strategy: str, split: SplitName, right: dict[str, float]) -> Cell:

@@ -9,7 +9,13 @@ from sonofed_simulations.rivals.learned import LfOSA, Vaal
 from sonofed_simulations.rivals.ours import DualScore
 from sonofed_simulations.rivals.pool import Pool, Strategy
 from sonofed_simulations.rivals.random import Random
-from sonofed_simulations.rivals.two_views import CANDIDATES, TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
+from sonofed_simulations.rivals.two_views import (
+    CANDIDATES,
+    STUDY_PRESET,
+    TWO_VIEW_RANDOM,
+    TWO_VIEWS,
+    UNMIRRORED,
+)
 from sonofed_simulations.rivals.uncertainty import Bald, MaxEntropy
 
 DUAL_SCORES: dict[str, Strategy] = {
@@ -46,6 +52,7 @@ __all__ = [
     "DUAL_SCORES",
     "OURS",
     "STRATEGIES",
+    "STUDY_PRESET",
     "TWO_VIEWS",
     "TWO_VIEW_RANDOM",
     "UNMIRRORED",

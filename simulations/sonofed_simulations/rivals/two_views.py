@@ -12,13 +12,16 @@ TWO_VIEW_RANDOM = "two-view-random"
 UNMIRRORED = "two-view-random-unmirrored"
 """The same images labelled, but predictions of the images alone, without their mirror images."""
 
+STUDY_PRESET = "two-view-typiclust"
+"""What the preset ``sonofed`` of a study does, on heads alone."""
+
 CANDIDATES: dict[str, Strategy] = {
     TWO_VIEW_RANDOM: Random(),
     "two-view-max-entropy": MaxEntropy(),
     "two-view-clue": Clue(),
     "two-view-badge": Badge(),
     "two-view-feal": Feal(),
-    "two-view-typiclust": TypiClust(),
+    STUDY_PRESET: TypiClust(),
 }
 """The candidates of the preset: what chooses the images whose two views are learnt from."""
 

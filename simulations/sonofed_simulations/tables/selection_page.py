@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.rivals import TWO_VIEW_RANDOM, UNMIRRORED
+from sonofed_simulations.rivals import STUDY_PRESET, TWO_VIEW_RANDOM, UNMIRRORED
 from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.pages import contrast_text, markdown, number_text
 from sonofed_simulations.tables.preset import PRESET
 from sonofed_simulations.tables.selection_csv import rows_as_csv
 from sonofed_simulations.tables.selection_figure import budget_curves
 from sonofed_simulations.tables.selection_findings import findings
+from sonofed_simulations.tables.selection_sites import site_gain_table
 from sonofed_simulations.tables.selection_summary import Summary
 from sonofed_simulations.tables.selection_tables import (
     classifier_table,
@@ -57,7 +58,7 @@ def write_page(summary: Summary, table: SelectionTable, out: Path) -> None:
 def _page(summary: Summary, table: SelectionTable) -> list[str]:
     share = f"{summary.main_budget:.0%}"
     lines = [
-        "# Which images to label: selection strategies side by side",
+        f"# {table.title}",
         "",
         f"After Table 2 of ADAptation (arXiv 2507.00474). {summary.cells} of {summary.wanted} "
         "cells have run; a row counts with the splits that it has finished. Scenario "
@@ -92,6 +93,12 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         ]
     if summary.preset:
         lines += ["", "## Ours: two views, and the preset", "", *_preset(summary)]
+    if summary.at_sites:
+        lines += ["", "## Ours at each hospital", "", *site_gain_table(summary.at_sites), ""]
+        lines.append(
+            f"At {share} of the labels, federated, with p after Holm over the lines of a column. "
+            f"`{STUDY_PRESET}` is what the preset `{PRESET}` of a study does."
+        )
     if summary.by_classifier:
         lines += ["", "## Accuracy by classifier", "", *classifier_table(summary), ""]
         lines.append(
@@ -133,13 +140,9 @@ def _method(table: SelectionTable) -> list[str]:
         "reconstructions: no row is the whole method.",
         "- Accuracy is at P = .5 for everybody, which favours whoever's predictions lie around it; "
         "AUROC takes no threshold.",
-        f"- On target labels the strategies of the row `{PRESET}` were chosen, for each site at "
-        "those of the other data sets, and that two views predict from mirror images, on one fold "
-        "of these. On that fold more was tried and not kept: the project's attempts page says "
-        f"what. The preset `{PRESET}` of a study is another thing: "
-        "`two-view-typiclust` at every hospital, picked with all of these in sight, so that its "
-        "row here is no independent evidence for it. What is adapted of each strategy stands in "
-        "its docstring, in `simulations/sonofed_simulations/rivals`.",
+        *([f"- {table.seen}"] if table.seen else []),
+        "- What is adapted of each strategy stands in its docstring, in "
+        "`simulations/sonofed_simulations/rivals`.",
     ]
 
 

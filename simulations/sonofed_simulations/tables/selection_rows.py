@@ -19,6 +19,7 @@ from sonofed_simulations.statistics import (
     paired_effect,
     sign_permutation,
 )
+from sonofed_simulations.tables.arms import Array
 from sonofed_simulations.tables.preset import PRESET, is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS, Key, SelectionReplicates
 from sonofed_simulations.tables.selection_tests import by_patient, combined_delong
@@ -26,7 +27,8 @@ from sonofed_simulations.tables.settings import CONTROLS, RANDOM, Mode, SplitNam
 
 LEAST_SPLITS = 5
 """Splits whose differences have a spread worth dividing by."""
-POINTS = ("balanced_accuracy", "sensitivity_at_specificity_90", "ece", "brier")
+AT_PREVALENCE = "accuracy_at_prevalence"
+POINTS = ("balanced_accuracy", "sensitivity_at_specificity_90", "ece", "brier", AT_PREVALENCE)
 
 
 class Row(Model):
@@ -89,7 +91,7 @@ def _row(key: Key, replicates: SelectionReplicates) -> Row:
     total = float(sum(labels.values()))
     malignant = float(np.mean([sum(cell.malignant.values()) for cell in cells]))
     metrics = [
-        classification_metrics(y, p, cell.threshold)
+        {**classification_metrics(y, p, cell.threshold), AT_PREVALENCE: _at_prevalence(y, p)}
         for cell in cells
         for y, p, _ in cell.predictions.values()
     ]
@@ -109,6 +111,13 @@ def _row(key: Key, replicates: SelectionReplicates) -> Row:
         malignant_share=malignant / total if total else None,
         site_share={name: float(labels[name] / total) for name in names} if total else {},
     )
+
+
+def _at_prevalence(labels: Array, probabilities: Array) -> float:
+    """Accuracy where as many of a site's images are called malignant as there are."""
+    called = np.zeros(len(labels), bool)
+    called[np.argsort(-probabilities, kind="stable")[: int((labels == 1).sum())]] = True
+    return float(np.mean(called == (labels == 1)))
 
 
 def _known_mean(values: Sequence[float]) -> float | None:

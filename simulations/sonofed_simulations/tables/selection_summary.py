@@ -16,6 +16,7 @@ from sonofed_simulations.tables.preset import choose, preset_cells
 from sonofed_simulations.tables.selection_curves import Curve, curve_of
 from sonofed_simulations.tables.selection_replicates import selection_replicates
 from sonofed_simulations.tables.selection_rows import Row, rows_of
+from sonofed_simulations.tables.selection_sites import SiteGain, site_gains
 from sonofed_simulations.tables.settings import CONTROLS, Chain, SelectionTable
 
 
@@ -35,6 +36,7 @@ class Summary(Model):
         default={}, description="of a table of several, on all that each has finished"
     )
     curves: tuple[Curve, ...]
+    at_sites: tuple[SiteGain, ...] = ()
 
 
 def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summary:
@@ -66,6 +68,7 @@ def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summ
         rows=tuple(rows),
         by_classifier=_by_classifier(finished, table),
         curves=tuple(curve for curve in curves if curve is not None),
+        at_sites=site_gains(replicates, table.main_budget, rival),
     )
 
 

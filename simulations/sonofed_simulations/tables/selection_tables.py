@@ -10,7 +10,7 @@ from sonofed_simulations.statistics import Contrast
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 from sonofed_simulations.tables.preset import is_ours
 from sonofed_simulations.tables.selection_replicates import METRICS
-from sonofed_simulations.tables.selection_rows import Row
+from sonofed_simulations.tables.selection_rows import AT_PREVALENCE, Row
 from sonofed_simulations.tables.selection_summary import Summary
 from sonofed_simulations.tables.settings import CONTROLS, SelectionTable
 
@@ -53,12 +53,14 @@ def _differences(found: Mapping[str, Mapping[str, Contrast]]) -> list[str]:
 def details_table(summary: Summary) -> list[str]:
     """Return other metrics, tests, effects, and of which images the labels are."""
     sites = list(summary.rows[0].sites) if summary.rows else []
-    header = ("strategy", "balanced accuracy", "ECE", "d", "p permutation", "p DeLong",
-              "malignant chosen", *(f"from {site}" for site in sites))  # fmt: skip
+    header = ("strategy", "balanced accuracy", "accuracy at prevalence", "ECE", "d",
+              "p permutation", "p DeLong", "malignant chosen",
+              *(f"from {site}" for site in sites))  # fmt: skip
     rows = [
         [
             row.strategy,
             number_text(row.points["balanced_accuracy"], ".3f"),
+            number_text(row.points[AT_PREVALENCE], ".3f"),
             number_text(row.points["ece"], ".3f"),
             number_text(row.effect, "+.2f"),
             number_text(row.p_permutation, ".4f"),
@@ -71,6 +73,8 @@ def details_table(summary: Summary) -> list[str]:
     return [
         *markdown(header, rows),
         "",
+        "Accuracy at prevalence: of each site's test images as many of the likeliest are called "
+        "malignant as there are, so that no threshold favours anybody. "
         "d: Cohen's d of the splits' accuracy differences to Random, of five splits or more. "
         "Permutation: signs of the patients' differences in correct images, all images alike. "
         "DeLong: the first seed's folds and sites together, against Random's first draw, images "

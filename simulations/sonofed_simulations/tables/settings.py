@@ -12,7 +12,13 @@ from pydantic import Field, field_validator
 from sonofed_common.contract.configuration import Model
 from sonofed_common.contract.study import Finetuning
 from sonofed_server.source.settings import SegmenterTraining
-from sonofed_simulations.rivals import STRATEGIES, TWO_VIEW_RANDOM, TWO_VIEWS, UNMIRRORED
+from sonofed_simulations.rivals import (
+    STRATEGIES,
+    STUDY_PRESET,
+    TWO_VIEW_RANDOM,
+    TWO_VIEWS,
+    UNMIRRORED,
+)
 
 Mode = Literal["federated", "pooled"]
 
@@ -38,7 +44,11 @@ class SelectionTable(Model):
     Of several ``classifiers`` a row is the mean; rows of two views are of the scenario's alone.
     """
 
+    title: str = "Which images to label: selection strategies side by side"
     scenario: str
+    seen: str = Field(
+        default="", description="what our strategies had seen of these hospitals, for the page"
+    )
     classifiers: tuple[str, ...] = Field(
         default=(), description="that rows start from; default: the scenario's first"
     )
@@ -74,6 +84,12 @@ class SelectionTable(Model):
 
 QUICK = SelectionTable(
     scenario="breast_three_countries",
+    seen="On target labels the strategies of the row `sonofed` were chosen, for each site at those "
+    "of the other data sets, and that two views predict from mirror images, on one fold of these. "
+    "On that fold more was tried and not kept: the project's attempts page says what. The preset "
+    f"`sonofed` of a study is another thing: `{STUDY_PRESET}` at every hospital, picked with all "
+    "of these in sight, so that its row here is no independent evidence for it. The table "
+    "`selection-from-rio` judges it where it was not picked.",
     lesions=SegmenterTraining(epochs=12, learning_rate=1e-3, batch_size=8),
 )
 """One classifier, 128 px, three seeds, five folds: hours on two cores."""
@@ -90,7 +106,14 @@ FULL = SelectionTable(
 """The paper's five classifiers, for a machine with a GPU and many cores."""
 
 FROM_RIO: dict[str, Any] = {
+    "title": "Which images to label, with the source in Rio: BUSI is judged, too",
     "scenario": "breast_from_rio",
+    "seen": "Two views, the mirror image and the preset `sonofed` of a study, which is "
+    f"`{STUDY_PRESET}`, were settled on the table `adaptation-selection`, whose source is BUSI: "
+    "`cairo` (BUSI) had no part in that as a hospital, and is judged here for the first time. "
+    "`rio-logiq5`, `rio-aplio` and `poland` had a part in it, though from another source. Nothing "
+    "was chosen or changed after a look at this table. The row `sonofed` takes for each site what "
+    "did best at the sites of the other data sets.",
     "budgets": (0.1, 0.2),
     "draws": 3,
     "pooled": False,
