@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from sonofed_client.cli import app
+from sonofed_client.enclave.forecast import asks
 from sonofed_client.enclave.ledger import payload
 from sonofed_client.enclave.policy import STANDARD, read_policy
 from sonofed_client.enclave.store import open_store
@@ -444,6 +445,18 @@ def test_a_hospital_checks_and_tries_its_policy(file, settings, tmp_path):
     file.write_text(tomli_w.dumps(site))
     refused = call("policy", "test", study, "--site", file, code=80)
     assert "train.pretrain" in refused and "metric" in refused
+    sharing = a_study(
+        phases=("enrol", "ship", "select", "annotate", "synthesise", "classifier"),
+        selection={"strategy": "random", "budgets": [0.2]},
+        finetuning={"replay": 0.5},
+    )
+    own.write_text(text)
+    study.write_text(tomli_w.dumps(sharing.model_dump(mode="json", exclude_none=True)))
+    told = call("policy", "test", study, "--site", file)
+    assert "take part all the same:\ntrain.synthesise" in told and "nothing more that" in told
+    assert "take part all the same:\n- train.synthesise" in "\n".join(
+        asks(sharing, read_policy(own), 100)
+    )
     own.write_text(text.replace('name = "standard"', f'name = "x"\ncoordinators = ["{OTHER_KEY}"]'))
     for asked in (("check",), ("test", study)):
         assert "coordinators" in call("policy", *asked, "--site", file, code=80)

@@ -94,3 +94,12 @@ def test_a_sources_further_networks_do_not_replace_the_presets() -> None:
     alone = {**made, "source": {**source, "classifiers": ["efficientnet_lite0"]}}
     with pytest.raises(ConfigurationError, match=f"'{TWO_VIEWS}'; name it in"):
         validate(Scenario, alone, "s")
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("section", [{"synthesis": {"per_class": 9}}, {"wgan": {"steps": 9}}])
+def test_settings_of_synthetic_images_need_their_phase(
+    preset: str, section: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="would do nothing without the phase 'synthesise'"):
+        a_study(preset=preset, **section)

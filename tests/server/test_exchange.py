@@ -262,20 +262,20 @@ def test_who_declines_what_is_optional_is_not_lost(error):
     question = Records(config={"number": 1})
     if error is ParameterError:
         with pytest.raises(ParameterError):
-            list(exchange.ask("train.synthesise", question, optional=True))
+            list(exchange.ask("train.synthesise", question))
         return
-    answers = list(exchange.ask("train.synthesise", question, optional=True))
+    answers = list(exchange.ask("train.synthesise", question))
     assert [site for site, _ in answers] == ["south"]
     assert exchange.sites() == list(SITES) and not exchange.missing
     assert [e["site"] for e in seen if e["event"] == "declined"] == ["north"]
     with pytest.raises(PolicyError):
-        list(exchange.ask("train.synthesise", question))
+        list(exchange.ask("train.embed", question))
 
 
 def test_who_missed_the_selection_shares_no_images_of_an_earlier_one():
     exchange = Exchange(Failing(), Cohort(sites=SITES, quorum=1), SILENT, {"north": 1, "south": 2})
     exchange.unselected = frozenset({"north"})
-    answers = list(exchange.ask("train.synthesise", Records(config={"number": 1}), optional=True))
+    answers = list(exchange.ask("train.synthesise", Records(config={"number": 1})))
     assert [site for site, _ in answers] == ["south"] and set(exchange.missing) == {"north"}
 
 

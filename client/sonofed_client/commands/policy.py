@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sonofed_client.enclave.forecast import explain, refusals
+from sonofed_client.enclave.forecast import GOES_ON, declines, explain, refusals
 from sonofed_client.enclave.policy import read_policy, running_policy
 from sonofed_client.settings import read_site
 from sonofed_common.contract.errors import PolicyError
@@ -48,9 +48,12 @@ def test(
     read = read_policy(settings.policy)
     read.check_coordinator(settings.coordinator_key)
     asked = read_study(study)
-    found = refusals(asked, read)
+    found, spared = refusals(asked, read), declines(asked, read)
     for line in found:
         print(line)
+    if spared:
+        print(f"{GOES_ON}:", *spared, sep="\n")
     if found:
         raise PolicyError(f"the policy '{read.name}' would refuse study {asked.name}")
-    print(f"the policy '{read.name}' refuses nothing that study {asked.name} is known to ask")
+    more = " more" * bool(spared)
+    print(f"the policy '{read.name}' refuses nothing{more} that study {asked.name} is known to ask")

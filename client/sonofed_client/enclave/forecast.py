@@ -18,7 +18,13 @@ from sonofed_client.enclave.rules import ActionRule, ArrayRule, Kind
 from sonofed_common.contract import actions
 from sonofed_common.contract.actions import Parameters
 from sonofed_common.contract.errors import PolicyError
-from sonofed_common.contract.names import BUFFERS, CLASSES, RECEIVED_LOSS, TRAINED_LOSS
+from sonofed_common.contract.names import (
+    BUFFERS,
+    CLASSES,
+    DECLINABLE,
+    RECEIVED_LOSS,
+    TRAINED_LOSS,
+)
 from sonofed_common.contract.records import Array, Json, Records, grouped, is_named
 from sonofed_common.contract.study import Study
 
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Rounded = actions.Embed | actions.TrainClassifier | actions.Pretrain | actions.TrainSegmenter
+GOES_ON = "the policy would refuse this, and the site would take part all the same"
 MANY = 10**6
 _SAMPLES: Mapping[Kind, Json] = {
     "count": MANY,
@@ -49,15 +56,10 @@ def refusals(study: Study, policy: Policy) -> list[str]:
     total, asked = 0, Counter[str]()
     for question in questions(study):
         try:
-            brought = Records(_brought(question.parameters, study))
-            for parameters in _asked(question):
-                policy.admit(parameters, question.action, brought)
-            size = sum(
-                times * _size(policy, question.action, reply)
-                for times, reply in _replies(question, study)
-            )
+            size = _bytes_of(question, study, policy)
         except PolicyError as error:
-            found[f"{question.action}: {error.message} (rule {error.rule})"] = None
+            if question.action not in DECLINABLE:
+                found[_told(question, error)] = None
             continue
         total += size
         asked[question.action] += question.times or 1
@@ -76,6 +78,32 @@ def refusals(study: Study, policy: Policy) -> list[str]:
             within = " if all of it were within a day" * (name == "day_bytes")
             found[f"{total} bytes or more would leave, above {name} = {most}{within}"] = None
     return list(found)
+
+
+def declines(study: Study, policy: Policy) -> list[str]:
+    """Return, in words, what a policy would refuse of a study that goes on without it."""
+    found = []
+    for question in questions(study):
+        if question.action in DECLINABLE:
+            try:
+                _bytes_of(question, study, policy)
+            except PolicyError as error:
+                found.append(_told(question, error))
+    return found
+
+
+def _bytes_of(question: Question, study: Study, policy: Policy) -> int:
+    """How many bytes would leave, where the policy lets all of it happen."""
+    brought = Records(_brought(question.parameters, study))
+    for parameters in _asked(question):
+        policy.admit(parameters, question.action, brought)
+    return sum(
+        times * _size(policy, question.action, reply) for times, reply in _replies(question, study)
+    )
+
+
+def _told(question: Question, error: PolicyError) -> str:
+    return f"{question.action}: {error.message} (rule {error.rule})"
 
 
 def asks(study: Study, policy: Policy, pool: int) -> list[str]:
@@ -99,6 +127,8 @@ def asks(study: Study, policy: Policy, pool: int) -> list[str]:
         lines.append(f"- {action}{often}: {_leaves(rule) if rule else 'refused'}")
     found = refusals(study, policy)
     lines += ["the policy would refuse:", *(f"- {line}" for line in found)] if found else []
+    spared = declines(study, policy)
+    lines += [f"{GOES_ON}:", *(f"- {line}" for line in spared)] if spared else []
     return lines
 
 

@@ -24,6 +24,9 @@ ACTION_NAMES = (
     "evaluate.segmenter",
 )
 
+DECLINABLE = frozenset({"train.synthesise"})
+"""Actions that a site's policy may refuse and the site takes part all the same."""
+
 CLASSES = ("benign", "malignant")
 """What the classifiers' outputs stand for, in this order."""
 

@@ -432,6 +432,13 @@ class Study(Model):
     @model_validator(mode="after")
     def _synthetic_images_serve(self) -> Self:
         if "synthesise" not in self.phases:
+            filled = WganTraining(**PRESETS[self.preset].get("wgan", {}))
+            for name, idle in (("synthesis", Synthesis()), ("wgan", filled)):
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"section '{name}' would do nothing without the phase 'synthesise'; name "
+                        "that phase, or leave the section out"
+                    )
             return self
         later = self.phases[self.phases.index("synthesise") :]
         if "classifier" not in later or not self.finetuning.replay:

@@ -36,7 +36,7 @@ def synthesise(run: StudyRun) -> None:
     images = [np.empty((0, size, size), dtype=np.uint8)]
     labels = [np.empty(0, dtype=np.int64)]
     wanted = request(Synthesise(**run.common, settings=settings, wgan=run.study.wgan))
-    replies = exchange.ask(ACTION, wanted, optional=True)
+    replies = exchange.ask(ACTION, wanted)
     for done, (site, reply) in enumerate(replies, start=1):
         if not _fits(reply, settings):
             exchange.lose(site, ACTION, "its images are none of those that were asked for")

@@ -22,6 +22,7 @@ from sonofed_common.contract.errors import (
     SonoFedError,
     error_from_code,
 )
+from sonofed_common.contract.names import DECLINABLE
 from sonofed_common.contract.recorddict import from_recorddict, packed_bytes, to_recorddict
 from sonofed_common.contract.records import Records
 from sonofed_common.contract.study import Cohort
@@ -147,7 +148,6 @@ class Exchange:
         action: str,
         request: Request,
         sites: list[str] | None = None,
-        optional: bool = False,
     ) -> Iterator[tuple[str, Records]]:
         """Ask sites for an action and yield (site, reply) in the cohort's order.
 
@@ -159,9 +159,10 @@ class Exchange:
             The same for all sites, or made for each.
         sites : list of str, optional
             Default: all that take part.
-        optional : bool
-            A site whose policy refuses takes part all the same; it yields nothing.
 
+        Notes
+        -----
+        A site whose policy refuses one of `DECLINABLE` takes part all the same; it yields nothing.
         Raises
         ------
         QuorumError
@@ -180,7 +181,7 @@ class Exchange:
         failures: dict[str, SonoFedError] = {}
         for site in asked:
             reply = self._pull(site, pushed[site], until) if site in pushed else _unselected(site)
-            if optional and isinstance(reply, PolicyError):
+            if action in DECLINABLE and isinstance(reply, PolicyError):
                 self.events.emit("declined", site=site, action=action)
                 continue
             if isinstance(reply, SonoFedError):

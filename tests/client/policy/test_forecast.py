@@ -3,7 +3,15 @@ import json
 import pytest
 from policy_rules import STANDARD, study
 
-from sonofed_client.enclave.forecast import MANY, _sample, asks, explain, questions, refusals
+from sonofed_client.enclave.forecast import (
+    MANY,
+    _sample,
+    asks,
+    declines,
+    explain,
+    questions,
+    refusals,
+)
 from sonofed_client.enclave.policy import Policy, policy_of_all
 from sonofed_client.enclave.scope import check_scope
 from sonofed_common.contract.records import Records
@@ -159,18 +167,19 @@ def test_synthetic_images_are_told_before_they_are_asked():
     phases = ("enrol", "ship", "select", "annotate", "synthesise", "classifier")
     selection, shared = {"strategy": "random"}, {"replay": 1.0}
     asked = study(phases=phases, selection=selection, finetuning=shared)
-    (line,) = refusals(asked, STANDARD)
+    (line,) = declines(asked, STANDARD)
     assert line.startswith("train.synthesise: this site's policy does not allow")
     assert "- train.synthesise (1 time): refused" in "\n".join(asks(asked, STANDARD, 20))
-    assert refusals(asked, policy_of_all()) == []
+    # A study goes on without them.
+    assert refusals(asked, STANDARD) == [] == declines(asked, policy_of_all())
     words = "\n".join(asks(asked, policy_of_all(), 20))
     assert "images (uint8, at most 10000000 numbers)" in words
     more = study(
         phases=phases, selection=selection, finetuning=shared, synthesis={"per_class": 1001}
     )
-    (line,) = refusals(more, policy_of_all())
+    (line,) = declines(more, policy_of_all())
     assert "settings.per_class" in line
     values = json.loads(policy_of_all().model_dump_json())
     values["actions"]["train.synthesise"]["message_bytes"] = 2 * 50 * 64 * 64
-    (line,) = refusals(asked, Policy.model_validate(values))
+    (line,) = declines(asked, Policy.model_validate(values))
     assert "exceeds what this site's policy lets leave per message" in line
