@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
-from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow
+from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow, PlugIn
 from sonofed_simulations.statistics import Contrast, is_told
+from sonofed_simulations.tables.effects import Effect
 from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import MADE_OF
+from sonofed_simulations.tables.mask_effects import over_baseline, over_start
+from sonofed_simulations.tables.mask_numbers import csv_of, json_of
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 
 FIGURE = "differences.svg"
@@ -47,6 +47,8 @@ class MaskTable:
 
     Attributes
     ----------
+    name : str
+        As ``sonofed-lab table`` takes it.
     title, work : str
         Of the page, and what it is after.
     published : dict of str to str
@@ -59,6 +61,7 @@ class MaskTable:
         List items: what differs from the work.
     """
 
+    name: str
     title: str
     work: str
     published: Mapping[str, str]
@@ -67,7 +70,9 @@ class MaskTable:
     adapted: tuple[str, ...]
 
 
-def write_mask_page(table: MaskTable, summary: MaskSummary, trained: str, out: Path) -> None:
+def write_mask_page(
+    table: MaskTable, summary: MaskSummary, trained: Sequence[str], out: Path
+) -> None:
     """Write the page, its numbers and its figure.
 
     Parameters
@@ -76,27 +81,32 @@ def write_mask_page(table: MaskTable, summary: MaskSummary, trained: str, out: P
         What to show.
     summary : MaskSummary
         Of a comparison that has its rows and no others.
-    trained : str
-        List item on image size and lengths.
+    trained : sequence of str
+        List items: image size and lengths, and what is kept of the studies.
     out : Path
         Folder of the page.
     """
     rows = [row for row in summary.rows if row.name in table.published]
-    values = json.dumps([row.model_dump(mode="json") for row in rows], indent=1)
-    write_atomically(out / "table.json", f"{values}\n".encode())
-    write_atomically(out / "table.csv", _csv(table, rows).encode())
+    shown = table.published.keys()
+    gained = [gain for gain in summary.plug_in if {gain.method, gain.start} <= shown]
+    write_atomically(out / "table.json", json_of(rows, gained).encode())
+    write_atomically(out / "table.csv", csv_of(table.published, rows, gained).encode())
     write_atomically(out / FIGURE, _figure(summary.baseline, rows))
-    write_atomically(
-        out / "README.md", ("\n".join(_page(table, summary, trained, rows)) + "\n").encode()
-    )
+    page = _page(table, summary, trained, rows, gained)
+    write_atomically(out / "README.md", ("\n".join(page) + "\n").encode())
 
 
 def _page(
-    table: MaskTable, summary: MaskSummary, trained: str, rows: Sequence[MaskSummaryRow]
+    table: MaskTable,
+    summary: MaskSummary,
+    trained: Sequence[str],
+    rows: Sequence[MaskSummaryRow],
+    gained: Sequence[PlugIn],
 ) -> list[str]:
     machine = summary.machine
     header = ("row", "seeds", table.unit, "Dice (95%)", "worst site", "NSD", "HD95, pixels",
-              f"Dice over {summary.baseline} (95%), p Holm", "way to supervised")  # fmt: skip
+              f"Dice over {summary.baseline} (95%), p Holm", "d", "higher",
+              "way to supervised")  # fmt: skip
     lines = [
         f"# {table.title}",
         "",
@@ -111,7 +121,13 @@ def _page(
         "Means over sites and seeds, with intervals from 2,000 bootstrap samples of the test "
         "patients: they cover the choice of patients, not of seeds. Differences are in the same "
         "samples; p is two-sided, with Holm's correction over the rows of this table. Dice of an "
-        " image whose two masks are both empty counts 1.",
+        "image whose two masks are both empty counts 1.",
+        "",
+        "d: Cohen's d of the hospitals' Dice differences, mean by standard deviation, from three "
+        "hospitals on; higher: hospitals at which the row is the higher one. A hospital's "
+        "difference is a mean over seeds, for the comparison's summary holds no seed by itself: d "
+        "tells how alike hospitals gain, not how alike seeds do, and a small gain that is the same "
+        "everywhere has a large d.",
         "",
         "## Dice by site",
         "",
@@ -126,11 +142,16 @@ def _page(
         "",
         LEGEND,
     ]
-    gained = [p for p in summary.plug_in if {p.method, p.start} <= table.published.keys()]
     if gained:
-        starts = ("method", "over its start", "Dice gained (95%), p Holm")
+        starts = ("method", "over its start", "Dice gained (95%), p Holm", "d", "higher")
         lines += ["", "## Over the model that a method started from", ""]
-        lines += markdown(starts, [[p.method, p.start, contrast_text(p)] for p in gained])
+        lines += markdown(
+            starts,
+            [
+                [gain.method, gain.start, contrast_text(gain), *_words(over_start(gain, rows))]
+                for gain in gained
+            ],
+        )
     tests = ", ".join(f"{site} {'/'.join(map(str, n))}" for site, n in summary.tested.items())
     return [
         *lines,
@@ -140,7 +161,7 @@ def _page(
         f"- Rows of the comparison `{summary.name}`: every seed has a source training, a "
         "patient-level split and adaptations of its own. No target label is used but by the row "
         "supervised; nothing was chosen on the masks that are tested on.",
-        f"- {trained}",
+        *(f"- {item}" for item in trained),
         f"- Test images by site, a number a seed: {tests}.",
         f"- {machine.cpu}, {machine.cores} cores, {machine.device}. {MADE_OF}",
         "",
@@ -185,6 +206,7 @@ def _cells(table: MaskTable, row: MaskSummaryRow) -> list[str]:
         f"{row.nsd.value:.3f}",
         f"{row.hd95.value:.1f}",
         contrast_text(row.over_baseline),
+        *_words(over_baseline(row)),
         "" if way is None else f"{way.value:.0%} ({way.low:.0%} to {way.high:.0%})",
     ]
 
@@ -195,19 +217,5 @@ def _figure(baseline: str, rows: Sequence[MaskSummaryRow]) -> bytes:
     return forest(list(compared), panels, 6.4)
 
 
-def _csv(table: MaskTable, rows: Sequence[MaskSummaryRow]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    measures = ("dice", "nsd", "hd95", "ece", "over_baseline")
-    columns = [f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")]
-    writer.writerow(["row", "seeds", "published", *columns, "p", "p_holm"])
-    for row in rows:
-        line: list[object] = [row.name, len(row.seeds), table.published[row.name]]
-        for found in (row.dice, row.nsd, row.hd95, row.ece):
-            line += [found.value, found.low, found.high]
-        gain = row.over_baseline
-        line += (
-            [None] * 5 if gain is None else [gain.value, gain.low, gain.high, gain.p, gain.p_holm]
-        )
-        writer.writerow([f"{v:.5f}" if isinstance(v, float) else v for v in line])
-    return buffer.getvalue()
+def _words(effect: Effect | None) -> tuple[str, str]:
+    return ("", "") if effect is None or not effect.pairs else effect.words

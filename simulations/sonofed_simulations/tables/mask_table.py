@@ -61,7 +61,7 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     run_mask_comparison(comparison, scenario, work, data, seeds, request.events)
     scores = finished_scores(comparison, scenario, work, request.events)
     summary = summarise_masks(comparison, scores, this_machine())
-    write_mask_page(table, summary, trained(comparison, scenario), request.out)
+    write_mask_page(table, summary, method(table, comparison, scenario), request.out)
     facts = {
         "seeds": list(comparison.seeds),
         "data": data_facts(scenario, data),
@@ -74,14 +74,25 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     return Made(mask_table(summary), done, len(comparison.rows) * len(comparison.seeds))
 
 
-def trained(comparison: SegmentationComparison, scenario: Scenario) -> str:
-    """Say of what size images are, and how long the segmenters were trained, for a page."""
+def method(
+    table: MaskTable, comparison: SegmentationComparison, scenario: Scenario
+) -> tuple[str, ...]:
+    """Say for a page of what size images are, how long trainings were, and what is kept of them."""
     segmentation = scenario.source.segmentation
     assert segmentation is not None
     return (
         f"Images of {scenario.source.image_size} px; the source's segmenter, "
         f"{segmentation.encoder}, trained for {segmentation.epochs} epochs, supervised for "
-        f"{comparison.supervised.epochs} more."
+        f"{comparison.supervised.epochs} more.",
+        "No hours stand here: the studies' seconds were not recorded. For all 23 rows of the "
+        "comparison's own run, docs/results/breast_segmentation.md says about 85 minutes of one "
+        "core a seed.",
+        "There is no archive of cells: behind a row stand whole studies, whose scores a run keeps "
+        "under `work` and no page does. In its place stand the rows' numbers in table.json, means "
+        "over seeds with their intervals, and those of all 23 rows in "
+        "docs/results/breast_segmentation.json. "
+        f"`sonofed-lab table {table.name} --data DATA --out OUT` runs the studies anew, with "
+        "`--quick` at the comparison's own size, length and seeds.",
     )
 
 

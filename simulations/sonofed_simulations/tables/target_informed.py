@@ -7,6 +7,7 @@ from sonofed_simulations.tables.mask_table import make_mask_table
 from sonofed_simulations.tables.request import Made, Request
 
 TABLE = MaskTable(
+    name="target-informed",
     title="A second branch that has seen the hospital's images",
     work="the abstract of Target-informed pretraining with a confidence-aware infusion head "
     "(arXiv 2605.29122)",

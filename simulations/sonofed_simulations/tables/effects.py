@@ -1,0 +1,52 @@
+"""Effect sizes beside contrasts: Cohen's d of pairs, and of two groups that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from sonofed_common.contract.configuration import Model
+from sonofed_simulations.statistics import Floats, paired_effect
+from sonofed_simulations.tables.pages import number_text
+
+LEAST = 3
+"""Fewer numbers have no spread worth dividing by."""
+
+
+class Effect(Model):
+    """How large a difference is beside its spread.
+
+    Notes
+    -----
+    ``d`` is Cohen's, of the pairs or of two groups, None with fewer than three of them; ``higher``
+    counts the pairs in which the first one is higher.
+    """
+
+    d: float | None
+    higher: int
+    pairs: int
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Both as a page has them: d, and ``higher of pairs``."""
+        return number_text(self.d, "+.2f"), f"{self.higher} of {self.pairs}"
+
+
+def effect_of(differences: Iterable[float]) -> Effect:
+    """Effect of paired differences."""
+    values = list(differences)
+    higher = sum(value > 0 for value in values)
+    return Effect(d=paired_effect(values), higher=higher, pairs=len(values))
+
+
+def group_effect(one: Floats, two: Floats) -> float | None:
+    """Cohen's d of two independent groups (N,) and (M,), by their pooled standard deviation.
+
+    None where a group has fewer than three members, or nothing varies.
+    """
+    if min(len(one), len(two)) < LEAST:
+        return None
+    squares = sum(len(group) * float(np.var(group)) for group in (one, two))
+    spread = np.sqrt(squares / (len(one) + len(two) - 2))
+    return float((np.mean(one) - np.mean(two)) / spread) if spread > 0 else None
