@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,26 @@ from hypothesis import strategies as st
 from scipy.stats import gaussian_kde, wasserstein_distance
 
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.records import from_bytes
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.report.view import SourceView
 from sonofed_simulations.tables import adaptation_ablation, maker, redrawn
 from sonofed_simulations.tables.ablation_points import AblationSettings
 from sonofed_simulations.tables.adaptation_homogenisation import found_text as said_of_moves
-from sonofed_simulations.tables.adaptation_homogenisation import moves_of
-from sonofed_simulations.tables.adaptation_reconstruction import drops_of, means_of
 from sonofed_simulations.tables.adaptation_reconstruction import found_text as said_of_drops
+from sonofed_simulations.tables.archive import ARCHIVE, unpack
 from sonofed_simulations.tables.article import Article, write_article
 from sonofed_simulations.tables.distances import overlap, wasserstein
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, Cells, Redrawn, measure
+from sonofed_simulations.tables.redrawn_drops import drops_of, effects_of, means_of
+from sonofed_simulations.tables.redrawn_moves import Key, Moved, mean_moves, measured_of
+from sonofed_simulations.tables.redrawn_moves import moves_of as moves_of_measured
 from sonofed_simulations.tables.redrawn_settings import RedrawnSettings
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.settings import SelectionTable
 
+PAGES = Path(__file__).parents[2] / "docs" / "results"
 TINY = Path(__file__).parents[1] / "integration" / "tiny.toml"
 VALUES = st.lists(st.floats(-1, 1), min_size=3, max_size=12)
 
@@ -95,6 +101,10 @@ def cells(north_quality: float, north_after: float) -> Cells:
     return found
 
 
+def moves_of(found: Cells) -> dict[Key, Moved]:
+    return moves_of_measured(measured_of(found))
+
+
 def test_quality_is_compared_with_the_source_way_by_way() -> None:
     means = means_of(cells(0.6, 0.8))
     drops = drops_of(means)
@@ -107,6 +117,20 @@ def test_quality_is_compared_with_the_source_way_by_way() -> None:
     assert "feature distance is worse at 1 of 1 (north +0.200" in said
     assert "Of the 3 drops under diffusion, 3 stand under the blur too" in said
     assert "as published**: no hospital has run" in said
+
+
+def test_a_drop_is_told_beside_the_spread_of_the_images() -> None:
+    found = dict(cells(0.6, 0.8))
+    # One seed of three has the hospital above the source.
+    third = cell("north", "default", 2, 0.9, [0.4] * 40, [0.8] * 40)
+    found["default", "north"] = [*found["default", "north"], third]
+    source = cell(SOURCE, "default", 2, 0.8, [0.8] * 40, [0.8] * 40)
+    found["default", SOURCE] = [*found["default", SOURCE], source]
+    effect = effects_of(found)["default", "north", "ssim"]
+    spread = np.linspace(-0.05, 0.05, 40).std(ddof=1)
+    assert effect.d == pytest.approx((0.7 - 0.8) / spread)
+    assert (effect.higher, effect.pairs) == (1, 3)
+    assert effects_of(found)[BLUR, "north", "ssim"].d == pytest.approx(-0.2 / spread)
 
 
 def test_quality_that_does_not_differ_is_level() -> None:
@@ -147,6 +171,81 @@ def test_a_way_that_moves_source_and_hospital_alike_changes_nothing() -> None:
     assert found.shared.low <= 0 <= found.shared.high
     said = said_of_moves(moves_of(moved))
     assert said.index("it is not told from 0 at 1 of 1") < said.index("reversed")
+
+
+def test_changes_are_paired_by_seed_and_their_mean_by_hospital() -> None:
+    source = np.linspace(0.7, 0.9, 40)
+    ends = {"north": (0.5, 0.6, 0.8), "south": (0.4, 0.4, 0.3), "west": (0.5, 0.5, 0.5)}
+    found = {
+        ("default", SOURCE): [cell(SOURCE, "default", s, 0.8, source, source) for s in (0, 1, 2)]
+    }
+    for site, means in ends.items():
+        found["default", site] = [
+            cell(site, "default", seed, 0.8, source - 0.4, source - 0.8 + mean)
+            for seed, mean in enumerate(means)
+        ]
+    # Equal shapes lie as far apart as their means do.
+    changes = {site: 0.8 - np.array(means) - 0.4 for site, means in ends.items()}
+    moves = moves_of(found)
+    north = moves["default", "north", "Wasserstein-1"].change_effect
+    own = changes["north"]
+    assert north.d == pytest.approx(own.mean() / own.std(ddof=1))
+    assert (north.higher, north.pairs) == (0, 3)
+    assert moves["default", "west", "Wasserstein-1"].change.value == pytest.approx(-0.1)
+    mean = mean_moves(measured_of(found))["default", "Wasserstein-1"]
+    over = np.array([change.mean() for change in changes.values()])
+    assert mean.change.value == pytest.approx(over.mean()) and mean.before == pytest.approx(0.4)
+    assert mean.change_effect.d == pytest.approx(over.mean() / over.std(ddof=1))
+    assert (mean.change_effect.higher, mean.change_effect.pairs) == (1, 3)
+
+
+def test_two_seeds_have_no_spread_worth_dividing_by() -> None:
+    effect = moves_of(cells(0.8, 0.8))["default", "north", "Wasserstein-1"].change_effect
+    assert effect.d is None and (effect.higher, effect.pairs) == (0, 2)
+
+
+def test_the_pages_effects_are_those_of_their_archives(tmp_path: Path) -> None:
+    name = "adaptation-homogenisation"
+    shutil.copy(PAGES / name / ARCHIVE, tmp_path / ARCHIVE)
+    unpack(tmp_path)
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for path in (tmp_path / "work").rglob("*.safetensors"):
+        arrays = from_bytes(path.read_bytes()).arrays
+        seed = int(path.parent.parent.name.removeprefix("seed-"))
+        found[path.parent.name, path.stem, seed] = arrays
+    with (PAGES / name / "table.csv").open(encoding="utf-8") as file:
+        moved = list(csv.DictReader(file))
+    told = [r for r in moved if r["distance"] == "Wasserstein-1" and r["pairs_of"] == "seeds"]
+    assert len(told) == 12
+    for row in told:
+        way, site = row["redrawn"], row["hospital"]
+        changes, both = [], []
+        for seed in sorted(s for w, where, s in found if (w, where) == (way, site)):
+            own, source = found[way, site, seed], found[way, SOURCE, seed]
+            before = wasserstein_distance(own["before"], source["before"])
+            changes.append(wasserstein_distance(own["after"], source["before"]) - before)
+            both.append(wasserstein_distance(own["after"], source["after"]) - before)
+        if way == BLUR:
+            assert len(changes) == 1 and row["change_d"] == row["shared_d"] == ""
+            continue
+        for part, steps in (("change", np.array(changes)), ("shared", np.array(both))):
+            assert float(row[f"{part}_d"]) == pytest.approx(
+                steps.mean() / steps.std(ddof=1), abs=1e-4, rel=1e-3
+            )
+            assert int(row[f"{part}_higher"]) == (steps > 0).sum()
+    with (PAGES / "adaptation-reconstruction" / "table.csv").open(encoding="utf-8") as file:
+        drops = [row for row in csv.DictReader(file) if row["site"] != SOURCE]
+    assert len(drops) == 36
+    for row in drops:
+        seeds = sorted(s for w, site, s in found if (w, site) == (row["redrawn"], row["site"]))
+        one, two = (
+            np.mean([found[row["redrawn"], site, s][row["measure"]] for s in seeds], axis=0)
+            for site in (row["site"], SOURCE)
+        )
+        spread = np.sqrt((np.var(one, ddof=1) + np.var(two, ddof=1)) / 2)
+        assert len(one) == len(two) and float(row["over_source_d"]) == pytest.approx(
+            (one.mean() - two.mean()) / spread, abs=1e-4
+        )
 
 
 def test_a_way_without_the_sources_cells_has_no_distance() -> None:

@@ -4,62 +4,45 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
-from rich.table import Table
 
 from sonofed_simulations.report.clouds import density
 from sonofed_simulations.report.figures import INK, drawing, site_colours
 from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
-from sonofed_simulations.statistics import (
-    Contrast,
-    Floats,
-    Interval,
-    PatientDraws,
-    contrast,
-    holm,
-    is_told,
-)
+from sonofed_simulations.statistics import Contrast, Interval, is_told
 from sonofed_simulations.tables.article import Article, Row, write_article
-from sonofed_simulations.tables.distances import overlap, wasserstein
+from sonofed_simulations.tables.effects import Effect
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, markdown
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing, make_redrawn
-from sonofed_simulations.tables.redrawn_page import ADAPTED, WORK, listed, method, progress
+from sonofed_simulations.tables.redrawn_moves import (
+    DISTANCES,
+    Key,
+    Moved,
+    mean_moves,
+    measured_of,
+    moves_of,
+)
+from sonofed_simulations.tables.redrawn_page import (
+    ADAPTED,
+    WORK,
+    listed,
+    method,
+    progress,
+    terminal_table,
+)
 from sonofed_simulations.tables.request import Made, Request
 
-DISTANCES = {"Wasserstein-1": wasserstein, "overlap": overlap}
 NEARER = {"Wasserstein-1": -1, "overlap": 1}
 """Sign of a change that means nearer to the source."""
 FIGURE = "densities.svg"
+HEADER = ("redrawn", "hospital", "distance", "before", "after",
+          "change (95%), p Holm", "d", "higher",
+          "both redrawn", "its change (95%), p Holm", "its d", "its higher")  # fmt: skip
+MEAN = "mean over hospitals"
 
-Key = tuple[str, str, str]
-"""Way, hospital and distance."""
 Which = Literal["shared", "change"]
 """Of `Moved`."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """How a hospital's distribution lies to the source's.
-
-    Attributes
-    ----------
-    before, after : float
-        Of its images, and of their reconstructions, to the source's held-out images.
-    both : float
-        Of its reconstructions to the reconstructions of the source's held-out images.
-    change, shared : Contrast
-        ``after`` and ``both``, each less ``before``, in the same bootstrap samples.
-    """
-
-    before: float
-    after: float
-    both: float
-    change: Contrast
-    shared: Contrast
 
 
 def make(request: Request) -> Made:
@@ -71,41 +54,6 @@ def make(request: Request) -> Made:
         See `Redrawing.prepare`.
     """
     return make_redrawn(request, _write)
-
-
-def moves_of(cells: Cells) -> dict[Key, Moved]:
-    """How reconstruction moves each hospital; p by Holm over the hospitals of a way and distance.
-
-    A way of which the source's cells have not run is left out.
-    """
-    draws = PatientDraws((site, found[0].patients) for (_, site), found in cells.items())
-    moves: dict[Key, Moved] = {}
-    for way in WAYS:
-        held = {c.seed: c for c in cells.get((way, SOURCE), ())}
-        for name, measure in DISTANCES.items():
-            found: dict[str, tuple[Floats, Floats, Floats]] = {}
-            for (other, site), own in cells.items():
-                pairs = [(c, held[c.seed]) for c in own if c.seed in held]
-                if other != way or site == SOURCE or not pairs:
-                    continue
-                at = draws.weights(site, own[0].patients)
-                source = draws.weights(SOURCE, pairs[0][1].patients)
-                # What does not depend on the seed is the same in all of them.
-                before = measure(pairs[0][0].before, at, pairs[0][1].before, source)
-                after = [measure(c.after, at, s.before, source) for c, s in pairs]
-                both = [measure(c.after, at, s.after, source) for c, s in pairs]
-                found[site] = (before, np.mean(after, axis=0), np.mean(both, axis=0))
-            changes = holm({site: contrast(after, b) for site, (b, after, _) in found.items()})
-            shared = holm({site: contrast(both, b) for site, (b, _, both) in found.items()})
-            for site, (before, moved, redrawn) in found.items():
-                moves[way, site, name] = Moved(
-                    float(before[0]),
-                    float(moved[0]),
-                    float(redrawn[0]),
-                    changes[site],
-                    shared[site],
-                )
-    return moves
 
 
 def found_text(moves: Mapping[Key, Moved]) -> str:
@@ -163,10 +111,11 @@ def _beside_blur(moves: Mapping[Key, Moved], which: Which) -> str:
 
 def _write(redrawing: Redrawing, request: Request) -> Made:
     cells = redrawing.finished()
-    moves = moves_of(cells)
+    measured = measured_of(cells)
+    moves, means = moves_of(measured), mean_moves(measured)
     count, wanted = sum(map(len, cells.values())), len(redrawing.wanted)
     order = [shown.site for shown in redrawing.shown]
-    header, lines = _table(moves)
+    lines = _lines(moves, means)
     article = Article(
         title="Whether reconstruction makes hospitals alike",
         work=f"Table 1 and Figure 1 of {WORK}",
@@ -176,7 +125,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
                 "The text at hand prints no number of Table 1 (cross-domain similarity scores "
                 "before and after reconstruction); Figure 1 is a picture.",
                 "",
-                *markdown(header, lines),
+                *markdown(HEADER, lines),
                 "",
                 "Similarity: cosine of an image's features to the mean feature of the source's "
                 "training images, under the source's classifier with its own statistics. Before "
@@ -187,6 +136,13 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
                 "seeds; changes with intervals from 2,000 bootstrap samples of both sites' "
                 "patients, p two-sided, with Holm's correction over the hospitals. Distances have "
                 "none: bootstrap samples lie farther apart than what they are drawn from.",
+                "",
+                "d: Cohen's d of paired changes, mean by standard deviation, from three pairs on; "
+                "higher: pairs in which distance or overlap rises. A hospital's pairs are its "
+                "seeds, which differ in the noise of the redrawing alone, under one training of "
+                "the source: a large d says that the draws agree, not that the change is large. "
+                f"The pairs of the {MEAN} are the hospitals, each a mean over seeds; it is not "
+                "tested, and has no p. The blur takes no seed, and has pairs of hospitals alone.",
             ],
             **({"Densities": [f"![Densities]({FIGURE})"]} if moves else {}),
         },
@@ -196,38 +152,57 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
             "What the similarity score of Table 1 is, the text does not say; the cosine to the "
             "source's mean feature is our reading.",
         ),
-        rows=_rows(moves),
+        rows=_rows(moves, means),
         figures={FIGURE: _figure(cells, order)} if moves else {},
     )
     write_article(article, request.out)
     counts = {"cells": count, "wanted": wanted}
     write_facts(request.out, {**redrawing.facts(), **counts}, redrawing.tested())
-    table = Table(*header)
-    for line in lines:
-        table.add_row(*line)
-    return Made(table, count, wanted)
+    return Made(terminal_table(HEADER, lines), count, wanted)
 
 
-def _table(moves: Mapping[Key, Moved]) -> tuple[tuple[str, ...], list[list[str]]]:
-    header = ("redrawn", "hospital", "distance", "before", "after",
-              "change (95%), p Holm", "both redrawn", "its change (95%), p Holm")  # fmt: skip
-    lines = [
+def _ordered(
+    moves: Mapping[Key, Moved], means: Mapping[tuple[str, str], Moved]
+) -> list[tuple[Key, Moved]]:
+    """The hospitals of each way and distance, and then their mean where there are several."""
+    found: list[tuple[Key, Moved]] = []
+    for (way, name), mean in means.items():
+        own = [(key, move) for key, move in moves.items() if (key[0], key[2]) == (way, name)]
+        found += own
+        if len(own) > 1:
+            found.append(((way, MEAN, name), mean))
+    return found
+
+
+def _lines(moves: Mapping[Key, Moved], means: Mapping[tuple[str, str], Moved]) -> list[list[str]]:
+    return [
         [
             *key,
             f"{move.before:.3f}",
             f"{move.after:.3f}",
             contrast_text(move.change),
+            *_words(key, move.change_effect),
             f"{move.both:.3f}",
             contrast_text(move.shared),
+            *_words(key, move.shared_effect),
         ]
-        for key, move in moves.items()
+        for key, move in _ordered(moves, means)
     ]
-    return header, lines
 
 
-def _rows(moves: Mapping[Key, Moved]) -> list[Row]:
+def _words(key: Key, effect: Effect) -> tuple[str, str]:
+    return effect.words if _has_pairs(key) else ("", "")
+
+
+def _has_pairs(key: Key) -> bool:
+    """Whether a row has pairs: the blur takes no seed, and its hospitals have one cell each."""
+    return key[0] != BLUR or key[1] == MEAN
+
+
+def _rows(moves: Mapping[Key, Moved], means: Mapping[tuple[str, str], Moved]) -> list[Row]:
     rows: list[Row] = []
-    for (way, site, name), move in moves.items():
+    for key, move in _ordered(moves, means):
+        way, site, name = key
         row: dict[str, str | float | int | None] = {
             "redrawn": way,
             "hospital": site,
@@ -239,8 +214,16 @@ def _rows(moves: Mapping[Key, Moved]) -> list[Row]:
         for part in ("change", "shared"):
             found: Interval = getattr(move, part)
             row |= {part: found.value, f"{part}_low": found.low, f"{part}_high": found.high}
-        row |= {"p": move.change.p, "p_holm": move.change.p_holm}
-        row |= {"shared_p": move.shared.p, "shared_p_holm": move.shared.p_holm}
+        # The mean is not one of the contrasts that are tested.
+        for part, start in (("change", ""), ("shared", "shared_")):
+            tested: Contrast | None = None if site == MEAN else getattr(move, part)
+            row[f"{start}p"] = None if tested is None else tested.p
+            row[f"{start}p_holm"] = None if tested is None else tested.p_holm
+        row["pairs_of"] = "hospitals" if site == MEAN else "seeds"
+        for part in ("change", "shared"):
+            effect: Effect = getattr(move, f"{part}_effect")
+            told = effect.model_dump() if _has_pairs(key) else {}
+            row |= {f"{part}_{end}": told.get(end) for end in Effect.model_fields}
         rows.append(row)
     return rows
 

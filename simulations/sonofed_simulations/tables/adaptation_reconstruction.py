@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from rich.table import Table
-
-from sonofed_simulations.statistics import (
-    Contrast,
-    Floats,
-    PatientDraws,
-    contrast,
-    holm,
-    interval,
-    is_told,
-)
+from sonofed_simulations.statistics import Contrast, interval, is_told
 from sonofed_simulations.tables.article import Article, Row, write_article
+from sonofed_simulations.tables.effects import Effect
 from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown
 from sonofed_simulations.tables.redrawn import (
     BLUR,
     MEASURES,
-    SOURCE,
     WAYS,
     Cells,
     Redrawing,
     make_redrawn,
 )
-from sonofed_simulations.tables.redrawn_page import ADAPTED, WORK, listed, method, progress
+from sonofed_simulations.tables.redrawn_drops import (
+    Drops,
+    Effects,
+    Means,
+    drops_of,
+    effects_of,
+    means_of,
+)
+from sonofed_simulations.tables.redrawn_page import (
+    ADAPTED,
+    WORK,
+    listed,
+    method,
+    progress,
+    terminal_table,
+)
 from sonofed_simulations.tables.request import Made, Request
 
 NAMES = {"ssim": "SSIM", "psnr": "PSNR, dB", "feature_distance": "feature distance"}
@@ -38,11 +42,6 @@ WORSE = {"ssim": -1, "psnr": -1, "feature_distance": 1}
 FIGURE = "differences.svg"
 COLUMNS = {"value": "", "low": "_low", "high": "_high", "p": "_p", "p_holm": "_p_holm"}
 """Parts of a difference, and how the columns that hold them end."""
-
-Means = Mapping[tuple[str, str, str], Floats]
-"""Means over images and seeds (1 + R,) by way, site and measure; the estimate first."""
-Drops = Mapping[tuple[str, str, str], Contrast]
-"""Differences to the source, by the same keys."""
 
 
 def make(request: Request) -> Made:
@@ -54,34 +53,6 @@ def make(request: Request) -> Made:
         See `Redrawing.prepare`.
     """
     return make_redrawn(request, _write)
-
-
-def means_of(cells: Cells) -> Means:
-    """Each measure at each site, in bootstrap samples of its patients."""
-    draws = PatientDraws((site, found[0].patients) for (_, site), found in cells.items())
-    means = {}
-    for (way, site), found in cells.items():
-        weights = draws.weights(site, found[0].patients)
-        total = weights.sum(axis=1)
-        for measure in MEASURES:
-            values = np.mean([cell.quality[measure] for cell in found], axis=0)
-            means[way, site, measure] = np.asarray(weights @ values / total)
-    return means
-
-
-def drops_of(means: Means) -> Drops:
-    """What each hospital has less or more than the source; p by Holm over all of one way."""
-    drops: dict[tuple[str, str, str], Contrast] = {}
-    for way in WAYS:
-        family = {
-            f"{site}/{measure}": contrast(values, means[way, SOURCE, measure])
-            for (name, site, measure), values in means.items()
-            if name == way and site != SOURCE and (way, SOURCE, measure) in means
-        }
-        for key, found in holm(family).items():
-            site, _, measure = key.rpartition("/")
-            drops[way, site, measure] = found
-    return drops
 
 
 def found_text(drops: Drops) -> str:
@@ -132,10 +103,10 @@ def _verdict(found: Mapping[str, Contrast], measure: str) -> str:
 def _write(redrawing: Redrawing, request: Request) -> Made:
     cells = redrawing.finished()
     means = means_of(cells)
-    drops = drops_of(means)
+    drops, effects = drops_of(means), effects_of(cells)
     order = [shown.site for shown in redrawing.shown]
     count, wanted = sum(map(len, cells.values())), len(redrawing.wanted)
-    header, lines = _table(means, drops, order, cells)
+    header, lines = _table(means, drops, effects, order, cells)
     shown = [(way, site, MEASURES[0]) for way, site in _keys(means, order)]
     compared = [key for key in shown if key in drops]
     article = Article(
@@ -154,6 +125,12 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
                 "independently. p is two-sided, with Holm's correction over all hospitals and "
                 "measures of one way. Feature distance: one minus the cosine of the source "
                 "classifier's features of an image and of its reconstruction.",
+                "",
+                "d: Cohen's d of two groups, the hospital's images and the source's, difference "
+                "of the means by the pooled standard deviation of images: a hospital's image has "
+                "no counterpart at the source to be paired with. Seeds could be, but they differ "
+                "in the noise of the redrawing alone; of them, higher tells in how many the "
+                "hospital's mean is the higher one. The blur takes no seed.",
             ],
             **(
                 {"Differences to the source": [f"![Differences]({FIGURE})", "", LEGEND]}
@@ -163,7 +140,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
         },
         method=method(redrawing.settings, cells),
         adapted=ADAPTED,
-        rows=_rows(means, drops, order, cells),
+        rows=_rows(means, drops, effects, order, cells),
         figures={
             FIGURE: forest(
                 [f"{site}, {way}" for way, site, _ in compared],
@@ -180,10 +157,7 @@ def _write(redrawing: Redrawing, request: Request) -> Made:
     write_article(article, request.out)
     counts = {"cells": count, "wanted": wanted}
     write_facts(request.out, {**redrawing.facts(), **counts}, redrawing.tested())
-    table = Table(*header)
-    for line in lines:
-        table.add_row(*line)
-    return Made(table, count, wanted)
+    return Made(terminal_table(header, lines), count, wanted)
 
 
 def _keys(means: Means, order: Sequence[str]) -> list[tuple[str, str]]:
@@ -191,11 +165,11 @@ def _keys(means: Means, order: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _table(
-    means: Means, drops: Drops, order: Sequence[str], cells: Cells
+    means: Means, drops: Drops, effects: Effects, order: Sequence[str], cells: Cells
 ) -> tuple[tuple[str, ...], list[list[str]]]:
     header = ["redrawn", "images of", "images", "seeds"]
     for measure in MEASURES:
-        header += [f"{NAMES[measure]} (95%)", "over the source (95%), p Holm"]
+        header += [f"{NAMES[measure]} (95%)", "over the source (95%), p Holm", "d", "higher"]
     lines = []
     for way, site in _keys(means, order):
         found = cells[way, site]
@@ -204,15 +178,26 @@ def _table(
             form = ".1f" if measure == "psnr" else ".3f"
             line.append(interval_text(interval(means[way, site, measure]), form))
             line.append(contrast_text(drops.get((way, site, measure))))
+            line += _words(way, effects.get((way, site, measure)))
         lines.append(line)
     return tuple(header), lines
 
 
-def _rows(means: Means, drops: Drops, order: Sequence[str], cells: Cells) -> list[Row]:
+def _words(way: str, effect: Effect | None) -> tuple[str, str]:
+    if effect is None:
+        return "", ""
+    d, higher = effect.words
+    return d, "" if way == BLUR else higher
+
+
+def _rows(
+    means: Means, drops: Drops, effects: Effects, order: Sequence[str], cells: Cells
+) -> list[Row]:
     rows: list[Row] = []
     for way, site in _keys(means, order):
         for measure in MEASURES:
-            value, drop = interval(means[way, site, measure]), drops.get((way, site, measure))
+            key = (way, site, measure)
+            value, drop, effect = interval(means[key]), drops.get(key), effects.get(key)
             rows.append(
                 {
                     "redrawn": way,
@@ -225,6 +210,8 @@ def _rows(means: Means, drops: Drops, order: Sequence[str], cells: Cells) -> lis
                         f"over_source{end}": None if drop is None else getattr(drop, name)
                         for name, end in COLUMNS.items()
                     },
+                    "over_source_d": None if effect is None else effect.d,
+                    "seeds_higher": None if effect is None or way == BLUR else effect.higher,
                 }
             )
     return rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.table import Table
+
 from sonofed_simulations.statistics import Interval
 from sonofed_simulations.tables.pages import interval_text
 from sonofed_simulations.tables.redrawn import BLUR, Cells
@@ -22,6 +24,9 @@ ADAPTED = (
     "BrEaST.",
     "BUSI has no patient ids: groups of near duplicates stand for patients.",
 )
+
+EFFECTS = ("d", "higher", "its d", "its higher")
+"""Columns that tell how large differences are beside their spread."""
 
 
 def method(settings: RedrawnSettings, cells: Cells) -> tuple[str, ...]:
@@ -51,3 +56,12 @@ def progress(cells: int, wanted: int) -> str:
 def listed(found: Sequence[tuple[str, Interval]]) -> str:
     """Sites with their differences."""
     return ", ".join(f"{site} {interval_text(one, '+.3f')}" for site, one in found)
+
+
+def terminal_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Return the page's table for a terminal, which is too narrow for the effects."""
+    kept = [n for n, name in enumerate(header) if name not in EFFECTS]
+    table = Table(*(header[n] for n in kept))
+    for line in lines:
+        table.add_row(*(line[n] for n in kept))
+    return table
