@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +10,22 @@ import pytest
 import torch
 
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.study import Embedding
 from sonofed_common.models.classifiers import build_classifier
 from sonofed_common.runtime import SILENT
 from sonofed_simulations.tables import maker
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of, select
 from sonofed_simulations.tables.ablation_points import QUICK
+from sonofed_simulations.tables.adaptation_ablation import composition
 from sonofed_simulations.tables.adaptation_ablation_page import FULL_METHOD, PARTS, PUBLISHED, about
+from sonofed_simulations.tables.archive import ARCHIVE, unpack
+from sonofed_simulations.tables.features import SiteFeatures
 from sonofed_simulations.tables.flat import FlatEncoder, FlatPredictor, train_flat_round
 from sonofed_simulations.tables.request import Request
 from sonofed_simulations.tables.start import Start
 
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "adaptation-ablation"
 SMALL = Embedding(rounds=1, dimension=8, batch_size=4)
 
 
@@ -102,6 +109,53 @@ def test_a_flat_round_draws_reconstructions_to_their_images() -> None:
     train_flat_round(student, predictor, pool.images, pool.redrawn, settings, 0, 0)
     assert gap() < 0.85 * before
     assert spread() > 0.5 * apart
+
+
+def features(name: str, labels: list[int]) -> SiteFeatures:
+    empty = np.zeros((0, 2), np.float32)
+    return SiteFeatures(
+        name, empty, np.array(labels), empty, empty, empty, np.zeros(0, np.int64), ()
+    )
+
+
+def test_what_was_chosen_is_counted_at_the_site_whose_pool_it_is_of() -> None:
+    sites = [features("north", [0, 1, 1]), features("empty", []), features("south", [1, 0])]
+    assert composition(sites, [np.array([4, 0, 2])]) == {
+        "labels": 3,
+        "labels at north": 2,
+        "labels at empty": 0,
+        "labels at south": 1,
+        "malignant share": pytest.approx(1 / 3),
+    }
+    drawn = composition(sites, [np.array([0, 1]), np.array([3, 4])])
+    assert drawn["labels at north"] == drawn["labels at south"] == 1
+    assert drawn["malignant share"] == 0.5
+
+
+def test_the_pages_composition_sums_to_the_labels_and_is_that_of_its_archive(
+    tmp_path: Path,
+) -> None:
+    shutil.copy(PAGE / ARCHIVE, tmp_path / ARCHIVE)
+    unpack(tmp_path)
+    rows = json.loads((PAGE / "table.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["arm"] for row in rows] == list(PARTS)
+    for row in rows:
+        facts = row["facts"]
+        sites = [values for name, values in facts.items() if name.startswith("labels at ")]
+        assert len(sites) == 4
+        assert np.sum(sites, axis=0) == pytest.approx(np.array(facts["labels"]))
+        assert all(0 < share < 1 for share in facts["malignant share"])
+        for seed in range(row["seeds"]):
+            path = tmp_path / "work" / "cells" / f"seed-{seed}" / f"{row['arm']}.safetensors"
+            kept = from_bytes(path.read_bytes()).config["facts"]
+            assert kept == {name: values[seed] for name, values in facts.items()}
+
+
+def test_the_page_sends_for_savings_to_a_table_of_several_budgets() -> None:
+    (said,) = [item for item in about(QUICK).method if "saves against Random" in item]
+    assert "one budget" in said and "docs/results/adaptation-selection" in said
+    told = json.loads((PAGE.parent / "adaptation-selection" / "table.json").read_text())
+    assert [c for c in told["curves"] if f"`{c['strategy']}`" in said and c["saving"] is not None]
 
 
 def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms() -> None:

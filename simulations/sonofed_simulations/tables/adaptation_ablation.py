@@ -159,7 +159,6 @@ class Ablation:
         chosen = [self._drawn(seed, n, size) for n in range(DRAWS)]
         if part is not None:
             chosen = [self._chosen(*part, seed)]
-        labels = np.concatenate([site.labels for site in sites])
         heads = [self._head(sites, one, seed) for one in chosen]
         predictions = {
             site.name: (
@@ -169,9 +168,7 @@ class Ablation:
             )
             for site in sites
         }
-        shares = [float(labels[one].mean()) for one in chosen]
-        facts = {"labels": float(len(chosen[0])), "malignant share": float(np.mean(shares))}
-        return Outcome(predictions, facts)
+        return Outcome(predictions, composition(sites, chosen))
 
     def _drawn(self, seed: int, draw: int, size: int) -> Array:
         generator = np.random.default_rng(derive_seed(seed, "random", draw))
@@ -204,6 +201,26 @@ class Ablation:
                 site_features(self.start, h, splits, name, folder / f"{h.name}.safetensors", events)
                 for h in self.hospitals
             ]
+
+
+def composition(sites: Sequence[SiteFeatures], chosen: Sequence[Array]) -> dict[str, float]:
+    """Count what was chosen, by site, and tell how much of it is malignant.
+
+    Parameters
+    ----------
+    sites : sequence of SiteFeatures
+        In the order in which ``chosen`` counts through their pools.
+    chosen : sequence of ndarray of int64
+        Indices of the chosen images, a draw each; of several the mean is told.
+    """
+    labels = np.concatenate([site.labels for site in sites])
+    owners = np.repeat(np.arange(len(sites)), [len(site.labels) for site in sites])
+    counts = np.mean([np.bincount(owners[one], minlength=len(sites)) for one in chosen], axis=0)
+    return {
+        "labels": float(len(chosen[0])),
+        **{f"labels at {site.name}": float(n) for site, n in zip(sites, counts, strict=True)},
+        "malignant share": float(np.mean([labels[one].mean() for one in chosen])),
+    }
 
 
 def _malignant(head: Head, site: SiteFeatures) -> Array:

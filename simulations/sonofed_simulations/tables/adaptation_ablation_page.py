@@ -102,4 +102,10 @@ def _method(settings: AblationSettings) -> tuple[str, ...]:
         "model, under one set of normalisation statistics from all sites' reconstructions, as the "
         "trained encoder has it. without reconstruction: pairs of augmentations, r to the source's "
         "centroids. Random: the mean of ten draws a seed.",
+        "What was chosen stands under 'What else the cells tell': all labels, those at each site, "
+        "and the share of all that is malignant. Random's are about what the pools hold.",
+        "How many labels an arm saves against Random cannot be told from one budget: the table "
+        "`adaptation-selection` (docs/results/adaptation-selection) tells it, of the same rule on "
+        "features of the start model (`dual-margin-near`), with neither contrastive training nor "
+        "reconstruction.",
     )
