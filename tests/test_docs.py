@@ -133,6 +133,9 @@ COVERED = {
     "sonofed-lab table adaptation-selection --data DATA --out runs/selection-table --quick": (
         "options, here; a table of phantoms is made in tests/simulations/test_selection_table.py"
     ),
+    "sonofed-lab table selection-from-rio --data DATA --out runs/selection-from-rio --quick": (
+        "options, here; its scenario is read in tests/simulations/test_scenarios.py"
+    ),
     "sonofed-lab table aggregation --data DATA --out runs/aggregation-table --quick": (
         "options, here; cells of phantoms are made in tests/simulations/test_aggregation_table.py"
     ),

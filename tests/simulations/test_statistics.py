@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import bootstrap, permutation_test, ttest_ind
 from sklearn.metrics import auc, roc_auc_score
 
 from sonofed_simulations.statistics import (
@@ -14,6 +14,8 @@ from sonofed_simulations.statistics import (
     budget_area,
     contrast,
     delong,
+    effect_of,
+    group_effect,
     holm,
     interval,
     leave_one_site_out,
@@ -95,6 +97,16 @@ def test_needed_budget_is_where_the_curve_first_crosses() -> None:
 def test_effect_is_mean_by_deviation() -> None:
     assert paired_effect([1.0, 2.0, 3.0]) == pytest.approx(2.0)
     assert paired_effect([1.0, 1.0, 1.0]) is None and paired_effect([1.0, 2.0]) is None
+    found = effect_of([1.0, 2.0, -0.5])
+    assert (found.higher, found.pairs, found.d) == (2, 3, paired_effect([1.0, 2.0, -0.5]))
+
+
+def test_effect_of_two_groups_is_students_t_without_their_sizes() -> None:
+    draws = np.random.default_rng(5)
+    one, two = draws.normal(1, 2, 12), draws.normal(0, 1, 7)
+    t = ttest_ind(one, two).statistic
+    assert group_effect(one, two) == pytest.approx(t * math.sqrt(1 / 12 + 1 / 7))
+    assert group_effect(one, two[:2]) is None and group_effect(np.ones(4), np.ones(3)) is None
 
 
 def test_a_patient_is_drawn_as_one_in_all_seeds() -> None:

@@ -18,11 +18,16 @@ from sonofed_simulations.statistics.bootstrap import (
     is_told,
 )
 from sonofed_simulations.statistics.budget_curves import budget_area, needed_budget
+from sonofed_simulations.statistics.effects import (
+    Effect,
+    effect_of,
+    group_effect,
+    paired_effect,
+)
 from sonofed_simulations.statistics.hypothesis_tests import (
     PERMUTATIONS,
     DeLong,
     delong,
-    paired_effect,
     sign_permutation,
 )
 from sonofed_simulations.statistics.left_out import leave_one_site_out
@@ -33,6 +38,7 @@ __all__ = [
     "REPLICATES",
     "Contrast",
     "DeLong",
+    "Effect",
     "Floats",
     "Interval",
     "PatientDraws",
@@ -41,7 +47,9 @@ __all__ = [
     "check_no_leak",
     "contrast",
     "delong",
+    "effect_of",
     "folds_by_group",
+    "group_effect",
     "holm",
     "interval",
     "is_told",

@@ -1,4 +1,4 @@
-"""Tests of differences that need no bootstrap, and their effect size."""
+"""Tests of differences that need no bootstrap."""
 
 from __future__ import annotations
 
@@ -90,11 +90,3 @@ def sign_permutation(differences: ArrayLike, seed: int = 0) -> float:
         # Sums that are equal on paper differ in the last bit.
         extreme += int((np.abs(signs @ values) >= observed - 1e-9).sum())
     return (extreme + 1) / (PERMUTATIONS + 1)
-
-
-def paired_effect(differences: ArrayLike) -> float | None:
-    """Cohen's d of paired differences (M,): mean by standard deviation; None with fewer than 3."""
-    values = np.asarray(differences, np.float64)
-    if len(values) < 3 or values.std(ddof=1) == 0:
-        return None
-    return float(values.mean() / values.std(ddof=1))

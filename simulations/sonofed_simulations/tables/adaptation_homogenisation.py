@@ -9,9 +9,8 @@ from typing import Literal
 from sonofed_simulations.report.clouds import density
 from sonofed_simulations.report.figures import INK, drawing, site_colours
 from sonofed_simulations.report.figures import SOURCE as SOURCE_COLOUR
-from sonofed_simulations.statistics import Contrast, Interval, is_told
+from sonofed_simulations.statistics import Contrast, Effect, Interval, is_told
 from sonofed_simulations.tables.article import Article, Row, write_article
-from sonofed_simulations.tables.effects import Effect
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, markdown
 from sonofed_simulations.tables.redrawn import BLUR, SOURCE, WAYS, Cells, Redrawing, make_redrawn

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sonofed_simulations.statistics import Contrast, interval, is_told
+from sonofed_simulations.statistics import Contrast, Effect, interval, is_told
 from sonofed_simulations.tables.article import Article, Row, write_article
-from sonofed_simulations.tables.effects import Effect
 from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import write_facts
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown

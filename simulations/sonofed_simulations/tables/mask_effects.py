@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sonofed_simulations.segmentation_summary import MaskSummaryRow, PlugIn
-from sonofed_simulations.tables.effects import Effect, effect_of
+from sonofed_simulations.statistics import Effect, effect_of
 
 
 def over_baseline(row: MaskSummaryRow) -> Effect | None:

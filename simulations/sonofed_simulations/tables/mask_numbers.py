@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sonofed_simulations.segmentation_summary import MaskSummaryRow, PlugIn
-from sonofed_simulations.statistics import Contrast
-from sonofed_simulations.tables.effects import Effect
+from sonofed_simulations.statistics import Contrast, Effect
 from sonofed_simulations.tables.mask_effects import over_baseline, over_start
 
 MEASURES = ("dice", "nsd", "hd95", "ece", "over_baseline")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from sonofed_common.runtime import write_atomically
 from sonofed_simulations.segmentation_summary import MaskSummary, MaskSummaryRow, PlugIn
-from sonofed_simulations.statistics import Contrast, is_told
-from sonofed_simulations.tables.effects import Effect
+from sonofed_simulations.statistics import Contrast, Effect, is_told
 from sonofed_simulations.tables.forest import LEGEND, forest
 from sonofed_simulations.tables.manifest import MADE_OF
 from sonofed_simulations.tables.mask_effects import over_baseline, over_start

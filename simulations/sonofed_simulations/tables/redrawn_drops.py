@@ -6,8 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sonofed_simulations.statistics import Contrast, Floats, PatientDraws, contrast, holm
-from sonofed_simulations.tables.effects import Effect, group_effect
+from sonofed_simulations.statistics import (
+    Contrast,
+    Effect,
+    Floats,
+    PatientDraws,
+    contrast,
+    group_effect,
+    holm,
+)
 from sonofed_simulations.tables.redrawn import MEASURES, SOURCE, WAYS, Cells
 
 Means = Mapping[tuple[str, str, str], Floats]

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sonofed_simulations.statistics import Contrast, Floats, PatientDraws, contrast, holm
+from sonofed_simulations.statistics import (
+    Contrast,
+    Effect,
+    Floats,
+    PatientDraws,
+    contrast,
+    effect_of,
+    holm,
+)
 from sonofed_simulations.tables.distances import overlap, wasserstein
-from sonofed_simulations.tables.effects import Effect, effect_of
 from sonofed_simulations.tables.redrawn import SOURCE, WAYS, Cells
 
 DISTANCES = {"Wasserstein-1": wasserstein, "overlap": overlap}

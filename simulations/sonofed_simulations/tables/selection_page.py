@@ -64,8 +64,8 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         "cells have run; a row counts with the splits that it has finished. Scenario "
         f"`{summary.scenario}`, {len(table.seeds)} seeds x {table.folds} patient-level folds; "
         f"{summary.machine.cpu}, {summary.machine.cores} cores, {summary.machine.device}; "
-        f"{summary.seconds / 3600:.1f} hours of cells, one thread, without the features. "
-        f"{MADE_OF}",
+        f"{summary.seconds / 3600:.1f} hours of cells, one thread, without the source and the "
+        f"features. {MADE_OF}",
         "",
         *findings(summary),
         "",
@@ -141,6 +141,7 @@ def _method(table: SelectionTable) -> list[str]:
         "- Accuracy is at P = .5 for everybody, which favours whoever's predictions lie around it; "
         "AUROC takes no threshold.",
         *([f"- {table.seen}"] if table.seen else []),
+        *([f"- {table.duration}"] if table.duration else []),
         "- What is adapted of each strategy stands in its docstring, in "
         "`simulations/sonofed_simulations/rivals`.",
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sonofed_common.contract.configuration import Model
-from sonofed_simulations.statistics import Floats, paired_effect
-from sonofed_simulations.tables.pages import number_text
+from sonofed_simulations.statistics.bootstrap import Floats
 
 LEAST = 3
 """Fewer numbers have no spread worth dividing by."""
@@ -30,7 +30,7 @@ class Effect(Model):
     @property
     def words(self) -> tuple[str, str]:
         """Both as a page has them: d, and ``higher of pairs``."""
-        return number_text(self.d, "+.2f"), f"{self.higher} of {self.pairs}"
+        return "" if self.d is None else f"{self.d:+.2f}", f"{self.higher} of {self.pairs}"
 
 
 def effect_of(differences: Iterable[float]) -> Effect:
@@ -38,6 +38,14 @@ def effect_of(differences: Iterable[float]) -> Effect:
     values = list(differences)
     higher = sum(value > 0 for value in values)
     return Effect(d=paired_effect(values), higher=higher, pairs=len(values))
+
+
+def paired_effect(differences: ArrayLike) -> float | None:
+    """Cohen's d of paired differences (M,): mean by standard deviation; None of less than three."""
+    values = np.asarray(differences, np.float64)
+    if len(values) < LEAST or values.std(ddof=1) == 0:
+        return None
+    return float(values.mean() / values.std(ddof=1))
 
 
 def group_effect(one: Floats, two: Floats) -> float | None:
