@@ -93,7 +93,7 @@ def train_wgan(
         gap = _step(nets, images, settings, optimizer, draws)
         if not math.isfinite(gap):
             raise DivergenceError(
-                f"{task} diverged in step {step + 1}: a score is not finite; "
+                f"training of a GAN diverged in step {step + 1}: a score is not finite; "
                 "lower the learning rate"
             )
         gaps.append(gap)
