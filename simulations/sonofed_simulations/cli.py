@@ -134,7 +134,7 @@ def table_(
     with progress_listener() as listener:
         events = Events(listeners=[listener])
         request = Request(name, quick, out, data, (number, total), events)
-        request.check_shard()
+        request.check()
         unpack(out)
         try:
             make = maker(name)

@@ -170,7 +170,7 @@ def test_every_arm_is_set_against_the_full_method_and_every_claim_has_its_arms()
 
 def test_what_cannot_be_made_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     make = maker("adaptation-ablation")
-    with pytest.raises(ConfigurationError, match="count from 1 to 2"):
+    with pytest.raises(ConfigurationError, match="does not exist"):
         make(Request("adaptation-ablation", True, tmp_path, None, (3, 2), SILENT))
     with pytest.raises(DataMissingError, match="--data"):
         make(Request("adaptation-ablation", True, tmp_path, None, (1, 1), SILENT))

@@ -112,6 +112,12 @@ def test_a_table_that_cannot_be_made(tmp_path):
     assert "--shard" in line
     for spread in ((), ("--workers", "1")):
         assert "--data" in sentence(lab("table", table, *out, "--quick", *spread), 10)
+    line = sentence(lab("table", table, *out, "--quick", "--data", tmp_path / "nowhere"), 10)
+    assert "there is no folder" in line and "nowhere" in line
+    (tmp_path / "taken").touch()
+    for named in (table, "aggregation"):
+        line = sentence(lab("table", named, "--out", tmp_path / "taken", "--quick"), 20)
+        assert "taken is a file" in line
 
 
 def test_an_unknown_scanner(tmp_path):

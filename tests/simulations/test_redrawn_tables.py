@@ -308,7 +308,7 @@ def test_the_full_forms_are_made_whole_and_share_their_cells(
 def test_what_cannot_be_made_is_refused_before_anything_is_trained(
     name: str, tmp_path: Any
 ) -> None:
-    with pytest.raises(ConfigurationError, match="count from 1 to 2"):
+    with pytest.raises(ConfigurationError, match="shard 3/2 does not exist"):
         maker(name)(Request(name, True, tmp_path, None, (3, 2), SILENT))
     with pytest.raises(DataMissingError, match="--data"):
         maker(name)(Request(name, True, tmp_path, None, (1, 1), SILENT))

@@ -15,6 +15,7 @@ from scipy.special import softmax
 from sonofed_common.batch_norm import adapt_batch_norm
 from sonofed_common.contract.bundle import Bundle, BundleWriter
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
+from sonofed_common.contract.records import from_bytes
 from sonofed_common.contract.study import Finetuning
 from sonofed_common.models.classifiers import TWO_VIEWS as SUFFIX
 from sonofed_common.runtime import SILENT, Events
@@ -37,6 +38,7 @@ from sonofed_simulations.tables.cells import Cell, fingerprint
 from sonofed_simulations.tables.head import dropout_passes, logits
 from sonofed_simulations.tables.hospitals import places_of, read_hospitals, split_of
 from sonofed_simulations.tables.preset import choose, preset_cells
+from sonofed_simulations.tables.records import read_records
 from sonofed_simulations.tables.selection_findings import findings
 from sonofed_simulations.tables.selection_summary import summarise
 from sonofed_simulations.tables.settings import (
@@ -127,10 +129,10 @@ def test_a_whole_table_of_phantoms(made: Path) -> None:
 def test_a_finished_table_is_not_run_again_and_an_interrupted_one_ends_the_same(made: Path) -> None:
     before, page = files(made), (made / "table.json").read_bytes()
     cell = made / "work" / "cells" / "seed-0-fold-0" / "federated" / "feal" / "0.5.safetensors"
-    held = cells_module.from_bytes(cell.read_bytes())
+    held = from_bytes(cell.read_bytes())
     cell.unlink()
     run_selection_table(tiny(), made, None, (1, 1), SILENT)
-    again = cells_module.from_bytes(cell.read_bytes())
+    again = from_bytes(cell.read_bytes())
     assert again.config == held.config and again.digest() == held.digest()
     after = files(made)
     assert {path for path in after if after[path] != before[path]} == {cell}
@@ -178,7 +180,7 @@ def test_cells_of_two_views_start_from_the_products_classifier(two_views: Path) 
     single, start = (read_start(work / "source", f"shufflenet_v2{view}") for view in ("", SUFFIX))
     hospitals = read_hospitals(Laboratory(read_scenario(str(TINY)), work, None, SILENT), 32)
     folder = work / "cells" / "seed-0-fold-0" / "federated" / "two-view-bn-adapted"
-    kept = cells_module.from_bytes((folder / "0.safetensors").read_bytes())
+    kept = from_bytes((folder / "0.safetensors").read_bytes())
     for hospital in hospitals:
         parts = places_of(hospital, split_of(hospital, TWO, SplitName(0, 0)))
         seen = start.seen(hospital, parts[0], SILENT)
@@ -198,12 +200,12 @@ def test_the_mirror_image_changes_predictions_alone(two_views: Path) -> None:
     work = two_views / "work"
     folder = work / "cells" / "seed-0-fold-0" / "federated"
     mirrored, alone = (
-        cells_module.from_bytes((folder / f"{name}-0" / "0.2.safetensors").read_bytes())
+        from_bytes((folder / f"{name}-0" / "0.2.safetensors").read_bytes())
         for name in (TWO_VIEW_RANDOM, UNMIRRORED)
     )
     assert mirrored.config["chosen"] == alone.config["chosen"]
     path = next((work / "features" / "seed-0-fold-0" / f"shufflenet_v2{SUFFIX}").iterdir())
-    kept = cells_module.from_bytes(path.read_bytes()).arrays
+    kept = from_bytes(path.read_bytes()).arrays
     assert not np.allclose(kept["test"], kept["unmirrored"], atol=1e-3)
     found = f"probabilities/{path.stem}"
     assert not np.allclose(mirrored.arrays[found], alone.arrays[found], atol=1e-4)
@@ -252,7 +254,7 @@ def test_cells_of_other_training_do_not_count(made: Path) -> None:
 def test_each_site_has_its_share_unless_images_are_ranked_together(made: Path) -> None:
     folder = made / "work" / "cells" / "seed-0-fold-1" / "federated"
     chosen = {
-        name: cells_module.from_bytes((folder / name / "0.2.safetensors").read_bytes()).config
+        name: from_bytes((folder / name / "0.2.safetensors").read_bytes()).config
         for name in ("max-entropy", "dual-margin-near", "random-0", "random-1")
     }
     sizes = {name: [len(v) for v in config["chosen"].values()] for name, config in chosen.items()}
@@ -411,7 +413,7 @@ def test_summary_pairs_finds_the_better_and_claims_nothing_of_the_equal() -> Non
     assert rows["dual-margin-near"].over_best["accuracy"].high < 0
     said = "\n".join(findings(summary))
     assert "better badge" in said and "2 of 3 strategies cannot be told from it" in said
-    assert "dual-margin-near below" in said and "This is 60% of the table" in said
+    assert "below dual-margin-near" in said and "This is 60% of the table" in said
 
 
 def test_rows_of_two_views_are_set_against_random_of_two_views() -> None:
@@ -451,8 +453,36 @@ def test_ours_are_set_against_random_and_the_best_rival_at_each_site() -> None:
             assert found[TWO_VIEW_RANDOM, site, against].value == pytest.approx(0.6 - base)
     said = "\n".join(findings(summary))
     # Means over the sites: .70 and .75.
-    assert f"over `badge`: `{STUDY_PRESET}` -5.0 (missed)" in said
+    assert f"`{STUDY_PRESET}` -5.0 (missed), one interval above zero" in said
+    assert "above none; below" in said
     assert "The best mean is that of `badge` (0.750)" in said
+
+
+def test_each_budget_has_its_own_best_rival() -> None:
+    rights = {
+        0.2: {"random": 0.5, "clue": 0.6, "badge": 0.7, "two-view-feal": 0.9},
+        0.5: {"random": 0.5, "clue": 0.8, "badge": 0.7, "two-view-feal": 0.9},
+    }
+    made = [
+        replace(at_sites(name, SplitName(0, 0), {"a": right, "b": right}), budget=budget)
+        for budget, found in rights.items()
+        for name, right in found.items()
+    ]
+    summary = summarise(tiny(), made, len(made))
+    assert summary.best_rivals == {0.2: "badge", 0.5: "clue"} and summary.best_rival == "badge"
+    gains = {r.budget: r.over_best for r in summary.rows if r.strategy == "two-view-feal"}
+    assert gains[0.2]["accuracy"].value == pytest.approx(0.2)
+    assert gains[0.5]["accuracy"].value == pytest.approx(0.1)
+
+
+def test_a_damaged_cell_counts_as_none(made: Path, tmp_path: Path) -> None:
+    cell = next((made / "work" / "cells").rglob("*.safetensors"))
+    data = cell.read_bytes()
+    origin = from_bytes(data).config["origin"]
+    copy = tmp_path / "cell.safetensors"
+    for part, there in ((data, True), (data[: len(data) // 2], False), (b"", False)):
+        copy.write_bytes(part)
+        assert (read_records(copy, origin) is not None) == there
 
 
 def test_accuracy_at_prevalence_knows_no_threshold() -> None:

@@ -96,6 +96,7 @@ def test_needed_budget_is_where_the_curve_first_crosses() -> None:
 
 def test_effect_is_mean_by_deviation() -> None:
     assert paired_effect([1.0, 2.0, 3.0]) == pytest.approx(2.0)
+    assert paired_effect([0.1, 0.1, 0.1]) is None and paired_effect([0.0, 0.0, 0.0]) is None
     assert paired_effect([1.0, 1.0, 1.0]) is None and paired_effect([1.0, 2.0]) is None
     found = effect_of([1.0, 2.0, -0.5])
     assert (found.higher, found.pairs, found.d) == (2, 3, paired_effect([1.0, 2.0, -0.5]))

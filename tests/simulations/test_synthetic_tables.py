@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import json
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from sonofed_common.runtime import SILENT, Events
+from sonofed_common.synthesis import synthetic
 from sonofed_common.synthesis.memorisation import RefusedError
 from sonofed_server.source.settings import SourceData, WganTraining
 from sonofed_simulations.tables import mixtures, synthetic_all, synthetic_ratios, synthetic_sets
@@ -18,6 +21,7 @@ from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm
 from sonofed_simulations.tables.breast_sites import parts_facts, read_site
+from sonofed_simulations.tables.code import code_of
 from sonofed_simulations.tables.equal_steps import Steps, train_steps
 from sonofed_simulations.tables.mixtures import (
     NETWORKS,
@@ -113,6 +117,25 @@ def test_other_gans_make_other_cells_of_the_synthetic_arms_alone(
     changed = {arm.name for arm in one.arms if one.origin(arm, 0) != other.origin(arm, 0)}
     assert changed == {"more"}
     assert json.loads(json.dumps(one.origin(BASE, 0))) == one.origin(BASE, 0)
+
+
+def test_code_is_told_apart_by_what_it_does_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def code(number: int, text: str) -> str:
+        (tmp_path / f"told_{number}.py").write_text(text)
+        return code_of(import_module(f"told_{number}"))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    text = Path(inspect.getfile(synthetic)).read_text()
+    check = "        _check_membership(training, held_out, released, drawn_of, of_class)\n"
+    keep = "                kept.append(image)\n"
+    assert text.count(check) == text.count(keep) == 1
+    whole = code(0, text)
+    assert whole == code_of(synthetic) == code(1, f"# A comment.\n{text}")
+    assert whole == code(2, text.replace('"""Draw labelled images, and keep', '"""Keep'))
+    assert whole != code(3, text.replace(check, "        pass\n"))
+    assert whole != code(4, text.replace(keep, keep.replace("image", "drawn[0]")))
 
 
 def test_another_gate_judges_images_of_the_same_generator(

@@ -160,14 +160,15 @@ class Exchange:
         sites : list of str, optional
             Default: all that take part.
 
-        Notes
-        -----
-        A site whose policy refuses one of `DECLINABLE` takes part all the same; it yields nothing.
         Raises
         ------
         QuorumError
             Fewer sites than the quorum answered before the deadline. A site's own error is raised
             in its place when that is what broke the quorum.
+
+        Notes
+        -----
+        A site whose policy refuses one of `DECLINABLE` takes part all the same; it yields nothing.
         """
         asked = self.sites() if sites is None else sites
         barred = self.unselected if action in NEED_SELECTION else frozenset()

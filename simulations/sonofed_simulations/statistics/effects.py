@@ -41,11 +41,15 @@ def effect_of(differences: Iterable[float]) -> Effect:
 
 
 def paired_effect(differences: ArrayLike) -> float | None:
-    """Cohen's d of paired differences (M,): mean by standard deviation; None of less than three."""
+    """Cohen's d of paired differences (M,): mean by standard deviation; None of less than three or
+    of equal ones.
+    """
     values = np.asarray(differences, np.float64)
-    if len(values) < LEAST or values.std(ddof=1) == 0:
+    if len(values) < LEAST:
         return None
-    return float(values.mean() / values.std(ddof=1))
+    spread = float(values.std(ddof=1))
+    # Differences that are equal on paper differ in the last bits.
+    return float(values.mean()) / spread if spread > 1e-12 * float(np.abs(values).max()) else None
 
 
 def group_effect(one: Floats, two: Floats) -> float | None:

@@ -18,8 +18,8 @@ from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.tables import redrawn_settings
 from sonofed_simulations.tables.ablation import Points, Pooled, Stage, points_of
-from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.hospitals import HospitalImages, split_of
+from sonofed_simulations.tables.records import read_records
 from sonofed_simulations.tables.redrawn import read_stack
 from sonofed_simulations.tables.redrawn_settings import RedrawnSettings
 from sonofed_simulations.tables.settings import SelectionTable, SplitName

@@ -45,11 +45,11 @@ def make(request: Request) -> Made:
     Raises
     ------
     ConfigurationError
-        See `Request.check_shard`.
+        See `Request.check`.
     DataMissingError
         A data set is not there.
     """
-    request.check_shard()
+    request.check()
     return make_arm_table(Ablation.prepare(request), request)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sonofed_common.contract.errors import ConfigurationError
 from sonofed_common.models.classifiers import TWO_VIEWS
 from sonofed_common.runtime import Events, set_threads
 from sonofed_server.source.settings import DiffusionTraining
 from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.scenarios.scenario import Scenario, read_scenario
-from sonofed_simulations.tables.cells import Cell, cell_origin, decode, read_records, run_chain
+from sonofed_simulations.tables.cells import Cell, cell_origin, decode, run_chain
 from sonofed_simulations.tables.manifest import write_manifest
 from sonofed_simulations.tables.material import Material
-from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.records import read_records
+from sonofed_simulations.tables.request import Made, Request, part_of
 from sonofed_simulations.tables.selection_page import write_page
 from sonofed_simulations.tables.selection_summary import Summary, summarise
 from sonofed_simulations.tables.selection_tables import summary_table
@@ -59,17 +59,14 @@ def run_selection_table(
     DataMissingError
         A data set is not there.
     """
-    number, total = shard
-    if not 1 <= number <= total:
-        raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
+    part_of((), shard)
     set_threads(THREADS)
     scenario = _scenario(table)
     material = Material.prepare(table, Laboratory(scenario, out / "work", data, events))
     everything = list(chains(table))
     # Shards share few splits, whose features each machine extracts.
     by_split = sorted(everything, key=lambda chain: chain.split)
-    first, last = ((n * len(everything)) // total for n in (number - 1, number))
-    own = set(by_split[first:last])
+    own = set(part_of(by_split, shard))
     try:
         _run([chain for chain in everything if chain in own], material)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from sonofed_simulations.tables.aggregation_page import about
 from sonofed_simulations.tables.arm_page import About
 from sonofed_simulations.tables.arm_table import make_arm_table
 from sonofed_simulations.tables.arms import Arm, Outcome
-from sonofed_simulations.tables.hospitals import HospitalImages, read_hospitals
+from sonofed_simulations.tables.hospitals import HospitalImages, check_classes, read_hospitals
 from sonofed_simulations.tables.manifest import Tested, test_patients
 from sonofed_simulations.tables.request import Made, Request
 from sonofed_simulations.tables.start import Start, read_start
@@ -193,6 +193,7 @@ def make(request: Request) -> Made:
 def _split(hospital: HospitalImages, seed: int) -> Split:
     split = split_by_group(hospital.samples, TEST_FRACTION, seed)
     check_no_leak(split)
+    check_classes(split, hospital.name)
     return split
 
 

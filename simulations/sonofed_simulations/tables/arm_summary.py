@@ -186,7 +186,8 @@ def _differences(
             found.setdefault(site, {})[metric] = ArmContrast(
                 **contrast(one[site][n], two[site][n]).model_dump(),
                 seeds=len(seeds),
-                effect=paired_effect(by_seed),
+                # There the difference is of means over seeds, whose worst site may be another.
+                effect=None if site == WORST else paired_effect(by_seed),
                 higher=sum(value > 0 for value in by_seed),
             )
     return found

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sonofed_common.contract.errors import ConfigurationError
-from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.runtime import Events, write_atomically
 from sonofed_common.synthesis.memorisation import RefusedError
+from sonofed_simulations.tables.records import read_records
+from sonofed_simulations.tables.request import part_of
 
 Array = NDArray[Any]
 Prediction = tuple[Array, Array, Array]
@@ -140,16 +141,13 @@ def run_arms(
     ConfigurationError
         The shard is out of range.
     """
-    number, total = shard
-    if not 1 <= number <= total:
-        raise ConfigurationError(f"shard {number}/{total} does not exist; count from 1 to {total}")
     # Seed by seed: the first one alone shows every row.
     wanted = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
-    first, last = ((n * len(wanted)) // total for n in (number - 1, number))
-    for done, (arm, seed) in enumerate(wanted[first:last], start=1):
+    own = part_of(wanted, shard)
+    for done, (arm, seed) in enumerate(own, start=1):
         path = _path(folder, arm, seed)
         origin = experiment.origin(arm, seed)
-        if _read(path, origin) is None:
+        if read_records(path, origin) is None:
             began = time.perf_counter()
             try:
                 outcome = experiment.run(arm, seed)
@@ -157,7 +155,7 @@ def run_arms(
             except RefusedError as error:
                 records = Records(config={"origin": dict(origin), REFUSED: error.message})
             write_atomically(path, to_bytes(records))
-        events.progress("cells", done, last - first, arm=arm.name, seed=seed)
+        events.progress("cells", done, len(own), arm=arm.name, seed=seed)
     return list(finished_arms(experiment, folder))
 
 
@@ -165,7 +163,7 @@ def finished_arms(experiment: Experiment, folder: Path) -> Iterator[ArmCell]:
     """Finished cells, of all shards, that still are what the table asks for."""
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            records = _read(_path(folder, arm, seed), experiment.origin(arm, seed))
+            records = read_records(_path(folder, arm, seed), experiment.origin(arm, seed))
             if records is not None and REFUSED not in records.config:
                 seconds = float(records.metrics["seconds"])
                 yield ArmCell(arm, seed, _decode(records), seconds)
@@ -175,20 +173,13 @@ def refused_arms(experiment: Experiment, folder: Path) -> Iterator[str]:
     """Arm, seed and reason of each cell whose synthetic images the gate refused."""
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            records = _read(_path(folder, arm, seed), experiment.origin(arm, seed))
+            records = read_records(_path(folder, arm, seed), experiment.origin(arm, seed))
             if records is not None and REFUSED in records.config:
                 yield f"{arm.name}, seed {seed}: {records.config[REFUSED]}"
 
 
 def _path(folder: Path, arm: Arm, seed: int) -> Path:
     return folder / f"seed-{seed}" / f"{arm.name}.safetensors"
-
-
-def _read(path: Path, origin: Mapping[str, Any]) -> Records | None:
-    if not path.exists():
-        return None
-    records = from_bytes(path.read_bytes())
-    return records if records.config["origin"] == dict(origin) else None
 
 
 def _encode(outcome: Outcome, origin: Mapping[str, Any], seconds: float) -> Records:

@@ -19,6 +19,7 @@ from sonofed_server.source.data import Part, SourceSet, provenance_of
 from sonofed_server.source.settings import SourceData
 from sonofed_simulations.statistics import Split, check_no_leak, split_by_group
 from sonofed_simulations.tables.arms import Array
+from sonofed_simulations.tables.hospitals import check_classes
 from sonofed_simulations.tables.manifest import split_facts
 
 SITES = {
@@ -54,6 +55,7 @@ class Site:
         samples = self.whole.samples
         split = split_by_group(samples, fraction, derive_seed(seed, "split", self.name))
         check_no_leak(split)
+        check_classes(split, self.name)
         return SourceSet(self._part(split.pool), self._part(split.test), self.provenance)
 
     def _part(self, samples: tuple[Sample, ...]) -> Part:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.selection import budget_count
 from sonofed_common.runtime import derive_seed, write_atomically
 from sonofed_common.security import sha256
@@ -37,6 +37,7 @@ from sonofed_simulations.tables.head import (
     logits,
     train_head,
 )
+from sonofed_simulations.tables.records import read_records
 from sonofed_simulations.tables.settings import (
     CONTROLS,
     SOURCE,
@@ -151,14 +152,6 @@ def run_chain(
             write_atomically(path, to_bytes(kept))
         else:
             chosen, head = kept.config["chosen"], None
-
-
-def read_records(path: Path, origin: Mapping[str, Any]) -> Records | None:
-    """Read a cell's file, or None where there is none of this origin."""
-    if not path.exists():
-        return None
-    records = from_bytes(path.read_bytes())
-    return records if records.config["origin"] == dict(origin) else None
 
 
 def decode(chain: Chain, budget: float, records: Records, threshold: float) -> Cell:

@@ -9,10 +9,21 @@ from typing import Any
 
 
 def code_of(what: ModuleType | type[Any]) -> str:
-    """Return a module's or class's syntax tree as text; comments and docstrings decide nothing."""
+    """Return a module's or class's statements as text, without comments and docstrings.
+
+    Notes
+    -----
+    As Python writes them again: a tree's own text differs from one version of Python to the next.
+    """
     tree = ast.parse(inspect.getsource(what))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+        if isinstance(body, list) and body and _is_text(body[0]):
             node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+    return ast.unparse(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+        return False
+    return isinstance(statement.value.value, str)

@@ -67,12 +67,23 @@ def split_of(hospital: HospitalImages, table: SelectionTable, name: SplitName) -
     """
     split = folds_by_group(hospital.samples, table.folds, name.seed)[name.fold]
     check_no_leak(split)
+    check_classes(split, f"{hospital.name} in {name}")
+    return split
+
+
+def check_classes(split: Split, where: str) -> None:
+    """Make sure that a test part holds both classes: of one alone nobody can tell an AUROC.
+
+    Raises
+    ------
+    ConfigurationError
+        It does not.
+    """
     if len({sample.label for sample in split.test}) < 2:
         raise ConfigurationError(
-            f"the test images of {hospital.name} in {name} are of one class; use fewer folds, or "
-            "leave that hospital out"
+            f"the test images of {where} are of one class; use fewer folds or a larger test part, "
+            "or leave that site out"
         )
-    return split
 
 
 def places_of(hospital: HospitalImages, split: Split) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ from sonofed_simulations.segmentation_summary import summarise_masks
 from sonofed_simulations.segmentation_tables import mask_table
 from sonofed_simulations.tables.manifest import Tested, write_facts
 from sonofed_simulations.tables.mask_page import MaskTable, write_mask_page
-from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.request import Made, Request, part_of
 
 COMPARISON = "breast_segmentation"
 FULL_SEEDS = (0, 1, 2, 3, 4)
@@ -49,15 +49,13 @@ def make_mask_table(table: MaskTable, request: Request) -> Made:
     ConfigurationError
         The shard is out of range.
     """
-    request.check_shard()
+    request.check()
     comparison, scenario = read_mask_comparison(built_in()[COMPARISON])
     if not request.quick:
         comparison, scenario = full(comparison, scenario)
     comparison = restricted(comparison, table.published)
-    number, total = request.shard
-    first, last = ((n * len(comparison.seeds)) // total for n in (number - 1, number))
     work, data = request.out / "work", request.real_data
-    seeds = comparison.seeds[first:last]
+    seeds = tuple(part_of(comparison.seeds, request.shard))
     run_mask_comparison(comparison, scenario, work, data, seeds, request.events)
     scores = finished_scores(comparison, scenario, work, request.events)
     summary = summarise_masks(comparison, scores, this_machine())

@@ -31,12 +31,12 @@ from sonofed_simulations.laboratory import Laboratory
 from sonofed_simulations.report.clouds import similarity
 from sonofed_simulations.report.view import SourceView
 from sonofed_simulations.statistics import Floats
-from sonofed_simulations.tables.cells import read_records
 from sonofed_simulations.tables.features import features_of
 from sonofed_simulations.tables.hospitals import read_hospitals
 from sonofed_simulations.tables.manifest import Tested
+from sonofed_simulations.tables.records import read_records
 from sonofed_simulations.tables.redrawn_settings import FULL, QUICK, THREADS, RedrawnSettings
-from sonofed_simulations.tables.request import Made, Request
+from sonofed_simulations.tables.request import Made, Request, part_of
 from sonofed_simulations.tables.start import Start, read_start
 
 SOURCE = "source, held out"
@@ -126,11 +126,11 @@ class Redrawing:
         Raises
         ------
         ConfigurationError
-            See `Request.check_shard`.
+            See `Request.check`.
         DataMissingError
             A data set is not there.
         """
-        request.check_shard()
+        request.check()
         settings = QUICK if request.quick else FULL
         set_threads(THREADS)
         work = request.out / "work"
@@ -158,14 +158,12 @@ class Redrawing:
 
     def run(self, shard: tuple[int, int]) -> None:
         """Redraw one shard's cells that are not there yet."""
-        number, total = shard
-        wanted = self.wanted
-        first, last = ((n * len(wanted)) // total for n in (number - 1, number))
-        for done, (seed, way, shown) in enumerate(wanted[first:last], start=1):
+        own = part_of(self.wanted, shard)
+        for done, (seed, way, shown) in enumerate(own, start=1):
             path, origin = self._place(seed, way, shown)
             if read_records(path, origin) is None:
                 write_atomically(path, to_bytes(self._redraw(seed, way, shown, origin)))
-            self._events.progress("cells", done, last - first, site=shown.site, way=way, seed=seed)
+            self._events.progress("cells", done, len(own), site=shown.site, way=way, seed=seed)
 
     def finished(self) -> Cells:
         """Finished cells, of all shards, that still are what the tables ask for."""

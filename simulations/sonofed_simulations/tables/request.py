@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 
 from sonofed_common.contract.errors import ConfigurationError, DataMissingError
 from sonofed_common.runtime import Events
+
+T = TypeVar("T")
+
+
+def part_of(wanted: Sequence[T], shard: tuple[int, int]) -> Sequence[T]:
+    """Return a shard's part of what is wanted, contiguous; all shards together are all of it.
+
+    Raises
+    ------
+    ConfigurationError
+        The shard is out of range.
+    """
+    number, total = shard
+    if not 1 <= number <= total:
+        raise ConfigurationError(
+            f"shard {number}/{total} does not exist; write 1/4 for the first of four"
+        )
+    first, last = ((n * len(wanted)) // total for n in (number - 1, number))
+    return wanted[first:last]
 
 
 @dataclass(frozen=True)
@@ -51,19 +72,21 @@ class Request:
             raise DataMissingError(f"table {self.name} uses real data; give its folder with --data")
         return self.data
 
-    def check_shard(self) -> None:
-        """Check the shard before anything is trained.
+    def check(self) -> None:
+        """Check shard and folders before anything is trained.
 
         Raises
         ------
         ConfigurationError
-            It is out of range.
+            The shard is out of range, or the output is no folder.
+        DataMissingError
+            There is no such folder of data.
         """
-        number, total = self.shard
-        if not 1 <= number <= total:
-            raise ConfigurationError(
-                f"shard {number}/{total} does not exist; count from 1 to {total}"
-            )
+        part_of((), self.shard)
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigurationError(f"{self.out} is a file; name a folder for the output")
+        if self.data is not None and not self.data.is_dir():
+            raise DataMissingError(f"there is no folder {self.data}; give that of the data sets")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from sonofed_simulations.tables.replicates import Replicates
 from sonofed_simulations.tables.settings import Mode, SplitName
 
 METRICS = ("accuracy", "auroc")
+NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
 Key = tuple[str, Mode, float]
 """Strategy, mode and budget."""
 SelectionReplicates = Replicates[Key, SplitName, Cell]

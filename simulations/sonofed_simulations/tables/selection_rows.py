@@ -64,12 +64,15 @@ class Row(Model):
     p_delong: float | None = None
 
 
-def rows_of(replicates: SelectionReplicates, budget: float) -> tuple[list[Row], str | None]:
-    """Return all rows, and the best rival at the main budget, which they are set against."""
+def rows_of(replicates: SelectionReplicates) -> tuple[list[Row], dict[float, str]]:
+    """Return all rows, and the best rival at each budget, which they are set against."""
     rows = [_against_random(_row(key, replicates), replicates) for key in replicates.by_key]
-    rival = _best_rival(rows, budget)
-    if rival is not None:
-        rows = [_against(row, rival, "over_best", replicates) for row in rows]
+    rivals = {budget: _best_rival(rows, budget) for budget in {row.budget for row in rows}}
+    best = {budget: rival for budget, rival in rivals.items() if rival is not None}
+    rows = [
+        _against(row, best[row.budget], "over_best", replicates) if row.budget in best else row
+        for row in rows
+    ]
     rows = [
         _against(row, TWO_VIEW_RANDOM, "over_two_view_random", replicates)
         if row.strategy in (PRESET, *TWO_VIEWS)
@@ -78,7 +81,7 @@ def rows_of(replicates: SelectionReplicates, budget: float) -> tuple[list[Row], 
     ]
     for field in ("over_random", "over_best", "over_two_view_random"):
         rows = _corrected(rows, field)
-    return rows, rival
+    return rows, best
 
 
 def _row(key: Key, replicates: SelectionReplicates) -> Row:
@@ -163,7 +166,7 @@ def _contrasts(
 
 
 def _best_rival(rows: Sequence[Row], budget: float) -> str | None:
-    """The strategy, neither ours nor Random, that gains most over Random at the main budget.
+    """The strategy, neither ours nor Random, that gains most over Random at a budget.
 
     The gain is on the splits that both have; mean accuracies of rows may be of other splits.
     """

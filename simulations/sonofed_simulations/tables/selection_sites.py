@@ -7,7 +7,7 @@ from sonofed_simulations.rivals import STUDY_PRESET, TWO_VIEW_RANDOM
 from sonofed_simulations.statistics import Contrast, contrast, holm
 from sonofed_simulations.tables.pages import contrast_text, markdown
 from sonofed_simulations.tables.preset import PRESET
-from sonofed_simulations.tables.selection_replicates import METRICS, Key, SelectionReplicates
+from sonofed_simulations.tables.selection_replicates import METRICS, NAMES, Key, SelectionReplicates
 from sonofed_simulations.tables.settings import RANDOM
 
 JUDGED = (STUDY_PRESET, PRESET, TWO_VIEW_RANDOM)
@@ -61,7 +61,7 @@ def site_gain_table(gains: tuple[SiteGain, ...]) -> list[str]:
     """Return one line a strategy and site."""
     held = {(gain.strategy, gain.site, gain.against): gain.gains for gain in gains}
     references = list(dict.fromkeys(gain.against for gain in gains))
-    header = [f"{_NAMES[m]} over {against}" for against in references for m in METRICS]
+    header = [f"{NAMES[m]} over {against}" for against in references for m in METRICS]
     rows = [
         [
             strategy,
@@ -75,9 +75,6 @@ def site_gain_table(gains: tuple[SiteGain, ...]) -> list[str]:
         for strategy, site in dict.fromkeys((gain.strategy, gain.site) for gain in gains)
     ]
     return markdown(("strategy", "site", *header), rows)
-
-
-_NAMES = {"accuracy": "accuracy", "auroc": "AUROC"}
 
 
 def _gains(key: Key, against: str, replicates: SelectionReplicates) -> list[SiteGain]:

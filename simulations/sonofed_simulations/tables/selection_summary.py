@@ -29,7 +29,7 @@ class Summary(Model):
     wanted: int
     seconds: float
     main_budget: float
-    best_rival: str | None
+    best_rivals: dict[float, str] = Field(description="by budget")
     preset: dict[str, str] = Field(default={}, description="by site: the candidate of sonofed")
     rows: tuple[Row, ...]
     by_classifier: dict[str, tuple[Row, ...]] = Field(
@@ -37,6 +37,11 @@ class Summary(Model):
     )
     curves: tuple[Curve, ...]
     at_sites: tuple[SiteGain, ...] = ()
+
+    @property
+    def best_rival(self) -> str | None:
+        """The best rival at the main budget."""
+        return self.best_rivals.get(self.main_budget)
 
 
 def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summary:
@@ -53,7 +58,7 @@ def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summ
     """
     finished, cells = cells, _complete(cells, table)
     replicates = selection_replicates([*cells, *preset_cells(cells, table)])
-    rows, rival = rows_of(replicates, table.main_budget)
+    rows, rivals = rows_of(replicates)
     strategies = [(name, mode) for name, mode, _ in replicates.by_key if name not in CONTROLS]
     curves = [curve_of(n, m, table, replicates) for n, m in dict.fromkeys(strategies)]
     return Summary(
@@ -63,12 +68,12 @@ def summarise(table: SelectionTable, cells: Sequence[Cell], wanted: int) -> Summ
         wanted=wanted,
         seconds=sum(cell.seconds for cell in finished),
         main_budget=table.main_budget,
-        best_rival=rival,
+        best_rivals=rivals,
         preset=choose(cells, table),
         rows=tuple(rows),
         by_classifier=_by_classifier(finished, table),
         curves=tuple(curve for curve in curves if curve is not None),
-        at_sites=site_gains(replicates, table.main_budget, rival),
+        at_sites=site_gains(replicates, table.main_budget, rivals.get(table.main_budget)),
     )
 
 
@@ -90,5 +95,5 @@ def _by_classifier(cells: Sequence[Cell], table: SelectionTable) -> dict[str, tu
     found = {}
     for name in table.classifiers:
         own = [cell for cell in cells if cell.chain.classifier == name]
-        found[name] = tuple(rows_of(selection_replicates(own), table.main_budget)[0]) if own else ()
+        found[name] = tuple(rows_of(selection_replicates(own))[0]) if own else ()
     return found

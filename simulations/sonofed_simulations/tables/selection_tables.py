@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
+from sonofed_simulations.rivals import DUAL_SCORES
 from sonofed_simulations.statistics import Contrast
 from sonofed_simulations.tables.pages import contrast_text, interval_text, markdown, number_text
 from sonofed_simulations.tables.preset import is_ours
@@ -156,9 +157,15 @@ def _control(row: Row) -> bool:
     return row.strategy in CONTROLS
 
 
+def _named(strategy: str) -> str:
+    if strategy in DUAL_SCORES:
+        return f"{strategy} (ADAptation's score)"
+    return f"{strategy} (ours)" if is_ours(strategy) else strategy
+
+
 def _cells(row: Row) -> list[str]:
     return [
-        f"{row.strategy} (ours)" if is_ours(row.strategy) else row.strategy,
+        _named(row.strategy),
         str(row.splits),
         f"{row.labels:.0f}",
         interval_text(row.accuracy),
