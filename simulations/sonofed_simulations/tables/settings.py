@@ -93,7 +93,8 @@ QUICK = SelectionTable(
     "`selection-from-rio` judges it where it was not picked.",
     duration="One of the fifteen splits, made from nothing by one process beside other work on the "
     "same machine, took 36 minutes, 21 of them for the training of the source, and gave the "
-    "committed cells bit for bit; so all of it takes about four hours, and with two processes less.",
+    "committed cells bit for bit; so all of it takes about four hours, and with two processes "
+    "less.",
     lesions=SegmenterTraining(epochs=12, learning_rate=1e-3, batch_size=8),
 )
 """One classifier, 128 px, three seeds, five folds: hours on two cores."""
