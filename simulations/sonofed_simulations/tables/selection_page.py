@@ -62,7 +62,7 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         "",
         f"After Table 2 of ADAptation (arXiv 2507.00474). {summary.cells} of {summary.wanted} "
         "cells have run; a row counts with the splits that it has finished. Scenario "
-        f"`{summary.scenario}`, {len(table.seeds)} seeds x {table.folds} patient-level folds; "
+        f"`{summary.scenario}`, {_seeds(table)} x {table.folds} patient-level folds; "
         f"{summary.machine.cpu}, {summary.machine.cores} cores, {summary.machine.device}; "
         f"{summary.seconds / 3600:.1f} hours of cells, one thread, without the source and the "
         f"features. {MADE_OF}",
@@ -119,6 +119,10 @@ def _page(summary: Summary, table: SelectionTable) -> list[str]:
         lines += curve_table(summary, table)
     lines += ["", "## What was published", "", *_published(summary)]
     return lines
+
+
+def _seeds(table: SelectionTable) -> str:
+    return f"{len(table.seeds)} seed{'s' * (len(table.seeds) > 1)}"
 
 
 def _method(table: SelectionTable) -> list[str]:
