@@ -272,7 +272,7 @@ def test_an_interrupted_drawing_trains_no_class_twice(sharing, bundle, tmp_path,
 
 def test_a_diverging_gan_is_told_without_a_word_of_the_images(sharing, bundle):
     gan = GAN.model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(DivergenceError, match=r"^wgan benign diverged in step \d+: a score"):
+    with pytest.raises(DivergenceError, match=r"^training of a GAN diverged in step \d+: a score"):
         draw(opened(sharing, bundle), wgan=gan)
 
 
