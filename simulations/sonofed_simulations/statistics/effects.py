@@ -41,8 +41,9 @@ def effect_of(differences: Iterable[float]) -> Effect:
 
 
 def paired_effect(differences: ArrayLike) -> float | None:
-    """Cohen's d of paired differences (M,): mean by standard deviation; None of less than three or
-    of equal ones.
+    """Cohen's d of paired differences (M,), mean by standard deviation.
+
+    None where there are fewer than three, or all are equal.
     """
     values = np.asarray(differences, np.float64)
     if len(values) < LEAST:

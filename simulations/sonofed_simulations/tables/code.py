@@ -7,6 +7,8 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
 
 def code_of(what: ModuleType | type[Any]) -> str:
     """Return a module's or class's statements as text, without comments and docstrings.
@@ -17,9 +19,8 @@ def code_of(what: ModuleType | type[Any]) -> str:
     """
     tree = ast.parse(inspect.getsource(what))
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_text(body[0]):
-            node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+        if isinstance(node, DOCUMENTED) and _is_text(node.body[0]):
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sonofed_client.adaptation.spacing import BATCH_NORM_IMAGES, evenly_spaced
 from sonofed_common.batch_norm import adapt_batch_norm
-from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.data.augmentation import Augmentation
 from sonofed_common.models.classifiers import Classifier
 from sonofed_common.runtime import Events, derive_seed, device, write_atomically
 from sonofed_simulations.tables.hospitals import HospitalImages, places_of, split_of
+from sonofed_simulations.tables.records import read_records
 from sonofed_simulations.tables.settings import SelectionTable, SplitName
 from sonofed_simulations.tables.start import Start
 
@@ -90,10 +91,9 @@ def site_features(
     takes.
     """
     origin = features_origin(start, hospital, table, name)
-    if path.exists():
-        kept = from_bytes(path.read_bytes())
-        if kept.config["origin"] == origin:
-            return _decode(hospital.name, kept)
+    kept = read_records(path, origin)
+    if kept is not None:
+        return _decode(hospital.name, kept)
     split = split_of(hospital, table, name)
     places = places_of(hospital, split)
     seen = start.seen(hospital, places[0], events)

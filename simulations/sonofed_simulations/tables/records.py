@@ -1,4 +1,4 @@
-"""Cells' files, as they are found again."""
+"""Files of cells, features and images, as they are found again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sonofed_common.contract.records import Records, from_bytes
 
 
 def read_records(path: Path, origin: Mapping[str, Any]) -> Records | None:
-    """Read a cell's file; None where there is none of this origin, or it is damaged."""
+    """Read what a run kept; None where there is nothing of this origin, or it is damaged."""
     if not path.exists():
         return None
     try:

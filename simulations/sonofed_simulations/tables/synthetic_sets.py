@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sonofed_common.contract.names import CLASSES
-from sonofed_common.contract.records import Records, from_bytes, to_bytes
+from sonofed_common.contract.records import Records, to_bytes
 from sonofed_common.contract.study_synthesis import WganTraining
 from sonofed_common.models.diffusion import build_tiny
 from sonofed_common.runtime import Events, derive_seed, device, write_atomically
@@ -29,6 +29,7 @@ from sonofed_server.source.synthetic import EdgeDrawing
 from sonofed_simulations.locks import alone
 from sonofed_simulations.tables.breast_sites import parts_facts
 from sonofed_simulations.tables.code import code_of
+from sonofed_simulations.tables.records import read_records
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def synthetic_set(
     path = folder / f"{count}-images.safetensors"
     # Another shard may be making the same images, or training the same generator.
     with alone(folder / "images.lock", events):
-        records = from_bytes(path.read_bytes()) if path.exists() else None
-        if records is None or records.config["origin"] != origin:
+        records = read_records(path, origin)
+        if records is None:
             drawing = _trained(source.pool, generator, seed, checkpoints, events)
             malignant = round(count * float(source.pool.labels.float().mean()))
             made, facts = synthesise(
